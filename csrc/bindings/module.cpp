@@ -1,0 +1,9 @@
+#include "bindings/bindings.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The planning library of torch_soap.";
+  soap::bind_base(m);
+  soap::bind_graph(m);
+  soap::bind_sharding(m);
+  soap::bind_program(m);
+}

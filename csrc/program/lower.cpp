@@ -1,0 +1,472 @@
+// lower: Strategy -> Program.
+//
+// 1. resolve: configurations become tilings, operators that cut a coupling factor are expanded.
+// 2. Layouts: tiles of each tensor, copies that each consumer needs; parameters are stored where they are used unless told.
+// 3. Tasks: fill, compute and their duals, per chunk; a task waits for exactly the tasks whose values it reads.
+// 4. One order of them all. Gradients of parameters wait for a bucket to fill.
+#include <algorithm>
+#include <numeric>
+#include <set>
+
+#include "base/error.h"
+#include "fmt/ranges.h"
+#include "program/order.h"
+#include "sharding/expand.h"
+
+namespace soap {
+namespace {
+
+bool is_store(const Node& node) {
+  return node.kind == NodeKind::kParam || node.kind == NodeKind::kBuffer || node.kind == NodeKind::kConst;
+}
+
+// Where a parameter is stored when the strategy doesn't say: on each device the box that its first user reads there, if those boxes
+// are one per device and make up the whole; else whole on every device.
+Sharding derived_storage(const Program& p, const Tensor& t) {
+  std::vector<int> all(p.world_size);
+  std::iota(all.begin(), all.end(), 0);
+  const Sharding whole{.coords = {{.box = whole_box(t.shape), .devices = all}}};
+  if (p.groups_of[t.id].empty() || p.graph.nodes[t.producer].kind != NodeKind::kParam) return whole;
+  Sharding out;
+  std::set<int> used;
+  int64_t covered = 0;
+  for (const Coord& c : p.groups[p.groups_of[t.id].front()].copies.coords) {
+    auto same = std::find_if(out.coords.begin(), out.coords.end(), [&](const Coord& o) { return o.box == c.box; });
+    if (same == out.coords.end()) {
+      for (const Coord& o : out.coords) {
+        if (volume(intersect(o.box, c.box)) > 0) return whole;
+      }
+      out.coords.push_back({.box = c.box});
+      same = out.coords.end() - 1;
+      covered += volume(c.box);
+    }
+    for (int d : c.devices) {
+      if (std::count(same->devices.begin(), same->devices.end(), d)) continue;
+      if (!used.insert(d).second) return whole;
+      same->devices.push_back(d);
+    }
+  }
+  if (covered != numel(t.shape)) return whole;
+  for (Coord& c : out.coords) std::sort(c.devices.begin(), c.devices.end());
+  std::erase_if(out.coords, [](const Coord& c) { return volume(c.box) == 0; });
+  return out.coords.empty() ? whole : out;
+}
+
+void check_storage(const Node& node, const Sharding& storage) {
+  std::set<int> used;
+  for (const Coord& c : storage.coords) {
+    for (int d : c.devices) {
+      if (!used.insert(d).second) user_error("[plan] {}: device {} would store two parts of it; a device stores one", node.name, d);
+    }
+  }
+}
+
+void build_layouts(Program& p, const Strategy& strategy) {
+  OpGraph& g = p.graph;
+  p.tiles.resize(g.tensors.size());
+  p.groups_of.resize(g.tensors.size());
+  for (const Node& node : g.nodes) {
+    const Tiling& tiling = p.tilings[node.id];
+    const Rule& rule = p.rules[node.id];
+    for (size_t i = 0; i < node.inputs.size(); ++i) {
+      const TensorId t = node.inputs[i];
+      OperandCopies copies = operand_copies(rule, tiling, static_cast<int>(i), g.tensors[t].shape);
+      const auto known = std::find_if(p.groups_of[t].begin(), p.groups_of[t].end(), [&](int id) { return p.groups[id].copies == copies.sharding; });
+      int id = known == p.groups_of[t].end() ? -1 : *known;
+      if (id < 0) {
+        id = static_cast<int>(p.groups.size());
+        p.groups.push_back({.tensor = t, .copies = copies.sharding});
+        p.groups_of[t].push_back(id);
+      }
+      const bool writes = node.kind == NodeKind::kReturn && node.target == "buffer_write";
+      const bool grad = g.tensors[t].requires_grad && rule.operands[i].differentiable && !writes && (node.kind == NodeKind::kReturn || p.differentiable[node.id]);
+      p.groups[id].grad = p.groups[id].grad || grad;
+      p.groups[id].uses.push_back({.node = node.id, .operand = static_cast<int>(i), .coord_of = std::move(copies.coord_of)});
+    }
+    if (is_store(node)) continue;
+    for (size_t r = 0; r < node.outputs.size(); ++r) {
+      p.tiles[node.outputs[r]] = result_sharding(rule, tiling, static_cast<int>(r), g.tensors[node.outputs[r]].shape);
+    }
+  }
+  for (const Node& node : g.nodes) {
+    if (!is_store(node)) continue;
+    const Tensor& t = g.tensors[node.outputs[0]];
+    const auto it = strategy.nodes.find(node.name);
+    if (it == strategy.nodes.end()) {
+      p.tiles[t.id] = derived_storage(p, t);
+    } else {
+      if (node.kind != NodeKind::kParam) user_error("[plan] {}: only parameters can be stored in parts", node.name);
+      if (p.tilings[node.id].chunks() > 1) user_error("[plan] {}: storage isn't cut in time", node.name);
+      p.tiles[t.id] = result_sharding(p.rules[node.id], p.tilings[node.id], 0, t.shape);
+      check_storage(node, p.tiles[t.id]);
+      for (int id : p.groups_of[t.id]) p.groups[id].keep = it->second.keep;
+    }
+  }
+}
+
+void check_partials(const Program& p) {
+  for (const Node& node : p.graph.nodes) {
+    if (node.kind != NodeKind::kOp) continue;
+    for (size_t r = 0; r < node.outputs.size(); ++r) {
+      const Tensor& t = p.graph.tensors[node.outputs[r]];
+      const Sharding& s = p.tiles[t.id];
+      if (s.partial != Reduce::kNone) continue;
+      int64_t total = 0;
+      for (const Coord& c : s.coords) total += volume(c.box);
+      SOAP_CHECK(total == numel(t.shape), "[lower] {} ({}): the tiles of result {} hold {} elements of {}", node.name, node.target, r, total, numel(t.shape));
+    }
+  }
+}
+
+bool crosses(const Program& p, StepKind kind, const StepItem& item) {
+  const auto pieces = item_pieces(p, kind, item);
+  return std::any_of(pieces.begin(), pieces.end(), [](const Piece& x) { return x.from != x.to; });
+}
+
+std::vector<int> devices_of(const std::vector<Piece>& pieces) {
+  std::set<int> out;
+  for (const Piece& x : pieces) out.insert({x.from, x.to});
+  return {out.begin(), out.end()};
+}
+
+// Builds tasks; every id below is an index into `tasks`.
+struct TaskBuilder {
+  Program& p;
+  std::vector<Task> forward, backward;
+  std::map<std::pair<int, int>, int> compute, fill;          // (node, chunk), (group, tag) -> forward task
+  std::map<std::pair<int, int>, int> compute_back, grad_fill;  // (node, chunk), (group, producer chunk) -> backward task
+
+  double phase(const Node& n, int chunk) const { return static_cast<double>(chunk) / p.tilings[n.id].chunks(); }
+
+  std::vector<int> node_devices(const Node& n) const {
+    std::set<int> s(p.tilings[n.id].devices.begin(), p.tilings[n.id].devices.end());
+    return {s.begin(), s.end()};
+  }
+
+  double work(const Node& n) const {
+    double v = 1;
+    for (const Factor& f : p.rules[n.id].factors) v *= static_cast<double>(std::max<int64_t>(f.size, 1));
+    return v / (p.tilings[n.id].tiles() * p.tilings[n.id].chunks());
+  }
+
+  std::set<int> tags(const CopyGroup& g) const {
+    std::set<int> out;
+    for (const Coord& c : g.copies.coords) out.insert(c.chunk);
+    return out;
+  }
+
+  // Chunks of the producer: 1 for params and feeds.
+  std::set<int> source_chunks(const CopyGroup& g) const {
+    std::set<int> out;
+    for (const Coord& c : p.tiles[g.tensor].coords) out.insert(c.chunk);
+    return out;
+  }
+
+  bool is_op(TensorId t) const { return p.graph.nodes[p.graph.tensors[t].producer].kind == NodeKind::kOp; }
+
+  void build_forward() {
+    std::vector<int> group_of_use;  // index of the group that (node, operand) reads
+    std::map<std::pair<int, int>, std::pair<int, const Use*>> reads;
+    for (size_t g = 0; g < p.groups.size(); ++g) {
+      for (const Use& u : p.groups[g].uses) reads[{u.node, u.operand}] = {static_cast<int>(g), &u};
+    }
+    for (const Node& n : p.graph.nodes) {
+      if (is_store(n) || n.kind == NodeKind::kFeed) continue;
+      const int chunks = p.tilings[n.id].chunks(), tiles = p.tilings[n.id].tiles();
+      for (int c = 0; c < chunks; ++c) {
+        std::vector<int> after;
+        for (size_t i = 0; i < n.inputs.size(); ++i) {
+          const auto& [g, use] = reads.at({n.id, static_cast<int>(i)});
+          std::set<int> needed;
+          for (int t = 0; t < tiles; ++t) {
+            const int coord = use->coord_of[size_t(t) * chunks + c];
+            if (coord >= 0) needed.insert(p.groups[g].copies.coords[coord].chunk);
+          }
+          for (int tag : needed) after.push_back(fill_task(g, tag, n, c));
+        }
+        if (n.kind != NodeKind::kOp) continue;
+        const int id = static_cast<int>(forward.size());
+        forward.push_back({.step = {StepKind::kCompute, {{n.id, c}}}, .after = after, .devices = node_devices(n), .phase = phase(n, c), .rank = n.id * 2 + 1, .work = work(n)});
+        compute[{n.id, c}] = id;
+      }
+    }
+  }
+
+  int fill_task(int g, int tag, const Node& consumer, int chunk) {
+    const auto it = fill.find({g, tag});
+    if (it != fill.end()) return it->second;
+    const CopyGroup& group = p.groups[g];
+    std::set<int> after;
+    if (is_op(group.tensor)) {
+      const NodeId producer = p.graph.tensors[group.tensor].producer;
+      for (const Piece& x : fill_pieces(p.tiles[group.tensor], group.copies, tag)) {
+        after.insert(compute.at({producer, p.tiles[group.tensor].coords[x.src].chunk}));
+      }
+    }
+    const StepItem item{g, tag};
+    const int id = static_cast<int>(forward.size());
+    forward.push_back({.step = {StepKind::kFill, {item}},
+                       .after = {after.begin(), after.end()},
+                       .devices = devices_of(item_pieces(p, StepKind::kFill, item)),
+                       .phase = phase(consumer, chunk),
+                       .rank = consumer.id * 2,
+                       .work = 0});
+    fill[{g, tag}] = id;
+    return id;
+  }
+
+  // Backward tasks, with dependencies on backward tasks only; the callers add those on forward tasks.
+  void build_backward() {
+    std::map<NodeId, std::vector<std::pair<int, const Use*>>> reads;
+    for (size_t g = 0; g < p.groups.size(); ++g) {
+      for (const Use& u : p.groups[g].uses) reads[u.node].emplace_back(static_cast<int>(g), &u);
+    }
+    for (auto n = p.graph.nodes.rbegin(); n != p.graph.nodes.rend(); ++n) {
+      if (n->kind == NodeKind::kOp && p.differentiable[n->id]) {
+        for (int c = p.tilings[n->id].chunks() - 1; c >= 0; --c) {
+          std::vector<int> after;
+          for (TensorId t : n->outputs) {
+            for (int g : p.groups_of[t]) {
+              if (p.groups[g].grad) after.push_back(grad_fill.at({g, c}));
+            }
+          }
+          compute_back[{n->id, c}] = static_cast<int>(backward.size());
+          backward.push_back({.step = {StepKind::kComputeBackward, {{n->id, c}}}, .after = after, .devices = node_devices(*n), .work = 2 * work(*n), .backward = true});
+        }
+      }
+      // All of this node's readers come later in the graph, so what it reads may be brought home once they are done: one task per
+      // group, made when the group's first user (in graph order) has been passed.
+      for (const auto& [g, use] : reads[n->id]) {
+        if (p.groups[g].grad && p.groups[g].uses.front().node == n->id && !grad_fill.count({g, *source_chunks(p.groups[g]).begin()})) grad_tasks(g);
+      }
+    }
+  }
+
+  void grad_tasks(int g) {
+    const CopyGroup& group = p.groups[g];
+    for (int chunk : source_chunks(group)) {
+      std::set<int> after, copies;
+      const auto pieces = grad_pieces(p.tiles[group.tensor], group.copies, chunk);
+      for (const Piece& x : pieces) copies.insert(x.src);
+      for (const Use& u : group.uses) {
+        if (!p.differentiable[u.node] || p.graph.nodes[u.node].kind != NodeKind::kOp) continue;
+        const int chunks = p.tilings[u.node].chunks();
+        for (size_t i = 0; i < u.coord_of.size(); ++i) {
+          if (u.coord_of[i] >= 0 && copies.count(u.coord_of[i])) after.insert(compute_back.at({u.node, static_cast<int>(i) % chunks}));
+        }
+      }
+      grad_fill[{g, chunk}] = static_cast<int>(backward.size());
+      backward.push_back({.step = {StepKind::kGradFill, {{g, chunk}}}, .after = {after.begin(), after.end()}, .devices = devices_of(pieces), .work = 0, .backward = true});
+    }
+  }
+};
+
+// Gradients of parameters leave the order and come back in buckets: nothing waits for them.
+std::vector<Step> bucketed(const Program& p, const std::vector<Step>& ordered, int64_t bucket_bytes) {
+  std::vector<Step> out;
+  Step bucket{StepKind::kGradFill, {}};
+  int64_t bytes = 0;
+  const auto flush = [&] {
+    if (!bucket.items.empty()) out.push_back(bucket);
+    bucket.items.clear();
+    bytes = 0;
+  };
+  for (const Step& step : ordered) {
+    const bool param = step.kind == StepKind::kGradFill && p.graph.nodes[p.graph.tensors[p.groups[step.items[0].id].tensor].producer].kind == NodeKind::kParam;
+    if (!param) {
+      out.push_back(step);
+      continue;
+    }
+    if (!crosses(p, step.kind, step.items[0])) {  // stays on its device: no reason to wait
+      out.push_back(step);
+      continue;
+    }
+    const Tensor& t = p.graph.tensors[p.groups[step.items[0].id].tensor];
+    bucket.items.push_back(step.items[0]);
+    bytes += numel(t.shape) * t.element_bytes;
+    if (bytes >= bucket_bytes) flush();
+  }
+  flush();
+  return out;
+}
+
+// Neighbouring fills among the same ranks travel together.
+std::vector<Step> merged(const Program& p, const std::vector<Step>& steps) {
+  std::vector<Step> out;
+  std::vector<int> last;
+  for (const Step& step : steps) {
+    if (step.kind != StepKind::kFill && step.kind != StepKind::kRefill) {
+      last.clear();
+      out.push_back(step);
+      continue;
+    }
+    const auto pieces = item_pieces(p, step.kind, step.items[0]);
+    const std::vector<int> ranks = item_movement(p, step.kind, step.items[0], pieces).ranks;
+    if (!ranks.empty() && ranks == last && out.back().kind == step.kind) {
+      out.back().items.insert(out.back().items.end(), step.items.begin(), step.items.end());
+    } else {
+      out.push_back(step);
+      last = ranks;
+    }
+  }
+  return out;
+}
+
+// Inserts, before the first backward step that reads a copy kept for use only, the step that gathers it again.
+std::vector<Step> with_refills(const Program& p, const std::vector<Step>& steps) {
+  std::map<std::pair<int, int>, std::vector<StepItem>> wanted;  // (node, chunk) -> items
+  std::set<std::pair<int, int>> done;
+  std::map<NodeId, std::vector<std::pair<int, const Use*>>> reads;
+  for (size_t g = 0; g < p.groups.size(); ++g) {
+    if (p.groups[g].keep != Keep::kUse) continue;
+    for (const Use& u : p.groups[g].uses) reads[u.node].emplace_back(static_cast<int>(g), &u);
+  }
+  std::vector<Step> out;
+  for (const Step& step : steps) {
+    if (step.kind == StepKind::kComputeBackward) {
+      const auto [node, chunk] = step.items[0];
+      const int chunks = p.tilings[node].chunks();
+      for (const auto& [g, use] : reads[node]) {
+        for (size_t i = 0; i < use->coord_of.size(); ++i) {
+          if (static_cast<int>(i) % chunks != chunk || use->coord_of[i] < 0) continue;
+          const StepItem item{g, p.groups[g].copies.coords[use->coord_of[i]].chunk};
+          if (done.insert({item.id, item.chunk}).second && crosses(p, StepKind::kRefill, item)) out.push_back({StepKind::kRefill, {item}});
+        }
+      }
+    }
+    out.push_back(step);
+  }
+  return out;
+}
+
+void order_steps(Program& p, const Strategy& strategy) {
+  TaskBuilder b{.p = p};
+  b.build_forward();
+  b.build_backward();
+  std::vector<Step> steps;
+  if (!p.interleaved) {
+    const std::vector<int> forward = sort_by_priority(b.forward);
+    std::vector<int64_t> position(b.forward.size());
+    for (size_t i = 0; i < forward.size(); ++i) position[forward[i]] = static_cast<int64_t>(i);
+    // Backward is the forward order reversed, as far as dependencies leave a choice.
+    for (const auto& [key, task] : b.compute_back) b.backward[task].rank = -2 * position[b.compute.at(key)];
+    for (const auto& [key, task] : b.grad_fill) {
+      const NodeId producer = p.graph.tensors[p.groups[key.first].tensor].producer;
+      const auto made = b.compute.find({producer, key.second});
+      b.backward[task].rank = made == b.compute.end() ? -(1 << 30) : -2 * position[made->second] - 1;
+    }
+    for (int i : forward) steps.push_back(b.forward[i].step);
+    std::vector<Step> back;
+    for (int i : sort_by_priority(b.backward)) back.push_back(b.backward[i].step);
+    steps = merged(p, steps);
+    for (Step& s : bucketed(p, with_refills(p, back), strategy.bucket_bytes)) steps.push_back(std::move(s));
+  } else {
+    std::vector<Task> all = b.forward;
+    const int offset = static_cast<int>(all.size());
+    for (Task t : b.backward) {
+      for (int& a : t.after) a += offset;
+      all.push_back(std::move(t));
+    }
+    for (const auto& [key, task] : b.compute_back) {
+      const auto [node, chunk] = key;
+      Task& t = all[offset + task];
+      t.after.push_back(b.compute.at(key));
+      t.phase = b.forward[b.compute.at(key)].phase;
+      t.rank = -b.forward[b.compute.at(key)].rank;
+      // No more chunks in flight than devices: the memory of 1F1B.
+      const auto later = b.compute.find({node, chunk + p.world_size});
+      if (later != b.compute.end()) all[later->second].after.push_back(offset + task);
+    }
+    for (int i : sort_interleaved(all, p.world_size)) steps.push_back(all[i].step);
+    steps = bucketed(p, with_refills(p, steps), strategy.bucket_bytes);
+  }
+  p.steps = std::move(steps);
+}
+
+}  // namespace
+
+Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& rows) {
+  if (static_cast<int>(rows.size()) != strategy.world_size) {
+    user_error("[lower] {} processes feed rows, the plan is for {} devices", rows.size(), strategy.world_size);
+  }
+  Resolved r = resolve(graph, strategy, rows);
+  Program p{.graph = std::move(r.graph), .world_size = strategy.world_size, .rows = rows, .interleaved = strategy.order == Order::kInterleaved,
+            .rules = std::move(r.rules), .tilings = std::move(r.tilings), .fed = std::move(r.fed)};
+  for (const Node& n : p.graph.nodes) {
+    bool grad = false;
+    for (size_t i = 0; i < n.outputs.size(); ++i) grad = grad || (p.graph.tensors[n.outputs[i]].requires_grad && p.rules[n.id].results[i].differentiable);
+    p.differentiable.push_back(n.kind == NodeKind::kOp && grad);
+  }
+  build_layouts(p, strategy);
+  check_partials(p);
+  if (p.interleaved) {
+    int scalars = 0;
+    for (const Node& n : p.graph.nodes) {
+      if (n.kind != NodeKind::kReturn || n.target == "buffer_write" || !p.graph.input(n, 0).requires_grad) continue;
+      ++scalars;
+      if (numel(p.graph.input(n, 0).shape) != 1) user_error("[plan] order 1f1b needs the loss inside: output {} has {} elements", n.name, numel(p.graph.input(n, 0).shape));
+    }
+    if (scalars != 1) user_error("[plan] order 1f1b needs exactly one scalar output with a gradient, there are {}", scalars);
+  }
+  order_steps(p, strategy);
+  return p;
+}
+
+std::vector<Piece> item_pieces(const Program& p, StepKind kind, const StepItem& item) {
+  const CopyGroup& g = p.groups.at(item.id);
+  if (kind == StepKind::kGradFill) return grad_pieces(p.tiles[g.tensor], g.copies, item.chunk);
+  SOAP_CHECK(kind == StepKind::kFill || kind == StepKind::kRefill, "[program] step {} moves nothing", to_string(kind));
+  return fill_pieces(p.tiles[g.tensor], g.copies, item.chunk);
+}
+
+Movement item_movement(const Program& p, StepKind kind, const StepItem& item, const std::vector<Piece>& pieces) {
+  const CopyGroup& g = p.groups.at(item.id);
+  if (kind == StepKind::kGradFill) return recognise(pieces, g.copies, p.tiles[g.tensor], Reduce::kSum);
+  return recognise(pieces, p.tiles[g.tensor], g.copies, p.tiles[g.tensor].partial);
+}
+
+std::string_view to_string(StepKind kind) {
+  switch (kind) {
+    case StepKind::kFill: return "fill";
+    case StepKind::kCompute: return "compute";
+    case StepKind::kGradFill: return "grad_fill";
+    case StepKind::kComputeBackward: return "compute_backward";
+    case StepKind::kRefill: return "refill";
+  }
+  return "?";
+}
+
+std::string to_string(const Program& p) {
+  std::string out;
+  for (const Node& n : p.graph.nodes) {
+    const Tiling& t = p.tilings[n.id];
+    out += fmt::format("{}  {}", n.name, to_string(p.rules[n.id]));
+    for (const FactorParts& c : t.cuts) {
+      out += fmt::format("  {}=", p.rules[n.id].factors[c.factor].name);
+      for (const auto& tile : c.parts) {
+        out += "{";
+        for (size_t i = 0; i < tile.size(); ++i) out += (i ? ";" : "") + to_string(tile[i]);
+        out += "}";
+      }
+    }
+    out += fmt::format(" x{} @ [{}]\n", t.replicas, fmt::join(t.devices, ","));
+  }
+  for (size_t i = 0; i < p.steps.size(); ++i) {
+    const Step& s = p.steps[i];
+    out += fmt::format("{:4} {}", i, to_string(s.kind));
+    for (const StepItem& item : s.items) {
+      if (s.kind == StepKind::kCompute || s.kind == StepKind::kComputeBackward) {
+        out += fmt::format(" {}#{}", p.graph.nodes[item.id].name, item.chunk);
+      } else {
+        const auto pieces = item_pieces(p, s.kind, item);
+        const Movement m = item_movement(p, s.kind, item, pieces);
+        const char* how = m.pattern == Pattern::kLocal ? "local" : m.pattern == Pattern::kAllReduce ? "all_reduce" : "exchange";
+        out += fmt::format(" {}#{}:{}({})", p.graph.nodes[p.graph.tensors[p.groups[item.id].tensor].producer].name, item.chunk, how, m.elements);
+      }
+    }
+    out += "\n";
+  }
+  return out;
+}
+
+}  // namespace soap

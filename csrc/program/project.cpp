@@ -1,0 +1,371 @@
+#include "program/project.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "base/error.h"
+#include "fmt/ranges.h"
+
+namespace soap {
+namespace {
+
+bool holds(const Coord& c, int rank) { return std::count(c.devices.begin(), c.devices.end(), rank) > 0; }
+
+struct Projector {
+  const Program& p;
+  RankProgram out;
+  std::map<std::pair<TensorId, int>, int> tile_values;  // (tensor, coord)
+  std::map<std::pair<int, int>, int> copy_values;       // (group, coord)
+  std::vector<char> transparent;                        // groups whose copies here are tiles here
+
+  int rank() const { return out.rank; }
+
+  void make_values() {
+    for (const Tensor& t : p.graph.tensors) {
+      const Sharding& s = p.tiles[t.id];
+      for (size_t k = 0; k < s.coords.size(); ++k) {
+        if (!holds(s.coords[k], rank())) continue;
+        tile_values[{t.id, static_cast<int>(k)}] = static_cast<int>(out.values.size());
+        out.values.push_back({.tensor = t.id, .box = s.coords[k].box, .coord = static_cast<int>(k), .grad = t.requires_grad});
+      }
+    }
+    transparent.resize(p.groups.size());
+    for (size_t g = 0; g < p.groups.size(); ++g) {
+      const CopyGroup& group = p.groups[g];
+      const auto alias = aliases(group);
+      transparent[g] = alias.has_value();
+      for (size_t j = 0; j < group.copies.coords.size(); ++j) {
+        const Coord& c = group.copies.coords[j];
+        if (!holds(c, rank())) continue;
+        if (alias) {
+          copy_values[{static_cast<int>(g), static_cast<int>(j)}] = tile_values.at({group.tensor, alias->at(static_cast<int>(j))});
+          continue;
+        }
+        copy_values[{static_cast<int>(g), static_cast<int>(j)}] = static_cast<int>(out.values.size());
+        out.values.push_back({.tensor = group.tensor, .box = c.box, .group = static_cast<int>(g), .coord = static_cast<int>(j), .grad = group.grad});
+      }
+    }
+  }
+
+  // Copy coord -> tile coord when every copy here is one whole tile here and no tile here gets gradients from elsewhere.
+  std::optional<std::map<int, int>> aliases(const CopyGroup& group) const {
+    const Sharding& tiles = p.tiles[group.tensor];
+    std::map<int, int> alias;
+    std::set<int> used;
+    for (size_t j = 0; j < group.copies.coords.size(); ++j) {
+      const Coord& c = group.copies.coords[j];
+      if (!holds(c, rank())) continue;
+      int found = -1, overlaps = 0;
+      for (size_t k = 0; k < tiles.coords.size(); ++k) {
+        if (volume(c.box) > 0 && volume(intersect(tiles.coords[k].box, c.box)) == 0) continue;
+        if (volume(c.box) == 0 && tiles.coords[k].box != c.box) continue;
+        ++overlaps;
+        if (tiles.coords[k].box == c.box && holds(tiles.coords[k], rank())) found = static_cast<int>(k);
+      }
+      if (found < 0 || (volume(c.box) > 0 && overlaps != 1) || !used.insert(found).second) return std::nullopt;
+      alias[static_cast<int>(j)] = found;
+    }
+    if (!group.grad) return alias;
+    std::set<int> chunks;
+    for (const Coord& c : tiles.coords) chunks.insert(c.chunk);
+    for (int chunk : chunks) {
+      std::map<int, int> arrivals;
+      for (const Piece& x : grad_pieces(tiles, group.copies, chunk)) {
+        if (x.to == rank()) {
+          ++arrivals[x.dst];
+          if (x.from != rank()) return std::nullopt;
+        }
+      }
+      for (const auto& [tile, n] : arrivals) {
+        if (n > 1 || !used.count(tile)) return std::nullopt;
+      }
+    }
+    // A parameter's gradient is the Parameter's own: it is brought there by a grad fill, transparent or not.
+    return alias;
+  }
+
+  // The part of one item that concerns this rank.
+  Transfer transfer(StepKind kind, const StepItem& item) const {
+    const CopyGroup& g = p.groups[item.id];
+    const bool back = kind == StepKind::kGradFill;
+    const auto pieces = item_pieces(p, kind, item);
+    const Movement m = item_movement(p, kind, item, pieces);
+    const Sharding &from = back ? g.copies : p.tiles[g.tensor], &to = back ? p.tiles[g.tensor] : g.copies;
+    Transfer t{.item = item, .pattern = m.pattern, .reduce = back ? Reduce::kSum : from.partial, .ranks = m.ranks, .elements = m.elements};
+    const auto value = [&](bool copy, int coord) {
+      return copy ? copy_values.at({item.id, coord}) : tile_values.at({g.tensor, coord});
+    };
+    std::set<int> results;
+    for (const Piece& x : pieces) {
+      if (x.from != rank() && x.to != rank()) continue;
+      Move move{.elements = volume(x.box)};
+      if (x.from == rank()) {
+        move.src = value(back, x.src);
+        move.src_box = positions(x.box, from.coords[x.src].box);
+      }
+      if (x.to == rank()) {
+        move.dst = value(!back, x.dst);
+        move.dst_box = positions(x.box, to.coords[x.dst].box);
+        results.insert(move.dst);
+      }
+      move.send = x.to != rank();
+      move.peer = move.send ? x.to : x.from == rank() ? -1 : x.from;
+      t.moves.push_back(std::move(move));
+    }
+    // Copies that nothing reaches (empty boxes) are completed here too.
+    if (!back) {
+      for (size_t j = 0; j < g.copies.coords.size(); ++j) {
+        const auto it = copy_values.find({item.id, static_cast<int>(j)});
+        if (it != copy_values.end() && g.copies.coords[j].chunk == item.chunk && !transparent[item.id]) results.insert(it->second);
+      }
+    }
+    t.results.assign(results.begin(), results.end());
+    return t;
+  }
+
+  Instruction movement(int step) const {
+    static const std::map<StepKind, InstructionKind> kinds{{StepKind::kFill, InstructionKind::kFill}, {StepKind::kGradFill, InstructionKind::kGradFill}, {StepKind::kRefill, InstructionKind::kRefill}};
+    Instruction out{.kind = kinds.at(p.steps[step].kind), .step = step};
+    std::set<int> ranks;
+    for (const StepItem& item : p.steps[step].items) {
+      Transfer t = transfer(p.steps[step].kind, item);
+      if (transparent[item.id]) {
+        // The local ends are one value: only what goes to other ranks remains.
+        std::erase_if(t.moves, [](const Move& m) { return m.peer < 0; });
+        t.results.clear();
+      }
+      const bool takes_part = t.pattern != Pattern::kLocal && std::count(t.ranks.begin(), t.ranks.end(), rank());
+      if (!takes_part && t.moves.empty() && t.results.empty()) continue;
+      if (t.pattern == Pattern::kExchange) ranks.insert(t.ranks.begin(), t.ranks.end());
+      out.transfers.push_back(std::move(t));
+    }
+    if (ranks.count(rank())) out.ranks.assign(ranks.begin(), ranks.end());
+    return out;
+  }
+
+  std::vector<ComputeItem> compute_items(NodeId node, int chunk) const {
+    std::vector<ComputeItem> items;
+    const Tiling& tiling = p.tilings[node];
+    const Node& n = p.graph.nodes[node];
+    const int chunks = tiling.chunks();
+    for (int tile = 0; tile < tiling.tiles(); ++tile) {
+      const auto devices = tiling.devices_of(tile);
+      if (!std::count(devices.begin(), devices.end(), rank())) continue;
+      ComputeItem item{.node = node, .tile = tile, .chunk = chunk, .sets = factor_sets(p.rules[node], tiling, tile, chunk)};
+      item.empty = std::any_of(item.sets.begin(), item.sets.end(), [](const IndexSet& s) { return s.empty(); });
+      const int coord = tile * chunks + chunk;
+      for (size_t i = 0; i < n.inputs.size(); ++i) {
+        const auto [g, use] = reads.at({node, static_cast<int>(i)});
+        const int copy = use->coord_of[coord];
+        item.operands.push_back(copy < 0 ? -1 : copy_values.at({g, copy}));
+      }
+      for (TensorId t : n.outputs) item.results.push_back(tile_values.at({t, coord}));
+      items.push_back(std::move(item));
+    }
+    return items;
+  }
+
+  std::map<std::pair<NodeId, int>, std::pair<int, const Use*>> reads;
+
+  // A compute step in the rank's order, with its place forward and backward.
+  struct Event {
+    std::vector<ComputeItem> items;
+    bool replicated = false;
+    std::vector<int> devices;
+    int forward = -1, backward = -1;  // index in `sequence`
+    int step = -1, back_step = -1;
+    bool differentiable = false;
+    int segment = -1;
+  };
+
+  void make_instructions() {
+    // The rank's own sequence: compute events and movements that concern it.
+    struct Entry {
+      int event = -1;  // or a movement
+      bool backward = false;
+      Instruction movement;
+    };
+    std::vector<Entry> sequence;
+    std::vector<Event> events;
+    std::map<std::pair<NodeId, int>, int> event_of;
+    for (size_t s = 0; s < p.steps.size(); ++s) {
+      const Step& step = p.steps[s];
+      if (step.kind == StepKind::kCompute) {
+        const auto [node, chunk] = step.items[0];
+        Event e{.items = compute_items(node, chunk), .replicated = p.tilings[node].replicas > 1, .devices = p.tilings[node].devices, .step = static_cast<int>(s), .differentiable = p.differentiable[node] != 0};
+        if (e.items.empty()) continue;
+        e.forward = static_cast<int>(sequence.size());
+        event_of[{node, chunk}] = static_cast<int>(events.size());
+        sequence.push_back({.event = static_cast<int>(events.size())});
+        events.push_back(std::move(e));
+      } else if (step.kind == StepKind::kComputeBackward) {
+        const auto it = event_of.find({step.items[0].id, step.items[0].chunk});
+        if (it == event_of.end()) continue;
+        events[it->second].backward = static_cast<int>(sequence.size());
+        events[it->second].back_step = static_cast<int>(s);
+        sequence.push_back({.event = it->second, .backward = true});
+      } else {
+        Instruction m = movement(static_cast<int>(s));
+        if (!m.transfers.empty()) sequence.push_back({.movement = std::move(m)});
+      }
+    }
+    // Join neighbours.
+    const auto joins = [&](const Event& a, const Event& b) {
+      if (a.replicated != b.replicated || a.differentiable != b.differentiable) return false;
+      if (b.forward != a.forward + 1) return false;
+      if (a.differentiable && a.backward != b.backward + 1) return false;
+      if (!a.replicated) return true;
+      return a.devices == b.devices && b.step == a.step + 1 && (!a.differentiable || a.back_step == b.back_step + 1);
+    };
+    for (size_t e = 0; e < events.size(); ++e) {
+      if (e > 0 && joins(events[e - 1], events[e])) {
+        events[e].segment = events[e - 1].segment;
+      } else {
+        events[e].segment = static_cast<int>(out.segments.size());
+        out.segments.push_back({.differentiable = events[e].differentiable});
+      }
+      auto& items = out.segments[events[e].segment].items;
+      for (ComputeItem& item : events[e].items) items.push_back(std::move(item));
+    }
+    std::vector<char> ran(out.segments.size()), ran_back(out.segments.size());
+    for (Entry& entry : sequence) {
+      if (entry.event < 0) {
+        out.instructions.push_back(std::move(entry.movement));
+        continue;
+      }
+      const Event& e = events[entry.event];
+      auto& done = entry.backward ? ran_back : ran;
+      if (done[e.segment]) continue;
+      done[e.segment] = 1;
+      out.instructions.push_back({.kind = entry.backward ? InstructionKind::kSegmentBackward : InstructionKind::kSegment,
+                                  .step = entry.backward ? e.back_step : e.step,
+                                  .segment = e.segment});
+    }
+  }
+
+  // Inputs and outputs of segments: what crosses their border.
+  void connect() {
+    std::vector<std::set<int>> made(out.segments.size());
+    std::set<int> moved;
+    std::map<int, std::set<int>> readers;  // value -> segments
+    for (size_t s = 0; s < out.segments.size(); ++s) {
+      for (const ComputeItem& item : out.segments[s].items) {
+        made[s].insert(item.results.begin(), item.results.end());
+        for (int v : item.operands) {
+          if (v >= 0) readers[v].insert(static_cast<int>(s));
+        }
+      }
+    }
+    for (const Instruction& i : out.instructions) {
+      for (const Transfer& t : i.transfers) {
+        for (const Move& m : t.moves) {
+          if (m.src >= 0 && i.kind != InstructionKind::kGradFill) moved.insert(m.src);
+        }
+      }
+    }
+    for (int v : out.returns) moved.insert(v);
+    for (size_t s = 0; s < out.segments.size(); ++s) {
+      Segment& seg = out.segments[s];
+      std::set<int> inputs;
+      for (const ComputeItem& item : seg.items) {
+        for (int v : item.operands) {
+          if (v >= 0 && !made[s].count(v)) inputs.insert(v);
+        }
+      }
+      seg.inputs.assign(inputs.begin(), inputs.end());
+      for (int v : made[s]) {
+        const auto it = readers.find(v);
+        const bool outside = moved.count(v) || (it != readers.end() && std::any_of(it->second.begin(), it->second.end(), [&](int r) { return r != static_cast<int>(s); }));
+        if (outside) seg.outputs.push_back(v);
+      }
+    }
+    // Last uses.
+    std::map<int, size_t> last;
+    for (size_t i = 0; i < out.instructions.size(); ++i) {
+      const Instruction& in = out.instructions[i];
+      if (in.kind == InstructionKind::kSegment) {
+        for (int v : out.segments[in.segment].inputs) last[v] = i;
+        for (int v : out.segments[in.segment].outputs) last[v] = std::max(last[v], i);
+      } else if (in.kind == InstructionKind::kFill || in.kind == InstructionKind::kRefill) {
+        for (const Transfer& t : in.transfers) {
+          for (const Move& m : t.moves) {
+            if (m.src >= 0) last[m.src] = i;
+            if (m.dst >= 0) last[m.dst] = std::max(last[m.dst], i);
+          }
+        }
+      }
+    }
+    const std::set<int> returned(out.returns.begin(), out.returns.end()), stored(out.params.begin(), out.params.end());
+    for (const auto& [v, i] : last) {
+      if (!returned.count(v) && !stored.count(v)) out.instructions[i].frees.push_back(v);
+    }
+  }
+
+  void run() {
+    for (size_t g = 0; g < p.groups.size(); ++g) {
+      for (const Use& u : p.groups[g].uses) reads[{u.node, u.operand}] = {static_cast<int>(g), &u};
+    }
+    make_values();
+    out.params.assign(p.graph.nodes.size(), -1);
+    out.returns.assign(p.graph.nodes.size(), -1);
+    for (const Node& n : p.graph.nodes) {
+      if (n.kind == NodeKind::kReturn) {
+        const auto [g, use] = reads.at({n.id, 0});
+        for (int coord : use->coord_of) {
+          const auto it = copy_values.find({g, coord});
+          if (it != copy_values.end()) out.returns[n.id] = it->second;
+        }
+      } else if (n.kind != NodeKind::kOp) {
+        for (size_t k = 0; k < p.tiles[n.outputs[0]].coords.size(); ++k) {
+          const auto it = tile_values.find({n.outputs[0], static_cast<int>(k)});
+          if (it != tile_values.end()) out.params[n.id] = it->second;
+        }
+      }
+    }
+    make_instructions();
+    connect();
+  }
+};
+
+}  // namespace
+
+RankProgram project(const Program& program, int rank) {
+  SOAP_CHECK(rank >= 0 && rank < program.world_size, "[project] rank {} of {}", rank, program.world_size);
+  Projector projector{.p = program};
+  projector.out.rank = rank;
+  projector.run();
+  return std::move(projector.out);
+}
+
+std::string to_string(const Program& p, const RankProgram& r) {
+  const auto name = [&](int v) {
+    if (v < 0) return std::string("-");
+    const LocalValue& value = r.values[v];
+    const std::string& producer = p.graph.nodes[p.graph.tensors[value.tensor].producer].name;
+    return value.group < 0 ? fmt::format("{}.{}", producer, value.coord) : fmt::format("{}>{}.{}", producer, value.group, value.coord);
+  };
+  std::string out = fmt::format("rank {}\n", r.rank);
+  for (const Instruction& i : r.instructions) {
+    switch (i.kind) {
+      case InstructionKind::kSegment:
+        out += fmt::format("  segment {}:", i.segment);
+        for (const ComputeItem& item : r.segments[i.segment].items) out += fmt::format(" {}#{}.{}{}", p.graph.nodes[item.node].name, item.chunk, item.tile, item.empty ? "(empty)" : "");
+        break;
+      case InstructionKind::kSegmentBackward: out += fmt::format("  backward {}", i.segment); break;
+      default:
+        out += fmt::format("  {}:", i.kind == InstructionKind::kFill ? "fill" : i.kind == InstructionKind::kRefill ? "refill" : "grad_fill");
+        for (const Transfer& t : i.transfers) {
+          out += t.pattern == Pattern::kAllReduce ? fmt::format(" all_reduce[{}]({})", fmt::join(t.ranks, ","), t.elements) : "";
+          for (const Move& m : t.moves) {
+            if (t.pattern == Pattern::kAllReduce && m.peer >= 0) continue;
+            out += m.send ? fmt::format(" {}->@{}", name(m.src), m.peer) : m.peer >= 0 ? fmt::format(" @{}->{}", m.peer, name(m.dst)) : fmt::format(" {}->{}", name(m.src), name(m.dst));
+          }
+        }
+    }
+    out += "\n";
+  }
+  return out;
+}
+
+}  // namespace soap

@@ -1,0 +1,62 @@
+// Strategy: a configuration for each node. The text that a person writes for it is in plan/plan_text.h (docs/plan-format.md).
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace soap {
+
+// How one factor is cut in space (tiles, on devices) and in time (chunks, one after another on the same device).
+// Tiles first, each tile then split into chunks: `n=2x3t` is tiles {0..2}, {3..5} of six even parts.
+struct Cut {
+  int tiles = 1;
+  int chunks = 1;
+  // Cut points of the tiles, tiles + 1 values from 0 to the size they were written for; rescaled at another size. Empty: even parts.
+  std::vector<int64_t> bounds;
+  // The tiles are the processes, each with the rows that it feeds. `tiles` is the world size.
+  bool fed = false;
+  // Tile t of T takes parts t and 2T-1-t of 2T: balances causal attention.
+  bool zigzag = false;
+  // {outer, middle, inner}: the factor is read in mixed radix and the middle digit is cut. Empty: the factor itself.
+  std::vector<int64_t> radix;
+  bool operator==(const Cut&) const = default;
+};
+
+struct FactorCut {
+  std::string factor;
+  Cut cut;
+  bool operator==(const FactorCut&) const = default;
+};
+
+// How long a gathered copy of a parameter lives.
+enum class Keep { kUntilBackward, kUse, kUntilStep };
+
+struct OpConfig {
+  std::vector<FactorCut> cuts;
+  // Device of (tile, replica), row-major with the tiles of cuts[0] slowest and replicas fastest. Empty: 0, 1, 2, ...
+  std::vector<int> devices;
+  int replicas = 1;
+  Keep keep = Keep::kUntilBackward;  // parameters
+  bool operator==(const OpConfig&) const = default;
+
+  int num_tiles() const;
+  int num_chunks() const;
+};
+
+enum class Order {
+  kForwardThenBackward,  // GPipe: every forward chunk, then every backward chunk
+  kInterleaved,          // 1F1B: a chunk's backward as soon as it can; needs the loss inside
+};
+
+// Nodes without an entry follow the producer of their main operand; parameters are stored where they are used.
+struct Strategy {
+  int world_size = 1;
+  std::map<std::string, OpConfig, std::less<>> nodes;
+  Order order = Order::kForwardThenBackward;
+  int64_t bucket_bytes = 25 << 20;  // gradients of parameters travel together up to this size
+  bool operator==(const Strategy&) const = default;
+};
+
+}  // namespace soap

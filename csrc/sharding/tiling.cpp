@@ -1,0 +1,260 @@
+#include "sharding/tiling.h"
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+
+#include "base/error.h"
+#include "fmt/ranges.h"
+
+namespace soap {
+
+int OpConfig::num_tiles() const {
+  int n = 1;
+  for (const FactorCut& c : cuts) n *= c.cut.tiles;
+  return n;
+}
+
+int OpConfig::num_chunks() const {
+  int n = 1;
+  for (const FactorCut& c : cuts) n *= c.cut.chunks;
+  return n;
+}
+
+int Tiling::tiles() const {
+  int n = 1;
+  for (const FactorParts& c : cuts) n *= c.tiles();
+  return n;
+}
+
+int Tiling::chunks() const {
+  int n = 1;
+  for (const FactorParts& c : cuts) n *= c.chunks();
+  return n;
+}
+
+const IndexSet* Tiling::part(int factor, int tile, int chunk) const {
+  for (auto c = cuts.rbegin(); c != cuts.rend(); ++c) {
+    if (c->factor == factor) return &c->parts[tile % c->tiles()][chunk % c->chunks()];
+    tile /= c->tiles();
+    chunk /= c->chunks();
+  }
+  return nullptr;
+}
+
+std::vector<IndexSet> factor_sets(const Rule& rule, const Tiling& tiling, int tile, int chunk) {
+  std::vector<IndexSet> sets;
+  for (size_t f = 0; f < rule.factors.size(); ++f) {
+    const IndexSet* part = tiling.part(static_cast<int>(f), tile, chunk);
+    sets.push_back(part ? *part : IndexSet::all(rule.factors[f].size));
+  }
+  return sets;
+}
+
+Box box_of(const std::vector<DimExpr>& dims, const Rule& rule, const std::vector<int64_t>& shape, const std::vector<IndexSet>& sets) {
+  Box box;
+  for (size_t d = 0; d < dims.size(); ++d) {
+    const auto& factors = dims[d].factors;
+    if (factors.empty()) {
+      box.push_back(IndexSet::all(shape[d]));
+    } else if (dims[d].map) {
+      box.push_back(apply(*dims[d].map, sets[factors[0]], shape[d]));
+    } else {
+      IndexSet set = sets[factors[0]];
+      for (size_t i = 1; i < factors.size(); ++i) set = product(set, sets[factors[i]], rule.factors[factors[i]].size);
+      box.push_back(std::move(set));
+    }
+  }
+  return box;
+}
+
+Sharding result_sharding(const Rule& rule, const Tiling& tiling, int result, const std::vector<int64_t>& shape) {
+  const Result& r = rule.results[result];
+  Sharding out{.partial = r.reduce};
+  for (int tile = 0; tile < tiling.tiles(); ++tile) {
+    const auto devices = tiling.devices_of(tile);
+    for (int chunk = 0; chunk < tiling.chunks(); ++chunk) {
+      out.coords.push_back({.box = box_of(r.dims, rule, shape, factor_sets(rule, tiling, tile, chunk)),
+                            .chunk = chunk,
+                            .devices = {devices.begin(), devices.end()}});
+    }
+  }
+  // A result that no cut makes partial is complete whatever its rule could sum.
+  const bool cut_missing = std::any_of(tiling.cuts.begin(), tiling.cuts.end(), [&](const FactorParts& c) {
+    if (c.tiles() * c.chunks() == 1) return false;
+    return std::none_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), c.factor) > 0; });
+  });
+  if (!cut_missing) out.partial = Reduce::kNone;
+  return out;
+}
+
+OperandCopies operand_copies(const Rule& rule, const Tiling& tiling, int operand, const std::vector<int64_t>& shape) {
+  const Operand& o = rule.operands[operand];
+  OperandCopies out;
+  std::map<std::pair<Box, std::vector<int>>, int> seen;
+  const int chunks = tiling.chunks();
+  out.coord_of.resize(size_t(tiling.tiles()) * chunks, -1);
+  for (int chunk = 0; chunk < chunks; ++chunk) {  // chunk-major, so that a shared copy is tagged with the first chunk that needs it
+    for (int tile = 0; tile < tiling.tiles(); ++tile) {
+      const std::vector<IndexSet> sets = factor_sets(rule, tiling, tile, chunk);
+      const bool here = std::all_of(o.anchors.begin(), o.anchors.end(), [&](int f) { return sets[f].contains(0); });
+      if (!here) continue;
+      const auto devices = tiling.devices_of(tile);
+      std::pair<Box, std::vector<int>> key{box_of(o.dims, rule, shape, sets), {devices.begin(), devices.end()}};
+      const auto [it, fresh] = seen.emplace(key, static_cast<int>(out.sharding.coords.size()));
+      if (fresh) out.sharding.coords.push_back({.box = key.first, .chunk = chunk, .devices = key.second});
+      out.coord_of[size_t(tile) * chunks + chunk] = it->second;
+    }
+  }
+  return out;
+}
+
+namespace {
+
+std::string legal_factors(const Rule& rule) {
+  std::vector<std::string> names;
+  for (const Factor& f : rule.factors) {
+    if (f.cut != Cuttable::kWhole) names.push_back(fmt::format("{} ({}, size {}{})", f.name, to_string(f.kind), f.size, f.unit > 1 ? fmt::format(", in multiples of {}", f.unit) : ""));
+  }
+  return names.empty() ? "none: it can only be placed or replicated" : fmt::format("{}", fmt::join(names, ", "));
+}
+
+// Cut points of `tiles` parts of [0, size), on multiples of unit.
+std::vector<int64_t> cut_points(const Node& node, const Factor& factor, const Cut& cut, int64_t size, int64_t unit) {
+  std::vector<int64_t> points;
+  if (cut.bounds.empty()) {
+    const int64_t units = size / unit;
+    for (int t = 0; t <= cut.tiles; ++t) points.push_back(units * t / cut.tiles * unit);
+    points.back() = size;
+    return points;
+  }
+  const int64_t reference = cut.bounds.back();
+  if (static_cast<int>(cut.bounds.size()) != cut.tiles + 1 || cut.bounds.front() != 0 || !std::is_sorted(cut.bounds.begin(), cut.bounds.end()) || reference <= 0) {
+    user_error("[plan] {}: {}=[{}] must rise from 0 to the factor's size {}", node.name, factor.name, fmt::join(cut.bounds, ","), size);
+  }
+  for (int64_t b : cut.bounds) {
+    const int64_t point = reference == size ? b : (b * size + reference / 2) / reference / unit * unit;
+    if (point % unit != 0) {
+      user_error("[plan] {}: {}=[{}] must cut at multiples of {}", node.name, factor.name, fmt::join(cut.bounds, ","), unit);
+    }
+    points.push_back(point);
+  }
+  points.back() = size;
+  return points;
+}
+
+FactorParts make_parts(const Node& node, const Rule& rule, const FactorCut& fc, const std::optional<FedFactor>& fed) {
+  const int f = rule.factor(fc.factor);
+  const Cut& cut = fc.cut;
+  if (f < 0 && !(cut.fed && fed)) {
+    user_error("[plan] {} ({}): no factor \"{}\"; it has {}", node.name, node.target, fc.factor, legal_factors(rule));
+  }
+  if (cut.tiles < 1 || cut.chunks < 1) user_error("[plan] {}: {}={}x{}t must be positive", node.name, fc.factor, cut.tiles, cut.chunks);
+  FactorParts out{.factor = cut.fed && fed ? fed->factor : f};
+  std::vector<IndexSet> tiles;
+  if (cut.fed && fed) {
+    tiles = fed->parts;
+  } else {
+    const Factor& factor = rule.factors[f];
+    if (cut.fed) user_error("[plan] {}: {}=fed, but the rows that processes feed don't reach this factor", node.name, fc.factor);
+    if (factor.cut == Cuttable::kWhole && cut.tiles * cut.chunks > 1) {
+      user_error("[plan] {} ({}): {} can't be cut; it has {}", node.name, node.target, factor.name, legal_factors(rule));
+    }
+    int64_t outer = 1, middle = factor.size, inner = 1;
+    if (!cut.radix.empty()) {
+      if (cut.radix.size() != 3 || cut.radix[0] * cut.radix[1] * cut.radix[2] != factor.size) {
+        user_error("[plan] {}: {} has size {}, not {}", node.name, factor.name, factor.size, fmt::join(cut.radix, "*"));
+      }
+      outer = cut.radix[0], middle = cut.radix[1], inner = cut.radix[2];
+    }
+    const int64_t unit = cut.radix.empty() ? factor.unit : std::max<int64_t>(1, factor.unit / inner);
+    if (cut.zigzag) {
+      Cut halves = cut;
+      halves.tiles = 2 * cut.tiles;
+      const auto p = cut_points(node, factor, halves, middle, unit);
+      for (int t = 0; t < cut.tiles; ++t) {
+        const int u = 2 * cut.tiles - 1 - t;
+        tiles.push_back(unite(IndexSet::interval(p[t], p[t + 1]), IndexSet::interval(p[u], p[u + 1])));
+      }
+    } else {
+      const auto p = cut_points(node, factor, cut, middle, unit);
+      for (int t = 0; t < cut.tiles; ++t) tiles.push_back(IndexSet::interval(p[t], p[t + 1]));
+    }
+    for (IndexSet& t : tiles) t = product(product(IndexSet::all(outer), t, middle), IndexSet::all(inner), inner);
+    const bool intervals = std::all_of(tiles.begin(), tiles.end(), [](const IndexSet& t) { return t.is_interval(); });
+    if (factor.cut == Cuttable::kInterval && !intervals) {
+      user_error("[plan] {}: {} can only be cut into contiguous parts", node.name, factor.name);
+    }
+  }
+  const int64_t unit = rule.factors[out.factor].unit;
+  for (const IndexSet& tile : tiles) {
+    const int64_t units = tile.size() / unit;
+    std::vector<IndexSet> chunks;
+    for (int c = 0; c < cut.chunks; ++c) {
+      const int64_t begin = units * c / cut.chunks * unit;
+      const int64_t end = c + 1 == cut.chunks ? tile.size() : units * (c + 1) / cut.chunks * unit;
+      chunks.push_back(slice(tile, begin, end));
+    }
+    out.parts.push_back(std::move(chunks));
+  }
+  return out;
+}
+
+}  // namespace
+
+Tiling make_tiling(const Node& node, const Rule& rule, const OpConfig& config, const std::optional<FedFactor>& fed, int world_size) {
+  Tiling out;
+  out.replicas = config.replicas;
+  for (const FactorCut& fc : config.cuts) {
+    // "n=fed" where the processes' rows can't be seen (a weight, a constant) is the same on every process.
+    if (fc.cut.fed && !fed) {
+      out.replicas *= fc.cut.tiles;
+      continue;
+    }
+    FactorParts parts = make_parts(node, rule, fc, fed);
+    for (const FactorParts& other : out.cuts) {
+      if (other.factor == parts.factor) user_error("[plan] {}: factor {} is cut twice", node.name, fc.factor);
+    }
+    out.cuts.push_back(std::move(parts));
+  }
+  for (const auto& group : rule.exclusive) {
+    std::vector<std::string> cut;
+    for (const FactorParts& c : out.cuts) {
+      if (c.tiles() * c.chunks() > 1 && std::count(group.begin(), group.end(), c.factor)) cut.push_back(rule.factors[c.factor].name);
+    }
+    if (cut.size() > 1) user_error("[plan] {}: {} can't be cut together", node.name, fmt::join(cut, " and "));
+  }
+  for (const Result& r : rule.results) {
+    for (const FactorParts& c : out.cuts) {
+      const bool there = std::any_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), c.factor) > 0; });
+      if (!there && r.reduce == Reduce::kNone && c.tiles() * c.chunks() > 1 && rule.factors[c.factor].cut != Cuttable::kExpand) {
+        user_error("[plan] {}: {} can't be cut: a result lacks it and is no sum", node.name, rule.factors[c.factor].name);
+      }
+    }
+  }
+  const size_t grid = size_t(out.tiles()) * out.replicas;
+  out.devices = config.devices;
+  if (out.devices.empty()) {
+    if (static_cast<int>(grid) > world_size) {
+      user_error("[plan] {}: {} tiles x replicas on {} devices: name the devices (@ [...])", node.name, grid, world_size);
+    }
+    out.devices.resize(grid);
+    std::iota(out.devices.begin(), out.devices.end(), 0);
+  }
+  if (out.devices.size() != grid) {
+    user_error("[plan] {}: @ [{}] names {} devices, {} tiles x {} replicas need {}", node.name, fmt::join(out.devices, ","), out.devices.size(), out.tiles(), out.replicas, grid);
+  }
+  for (int d : out.devices) {
+    if (d < 0 || d >= world_size) user_error("[plan] {}: there is no device {}; devices are 0..{}", node.name, d, world_size - 1);
+  }
+  for (int t = 0; t < out.tiles(); ++t) {
+    std::vector<int> own(out.devices_of(t).begin(), out.devices_of(t).end());
+    std::sort(own.begin(), own.end());
+    if (std::adjacent_find(own.begin(), own.end()) != own.end()) {
+      user_error("[plan] {}: a tile has two replicas on one device in @ [{}]", node.name, fmt::join(out.devices, ","));
+    }
+  }
+  return out;
+}
+
+}  // namespace soap
