@@ -1,0 +1,17 @@
+#include "bindings/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include "plan/plan_text.h"
+
+namespace py = pybind11;
+
+namespace soap {
+
+void bind_plan(py::module_& m) {
+  m.def("parse_plan", &parse_plan, py::arg("graph"), py::arg("text"), py::arg("world_size"));
+  m.def("print_plan", &print_plan, py::arg("graph"), py::arg("strategy"));
+  m.def("print_config", &print_config, py::arg("config"));
+}
+
+}  // namespace soap

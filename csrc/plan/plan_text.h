@@ -1,0 +1,23 @@
+// The text of a plan: what a person writes and reads (docs/plan-format.md).
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "sharding/rule.h"
+#include "sharding/strategy.h"
+
+namespace soap {
+
+// Parses and checks a plan for this graph. Each node takes the first line whose pattern fits its name; nodes without a line follow their
+// producer. Throws std::invalid_argument with the line's number and text, the rule it breaks and what would be legal; nothing is half applied.
+Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size);
+
+// One line per configured node, in graph order; parse_plan gives the same strategy back.
+std::string print_plan(const OpGraph& graph, const Strategy& strategy);
+std::string print_config(const OpConfig& config);
+
+// `*` and `?` as in a shell.
+bool matches(std::string_view pattern, std::string_view name);
+
+}  // namespace soap

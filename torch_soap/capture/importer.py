@@ -1,0 +1,388 @@
+"""Import: an exported fx graph becomes a `Graph` at concrete input sizes.
+
+The fx graph is interpreted with fake tensors of the global shapes: symbolic sizes fold to ints, regions are inlined, in-place
+operators become functional ones, operators are brought into canonical form. No user code runs and nothing is exported again, so a new
+batch size costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from torch_soap.capture.canonical import INPLACE, REWRITES
+from torch_soap.capture.graph import Graph, Node, Ref, refs
+
+SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn"}
+
+# Elementwise operators that lack torch's tag (operators.md).
+POINTWISE = {
+    "__and__", "__or__", "__xor__", "multiply", "divide", "subtract", "floor_divide", "real", "imag", "log_sigmoid", "hardswish", "clone", "to",
+    "type_as", "_to_copy", "detach", "softplus", "logit", "masked_fill", "where", "true_divide", "not_equal", "greater", "less", "dropout_mask",
+    "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu",
+    "relu6", "mish", "hardtanh", "leaky_relu", "elu", "rrelu", "fill", "addcmul", "addcdiv", "lerp", "sigmoid", "tanh",
+}  # fmt: skip
+NOT_POINTWISE = {"bernoulli", "dropout", "rand_like", "randn_like", "randint_like", "native_dropout", "rrelu"}
+
+RANDOM = {
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "bernoulli", "rand", "randn", "randint", "rand_like",
+    "randn_like", "randint_like", "normal", "uniform", "multinomial", "rrelu", "randperm",
+}  # fmt: skip
+
+# Operators that carry no work of their own: a module with one other operator gives that one its name.
+LIGHT = {"view", "permute", "narrow", "expand", "to", "cat", "detach", "clone", "full", "arange", "slice", "lerp", "batch_norm_stats"}
+
+
+class CaptureError(RuntimeError):
+    """The graph can't be brought into functional form; the capture falls a rung."""
+
+
+def op_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
+    return getattr(target, "__name__", str(target)).rstrip("_")
+
+
+def is_random(name: str, args: dict[str, Any]) -> bool:
+    return name in RANDOM or (name == "scaled_dot_product_attention" and bool(args.get("dropout_p")))
+
+
+class Importer:
+    """Builds one Graph. Handles are FakeTensors; `ids` maps a handle to its value."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.graph = Graph()
+        self.mode = mode
+        self.ids: dict[int, int] = {}
+        self.keep: list[Any] = []  # handles stay alive so that their id() stays theirs
+        self.aliases: dict[int, set[int]] = defaultdict(set)  # value -> values that share its storage
+        self.stale: set[int] = set()
+        self.path = ""
+        self.source = ""
+        self.no_grad = False
+        self.autocast: tuple[str, torch.dtype, bool] | None = None
+        self.num_random = 0
+
+    # -- values ------------------------------------------------------------------------------------------------------
+    def bind(self, tensor: torch.Tensor) -> int:
+        value = self.graph.add_value(tensor)
+        self.ids[id(tensor)] = value
+        self.keep.append(tensor)
+        return value
+
+    def ref(self, item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            if id(item) not in self.ids:
+                raise CaptureError("a tensor constant that is neither a parameter nor a buffer")
+            value = self.ids[id(item)]
+            if value in self.stale:
+                raise CaptureError(f"{self.source or self.path}: a view of a tensor that was changed in place is used afterwards")
+            return Ref(value)
+        if isinstance(item, list | tuple):
+            return type(item)(self.ref(i) for i in item)
+        if isinstance(item, torch.SymInt):
+            return int(item)
+        if isinstance(item, torch.SymFloat):
+            return float(item)
+        return item
+
+    def source_node(self, kind: str, name: str, tensor: torch.Tensor, qualname: str, sample_dim: int | None = None) -> None:
+        value = self.bind(tensor)
+        self.graph.nodes.append(Node(name=name, kind=kind, outputs=(value,), qualname=qualname, sample_dim=sample_dim))
+
+    def return_node(self, name: str, tensor: torch.Tensor, qualname: str, target: str = "", sample_dim: int | None = None) -> None:
+        r = self.ref(tensor)
+        self.graph.nodes.append(
+            Node(name=name, kind="return", target=target, args=(r,), inputs=(r.value,), qualname=qualname, sample_dim=sample_dim)
+        )
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.set_grad_enabled(not self.no_grad))
+        if self.autocast is not None:
+            device, dtype, enabled = self.autocast
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        return stack
+
+    def emit(self, target: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the call on fake tensors and appends its node. Returns the result handle(s)."""
+        with self.context(), self.mode:
+            result = fn(*args, **kwargs)
+        if not isinstance(result, torch.Tensor | list | tuple):
+            return result
+        results = list(result) if isinstance(result, list | tuple) else [result]
+        if any(r is a for r in results for a in args):  # the operator had nothing to do
+            results = [r.view_as(r) if any(r is a for a in args) else r for r in results]
+        node_args, node_kwargs = self.ref(tuple(args)), {k: self.ref(v) for k, v in kwargs.items()}
+        names = self.schema_arguments(fn, target, node_args, node_kwargs)
+        node = Node(
+            name="",
+            kind="op",
+            target=target,
+            family=self.family(fn, target),
+            fn=fn,
+            args=node_args,
+            kwargs=node_kwargs,
+            arg_names=names,
+            inputs=tuple(refs((node_args, node_kwargs))),
+            outputs=tuple(self.bind(r) for r in results),
+            module_path=self.path,
+            source=self.source,
+            no_grad=self.no_grad,
+            autocast=self.autocast,
+        )
+        if is_random(target, names):
+            node.rng_index = self.num_random
+            self.num_random += 1
+        self.graph.nodes.append(node)
+        if not isinstance(result, list | tuple):
+            return results[0]
+        return type(result)(results) if type(result) in (list, tuple) else tuple(results)
+
+    @staticmethod
+    def family(fn: Any, target: str) -> str:
+        if target in NOT_POINTWISE:
+            return ""
+        tagged = isinstance(fn, torch._ops.OpOverload) and torch.Tag.pointwise in fn.tags
+        return "pointwise" if tagged or target in POINTWISE else ""
+
+    @staticmethod
+    def schema_arguments(fn: Any, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(fn, torch._ops.OpOverload):
+            out = {}
+            for i, argument in enumerate(fn._schema.arguments):
+                if i < len(args):
+                    out[argument.name] = args[i]
+                elif argument.name in kwargs:
+                    out[argument.name] = kwargs[argument.name]
+                elif argument.has_default_value():
+                    out[argument.name] = argument.default_value
+            return out
+        canonical = {
+            "view": ("input", "size"),
+            "permute": ("input", "dims"),
+            "narrow": ("input", "dim", "start", "length"),
+            "expand": ("input", "size"),
+            "cat": ("tensors", "dim"),
+            "full": ("size", "fill_value"),
+        }
+        return dict(zip(canonical.get(target, [str(i) for i in range(len(args))]), args, strict=False)) | kwargs
+
+    def call(self, fx_node: torch.fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the exported graph."""
+        name = op_name(target)
+        if name in SKIPPED:
+            return None
+        tensors = [a for a in _leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        if not isinstance(target, torch._ops.OpOverload):
+            if not tensors or name in ("getitem", "getattr"):
+                return target(*args, **kwargs)
+            raise CaptureError(f"{self.source or fx_node.format_node()}: {target} isn't an ATen operator")
+        if name.startswith("sym_") or name == "item":
+            return target(*args, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("pin_memory", "layout") or v not in (None, False, torch.strided)}
+        schema = target._schema
+        mutated = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        if name == "batch_norm":
+            return self.batch_norm(target, args, kwargs)
+        if mutated:
+            return self.inplace(name, target, args, kwargs, mutated)
+        return self.functional(name, target, args, kwargs)
+
+    def functional(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rewrite = REWRITES.get(name)
+        if rewrite is not None and not any(isinstance(a, torch.dtype) for a in args):
+            kwargs.pop("device", None)
+            result = rewrite(self, *args, **kwargs)
+        else:
+            result = self.emit(name, target, *args, **kwargs)
+        if any(r.alias_info is not None for r in target._schema.returns):
+            base = next(a for a in _leaves(args) if isinstance(a, torch.Tensor))
+            for r in _leaves(result):
+                if isinstance(r, torch.Tensor) and id(r) in self.ids:
+                    family = self.aliases[self.ids[id(base)]] | {self.ids[id(base)], self.ids[id(r)]}
+                    for v in family:
+                        self.aliases[v] = family
+        return result
+
+    def inplace(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mutated: list[int]) -> Any:
+        base = name.removesuffix("_")
+        if mutated != [0] or not name.endswith("_"):
+            raise CaptureError(f"{self.source}: {target} writes its arguments")
+        old = args[0]
+        if base in INPLACE:
+            new = INPLACE[base](self, *args, **kwargs)
+        else:
+            packet = getattr(torch.ops.aten, base, None)
+            twin = getattr(packet, target._overloadname, None) if packet is not None else None
+            if twin is None:
+                raise CaptureError(f"{self.source}: {target} has no functional twin")
+            new = self.functional(base, twin, args, kwargs)
+            if new.dtype != old.dtype:
+                new = self.emit("to", torch.ops.aten.to.dtype, new, old.dtype)
+        if new is old or id(new) not in self.ids:
+            new = self.emit("clone", torch.ops.aten.clone.default, old)
+        self.replaced[id(old)] = new
+        self.stale |= self.aliases.get(self.ids[id(old)], set()) - {self.ids[id(old)], self.ids[id(new)]}
+        return new
+
+    def batch_norm(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Training: y from x alone, and the running statistics as buffer values of their own."""
+        x, weight, bias, mean, var, training, momentum, eps = (*args, *kwargs.values())[:8]
+        if not training:
+            return self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, mean, var, False, momentum, eps, False)
+        y = self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, None, None, True, momentum, eps, False)
+        if mean is None:
+            return y
+        old, self.no_grad = self.no_grad, True
+        batch_mean, batch_var = self.emit("batch_norm_stats", batch_norm_stats, x)
+        for buffer, new in ((mean, batch_mean), (var, batch_var)):
+            if new.dtype != buffer.dtype:
+                new = self.emit("to", torch.ops.aten.to.dtype, new, buffer.dtype)
+            if momentum is None:
+                raise CaptureError(f"{self.source}: batch norm with momentum=None")
+            mixed = self.emit("lerp", torch.ops.aten.lerp.Scalar, buffer, new, momentum)
+            self.replaced[id(buffer)] = mixed
+        self.no_grad = old
+        return y
+
+    # -- graphs ------------------------------------------------------------------------------------------------------
+    replaced: dict[int, torch.Tensor]
+
+    def current(self, item: Any) -> Any:
+        """The latest value of a handle that was changed in place."""
+        if isinstance(item, torch.Tensor):
+            seen = item
+            while id(seen) in self.replaced:
+                seen = self.replaced[id(seen)]
+            return seen
+        if isinstance(item, list | tuple):
+            return type(item)(self.current(i) for i in item)
+        if isinstance(item, dict):
+            return {k: self.current(v) for k, v in item.items()}
+        return item
+
+    def run(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:
+        """Inlines an fx graph; returns its outputs (flattened in order)."""
+        env: dict[torch.fx.Node, Any] = {}
+        feed = iter(inputs)
+        for fx_node in gm.graph.nodes:
+            if fx_node.op == "placeholder":
+                env[fx_node] = next(feed)
+            elif fx_node.op == "get_attr":
+                env[fx_node] = _get_attr(gm, fx_node.target)
+            elif fx_node.op == "output":
+                return [self.current(a) for a in _leaves(torch.fx.node.map_arg(fx_node.args[0], lambda n: env[n]))]
+            else:
+                args = self.current(torch.fx.node.map_arg(fx_node.args, lambda n: env[n]))
+                kwargs = self.current(dict(torch.fx.node.map_arg(fx_node.kwargs, lambda n: env[n])))
+                stack = fx_node.meta.get("nn_module_stack")
+                if stack:
+                    self.path = clean_path(list(stack.values())[-1][0])
+                self.source = last_line(fx_node.meta.get("stack_trace"))
+                env[fx_node] = self.dispatch(fx_node, args, kwargs)
+        return []
+
+    def dispatch(self, fx_node: torch.fx.Node, args: Any, kwargs: dict[str, Any]) -> Any:
+        target = fx_node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            name = target.__name__
+            if name == "wrap_with_set_grad_enabled":
+                old, self.no_grad = self.no_grad, not args[0]
+                out = self.run(args[1], list(args[2:]))
+                self.no_grad = old
+                return tuple(out)
+            if name == "wrap_with_autocast":
+                device, dtype, enabled, _cache, body = args[:5]
+                old_autocast, self.autocast = self.autocast, (device, dtype, enabled)
+                out = self.run(body, list(args[5:]))
+                self.autocast = old_autocast
+                return tuple(out)
+            raise CaptureError(f"{self.source}: higher-order operator {name}")
+        if target is operator.getitem:
+            return args[0][args[1]]
+        return self.call(fx_node, target, args, kwargs)
+
+    def finish(self) -> Graph:
+        prune(self.graph)
+        name_nodes(self.graph)
+        return self.graph
+
+
+def batch_norm_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance over all dims but 1: [C], [C]."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    var, mean = torch.var_mean(x, dims, correction=1)
+    return mean, var
+
+
+def _get_attr(gm: torch.nn.Module, path: str) -> Any:
+    for part in path.split("."):
+        gm = getattr(gm, part)
+    return gm
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, list | tuple):
+        return [leaf for item in tree for leaf in _leaves(item)]
+    if isinstance(tree, dict):
+        return [leaf for item in tree.values() for leaf in _leaves(item)]
+    return [tree]
+
+
+def clean_path(path: str) -> str:
+    """A module path of the user's, without the wrapper's prefix and export's call counters."""
+    path = re.sub(r"@\d+", "", path)
+    return path.removeprefix("L['self']").removeprefix("model.").removeprefix("model") if path in ("model",) or path.startswith("model.") else path
+
+
+def last_line(trace: str | None) -> str:
+    lines = [line.strip() for line in (trace or "").splitlines() if line.strip().startswith("File ")]
+    return lines[-1] if lines else ""
+
+
+def prune(graph: Graph) -> None:
+    """Drops operators that nothing reads; random ones stay, so that their numbering does."""
+    used: set[int] = set()
+    kept = []
+    for node in reversed(graph.nodes):
+        if node.kind == "op" and not used & set(node.outputs):
+            continue
+        used |= set(node.inputs)
+        kept.append(node)
+    graph.nodes = kept[::-1]
+
+
+def name_nodes(graph: Graph) -> None:
+    """Names: the module's path for its only real operator, `<path>/<target>` (`.1`, `.2` on repetition) for others."""
+    buffers = {n.outputs[0] for n in graph.nodes if n.kind == "buffer"}
+    light = {id(n) for n in graph.nodes if n.target in LIGHT or (n.inputs and buffers.issuperset(n.inputs))}
+    real = Counter(n.module_path for n in graph.nodes if n.kind == "op" and id(n) not in light)
+    first_real: set[str] = set()
+    seen: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.kind != "op":
+            continue
+        path = node.module_path
+        if path and real[path] == 1 and id(node) not in light and path not in first_real:
+            first_real.add(path)
+            node.name = path
+            continue
+        base = f"{path}/{node.target}"
+        seen[base] += 1
+        node.name = base if seen[base] == 1 else f"{base}.{seen[base] - 1}"
+
+
+def fake_like(mode: FakeTensorMode, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> FakeTensor:
+    with mode:
+        tensor = torch.empty(shape, dtype=dtype)
+    return tensor.requires_grad_(requires_grad) if dtype.is_floating_point or dtype.is_complex else tensor

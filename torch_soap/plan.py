@@ -1,0 +1,104 @@
+"""Plan: what is saved of a strategy, and what a person reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch_soap import _C
+
+FORMAT = 1
+
+
+@dataclass
+class Plan:
+    """A strategy with what is known about it.
+
+    Attributes:
+        strategy: a configuration for each operator and parameter.
+        text: the same as lines that a person can edit (docs/plan-format.md); parses back to `strategy`.
+        fingerprint: of the graph that it was made for.
+        predicted: step time in ns and its parts, memory in bytes per device; empty for a plan that nobody has priced.
+        stats: seconds of capture and search, number of simulations.
+        exact: False only where the whole model is opaque and trains as DDP would.
+    """
+
+    strategy: _C.Strategy
+    text: str
+    fingerprint: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    exact: bool = True
+    explanation: str = ""
+
+    @property
+    def world_size(self) -> int:
+        return int(self.strategy.world_size)
+
+    def explain(self) -> str:
+        """The plan as a table: a line for each operator with its S/O/A/P degrees, devices and predicted time."""
+        return self.explanation or self.text
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "world_size": self.world_size,
+                "fingerprint": self.fingerprint,
+                "exact": self.exact,
+                "strategy": self.text.splitlines(),
+                "machine": self.machine,
+                "predicted": self.predicted,
+                "stats": self.stats,
+            },
+            indent=1,
+        )
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n")
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def fingerprint(graph: _C.OpGraph) -> str:
+    """Names and operators of the graph, without sizes: the same model at another batch size has the same fingerprint."""
+    lines = [f"{n.name} {n.target} {len(n.inputs)}" for n in graph.nodes]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def make_plan(graph: _C.OpGraph, strategy: _C.Strategy, **known: Any) -> Plan:
+    return Plan(strategy=strategy, text=_C.print_plan(graph, strategy), fingerprint=fingerprint(graph), **known)
+
+
+def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None = None) -> Plan:
+    """A Plan from a Plan, the path of a saved one, or the text that a person writes.
+
+    Raises:
+        ValueError: the text names what isn't there or can't be cut (with line number and what would be legal), the plan is
+            for another number of devices or another model.
+    """
+    if isinstance(plan, Plan):
+        if world_size is not None and plan.world_size != world_size:
+            raise ValueError(f"[plan] the plan is for {plan.world_size} devices, there are {world_size}")
+        return plan
+    text = str(plan)
+    saved: dict[str, Any] = {}
+    if isinstance(plan, Path) or ("\n" not in text and text.endswith(".json")):
+        saved = json.loads(Path(text).read_text())
+        if saved.get("format") != FORMAT:
+            raise ValueError(f"[plan] {text} has format {saved.get('format')}, this version reads {FORMAT}")
+        if saved["fingerprint"] != fingerprint(graph):
+            raise ValueError(f"[plan] {text} was made for another model (fingerprint {saved['fingerprint']}, this model {fingerprint(graph)})")
+        if world_size is not None and saved["world_size"] != world_size:
+            raise ValueError(f"[plan] {text} is for {saved['world_size']} devices, there are {world_size}")
+        text = "\n".join(saved["strategy"])
+        world_size = saved["world_size"]
+    if world_size is None:
+        raise ValueError("[plan] a plan given as text needs the number of devices (world_size)")
+    strategy = _C.parse_plan(graph, text, world_size)
+    return make_plan(graph, strategy, **{k: saved[k] for k in ("machine", "predicted", "stats", "exact") if k in saved})

@@ -1,0 +1,67 @@
+"""Local computations of views, creation and matrix products."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from torch_soap.rewrite.local import Call, Emit, local
+
+
+def first(call: Call) -> fx.Node:
+    operand = call.operands[0]
+    if operand is None:
+        raise RuntimeError(f"[rewrite] {call.node.name}: operand 0 isn't there")
+    return operand
+
+
+@local("view")
+def view(e: Emit, call: Call) -> fx.Node:
+    return e(torch.reshape, first(call), call.shapes[0])
+
+
+@local("expand")
+def expand(e: Emit, call: Call) -> fx.Node:
+    return e(torch.Tensor.expand, first(call), call.shapes[0])
+
+
+@local("narrow", "slice", "flip")
+def moved(e: Emit, call: Call) -> fx.Node:
+    """The operand's box is the result's: its index map has done the work, as far as order is kept."""
+    dims = call.attr("dims", [])
+    if call.node.target == "flip":
+        return e(torch.flip, first(call), list(dims))
+    return first(call)
+
+
+@local("cat")
+def cat(e: Emit, call: Call) -> fx.Node:
+    return e(torch.cat, list(call.operands), int(call.attr("dim", 0)))
+
+
+@local("full")
+def full(e: Emit, call: Call) -> fx.Node:
+    return e(torch.full, call.shapes[0], call.attr("fill_value"), dtype=call.dtypes[0])
+
+
+@local("linear")
+def linear(e: Emit, call: Call) -> fx.Node:
+    return e(F.linear, call.operand("input"), call.operand("weight"), call.operand("bias"))
+
+
+@local("addmm", "baddbmm")
+def addmm(e: Emit, call: Call) -> fx.Node:
+    bias, a, b = call.operands
+    product = e(torch.matmul, a, b)
+    alpha, beta = call.attr("alpha", 1), call.attr("beta", 1)
+    if alpha != 1:
+        product = e(torch.mul, product, alpha)
+    if bias is None or beta == 0:
+        return product
+    return e(torch.add, product, e(torch.mul, bias, beta) if beta != 1 else bias)
+
+
+@local("matmul", "mm", "bmm", "mv", "dot")
+def matmul(e: Emit, call: Call) -> fx.Node:
+    return e(torch.matmul, call.operands[0], call.operands[1])

@@ -1,0 +1,67 @@
+"""A segment of a rank's program as an fx.GraphModule: inputs and outputs are the segment's local values."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torch_soap import _C
+from torch_soap.capture.graph import Graph
+from torch_soap.rewrite.local import Call, Emit, emit_local
+
+for _family in ("basic",):
+    importlib.import_module(f"torch_soap.rewrite.{_family}")
+
+DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+
+
+def make_call(program: _C.Program, rank_program: _C.RankProgram, item: _C.ComputeItem, graph: Graph, env: dict[int, fx.Node]) -> Call:
+    node = program.graph.nodes[item.node]
+    rule = program.rules[item.node]
+    tensors = program.graph.tensors
+    values = rank_program.values
+    return Call(
+        program=program,
+        node=node,
+        captured=graph.nodes[node.origin] if node.origin >= 0 else None,
+        operands=[env[v] if v >= 0 else None for v in item.operands],
+        sets={f.name: s for f, s in zip(rule.factors, item.sets, strict=True)},
+        sizes={f.name: f.size for f in rule.factors},
+        boxes=[values[v].box if v >= 0 else None for v in item.operands],
+        results=[values[v].box for v in item.results],
+        shapes=[list(values[v].shape) for v in item.results],
+        dtypes=[DTYPES[tensors[t].dtype] for t in node.outputs],
+    )
+
+
+def identity(reduce: _C.Reduce, dtype: torch.dtype) -> float | int | bool:
+    """The value that doesn't change a sum or a maximum."""
+    if reduce != _C.Reduce.max:
+        return 0
+    if dtype == torch.bool:
+        return False
+    return float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def build_segment(program: _C.Program, rank_program: _C.RankProgram, segment: _C.Segment, graph: Graph) -> fx.GraphModule:
+    """One submodule: called with the tensors of `segment.inputs`, returns those of `segment.outputs`."""
+    fx_graph = fx.Graph()
+    e = Emit(fx_graph)
+    env: dict[int, fx.Node] = {v: fx_graph.placeholder(f"v{v}") for v in segment.inputs}
+    for item in segment.items:
+        call = make_call(program, rank_program, item, graph, env)
+        if item.empty:
+            rule = program.rules[item.node]
+            results: list[Any] = [
+                e(torch.full, shape, identity(result.reduce, dtype), dtype=dtype)
+                for shape, dtype, result in zip(call.shapes, call.dtypes, rule.results, strict=True)
+            ]
+        else:
+            results = emit_local(e, call)
+        for value, result in zip(item.results, results, strict=True):
+            env[value] = result
+    fx_graph.output(tuple(env[v] for v in segment.outputs))
+    return fx.GraphModule(nn.Module(), fx_graph)

@@ -1,0 +1,170 @@
+"""How ranks talk: the two operations that a program needs, over c10d or, for all ranks in one process, over threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Traffic:
+    """What was sent: number of operations and bytes by kind. Bytes of an all-reduce are those of its tensor."""
+
+    operations: Counter[str] = field(default_factory=Counter)
+    num_bytes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, num_bytes: int) -> None:
+        self.operations[kind] += 1
+        self.num_bytes[kind] += num_bytes
+
+
+class Comm(Protocol):
+    rank: int
+    world_size: int
+    traffic: Traffic
+
+    def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], maximum: bool) -> torch.Tensor:
+        """Sum or maximum over `ranks`, bitwise equal on all of them. May work in place."""
+
+    def exchange(self, sends: dict[int, torch.Tensor], recv_bytes: dict[int, int], ranks: Sequence[int]) -> dict[int, torch.Tensor]:
+        """One grouped exchange of bytes (1-D uint8 tensors) among `ranks`; every one of them must call it."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order."""
+
+
+class TorchComm:
+    """c10d process groups. Groups of some ranks are made when first used, by their members alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.world = group if group is not None else dist.group.WORLD
+        self.rank = dist.get_rank(self.world)
+        self.world_size = dist.get_world_size(self.world)
+        self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self.traffic = Traffic()
+
+    def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        key = tuple(ranks)
+        if key == tuple(range(self.world_size)):
+            if self.world is None:
+                raise RuntimeError("[comm] there is no process group")
+            return self.world
+        if key not in self.groups:
+            # Named by its ranks, so that members may make their groups in any order.
+            self.groups[key] = dist.new_group(list(key), use_local_synchronization=True, group_desc="soap_" + "_".join(map(str, key)))
+        return self.groups[key]
+
+    def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], maximum: bool) -> torch.Tensor:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=self.group(ranks))
+        self.traffic.add("all_reduce", tensor.numel() * tensor.element_size())
+        return tensor
+
+    def exchange(self, sends: dict[int, torch.Tensor], recv_bytes: dict[int, int], ranks: Sequence[int]) -> dict[int, torch.Tensor]:
+        out_sizes = [recv_bytes.get(r, 0) for r in ranks]
+        in_sizes = [sends[r].numel() if r in sends else 0 for r in ranks]
+        outgoing = [sends[r] for r in ranks if r in sends]
+        packed = outgoing[0] if len(outgoing) == 1 else torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.uint8)
+        received = torch.empty(sum(out_sizes), dtype=torch.uint8)
+        dist.all_to_all_single(received, packed, out_sizes, in_sizes, group=self.group(ranks))
+        self.traffic.add("exchange", sum(in_sizes))
+        return {r: part for r, part in zip(ranks, received.split(out_sizes), strict=True) if part.numel()}
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        out: list[Any] = [None] * self.world_size
+        dist.all_gather_object(out, value, group=self.world)
+        return out
+
+
+class ThreadWorld:
+    """Ranks as threads of one process. The first exception of any rank stops all and is raised again."""
+
+    def __init__(self, world_size: int, timeout_s: float = 60.0) -> None:
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.lock = threading.Condition()
+        self.slots: dict[Any, dict[int, Any]] = {}
+        self.taken: Counter[Any] = Counter()
+        self.failure: BaseException | None = None
+
+    def meet(self, key: Any, rank: int, value: Any, ranks: Sequence[int]) -> dict[int, Any]:
+        """Blocks until all `ranks` have come with this key; returns what each brought."""
+        with self.lock:
+            slot = self.slots.setdefault(key, {})
+            slot[rank] = value
+            self.lock.notify_all()
+            done = self.lock.wait_for(lambda: len(slot) == len(ranks) or self.failure is not None, self.timeout_s)
+            if self.failure is not None:
+                raise RuntimeError("[comm] another rank failed") from self.failure
+            if not done:
+                missing = [r for r in ranks if r not in slot]
+                raise RuntimeError(f"[comm] rank {rank} waits for ranks {missing} at {key[:2]}")
+            self.taken[key] += 1
+            if self.taken[key] == len(ranks):
+                del self.slots[key], self.taken[key]
+            return dict(slot)
+
+    def run(self, fn: Callable[[ThreadComm], Any]) -> list[Any]:
+        """fn(comm) on every rank; the results in rank order."""
+        results: list[Any] = [None] * self.world_size
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = fn(ThreadComm(self, rank))
+            except BaseException as error:  # handed to the caller, whatever it is
+                with self.lock:
+                    self.failure = self.failure or error
+                    self.lock.notify_all()
+
+        threads = [threading.Thread(target=work, args=(r,), daemon=True) for r in range(self.world_size)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if self.failure is not None:
+            raise self.failure
+        return results
+
+
+class ThreadComm:
+    """One rank of a ThreadWorld."""
+
+    def __init__(self, world: ThreadWorld, rank: int) -> None:
+        self.world = world
+        self.rank = rank
+        self.world_size = world.world_size
+        self.traffic = Traffic()
+        self.calls: Counter[tuple[int, ...]] = Counter()
+
+    def _meet(self, kind: str, value: Any, ranks: Sequence[int]) -> dict[int, Any]:
+        key = tuple(ranks)
+        self.calls[key] += 1
+        return self.world.meet((kind, key, self.calls[key]), self.rank, value, ranks)
+
+    def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], maximum: bool) -> torch.Tensor:
+        parts = self._meet("all_reduce", tensor.clone(), ranks)
+        out = parts[ranks[0]].clone()
+        for r in ranks[1:]:
+            out = torch.maximum(out, parts[r]) if maximum else out + parts[r]
+        self.traffic.add("all_reduce", tensor.numel() * tensor.element_size())
+        return out
+
+    def exchange(self, sends: dict[int, torch.Tensor], recv_bytes: dict[int, int], ranks: Sequence[int]) -> dict[int, torch.Tensor]:
+        parts = self._meet("exchange", {r: t.clone() for r, t in sends.items()}, ranks)
+        out = {r: parts[r][self.rank] for r in ranks if self.rank in parts[r]}
+        sizes = {r: t.numel() for r, t in out.items() if t.numel()}
+        if sizes != {r: n for r, n in recv_bytes.items() if n}:
+            raise RuntimeError(f"[comm] rank {self.rank} expected {recv_bytes} bytes, got {sizes}")
+        self.traffic.add("exchange", sum(t.numel() for t in sends.values()))
+        return out
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        ranks = range(self.world_size)
+        parts = self._meet("gather", value, ranks)
+        return [parts[r] for r in ranks]

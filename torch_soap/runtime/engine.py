@@ -1,0 +1,189 @@
+"""Engine: one rank's program at one signature, forward and backward in the Program's own order.
+
+Autograd's order differs between ranks as soon as their graphs differ, and collectives in a different order hang. So each
+segment has a small autograd graph of its own, and backward walks the instructions with `torch.autograd.grad` per segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torch_soap import _C
+from torch_soap.capture.graph import Graph
+from torch_soap.rewrite.segment import DTYPES, build_segment
+from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.movement import PlannedStep, execute, plan_step
+
+
+@dataclass
+class StepState:
+    """What a forward leaves for its backward."""
+
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
+    outputs: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+    grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    position: int = 0  # next instruction
+
+
+class Engine:
+    """Runs one rank's part of a Program.
+
+    Args:
+        graph: the captured graph that the Program was lowered from.
+    """
+
+    def __init__(self, program: _C.Program, graph: Graph, rank: int, comm: Comm) -> None:
+        self.program = program
+        self.rank_program = _C.project(program, rank)
+        self.comm = comm
+        self.values = list(self.rank_program.values)
+        self.instructions = list(self.rank_program.instructions)
+        self.segments = list(self.rank_program.segments)
+        self.modules = [build_segment(program, self.rank_program, s, graph) for s in self.segments]
+        self.inputs = [list(s.inputs) for s in self.segments]
+        self.outs = [list(s.outputs) for s in self.segments]
+        self.differentiable = [s.differentiable for s in self.segments]
+        self.frees = [list(i.frees) for i in self.instructions]
+        self.kinds = [i.kind for i in self.instructions]
+        self.segment_of = [i.segment for i in self.instructions]
+        self.planned: list[PlannedStep | None] = [
+            plan_step(program, self.rank_program, i, DTYPES) if i.segment < 0 else None for i in self.instructions
+        ]
+        self.shapes = [list(v.shape) for v in self.values]
+        self.wants_grad = [v.grad for v in self.values]
+        kinds = _C.NodeKind
+        nodes = program.graph.nodes
+        self.feeds = [n.id for n in nodes if n.kind == kinds.feed]
+        self.stores = [n.id for n in nodes if n.kind in (kinds.param, kinds.buffer, kinds.const)]
+        self.returns = [n.id for n in nodes if n.kind == kinds.return_ and n.target != "buffer_write"]
+        self.writes = [n.id for n in nodes if n.kind == kinds.return_ and n.target == "buffer_write"]
+        self.names = [n.name for n in nodes]
+        self.value_of_store = list(self.rank_program.params)
+        self.value_of_return = list(self.rank_program.returns)
+        backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
+        self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
+        if program.interleaved:
+            self.num_forward = len(self.kinds)
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+    def forward(self, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], *, grad: bool, random: object = None, seeds: dict[str, torch.Tensor] | None = None) -> StepState:
+        """Runs up to the first backward instruction (all of them when interleaved).
+
+        Args:
+            feeds: this rank's inputs by node name; its own rows where the input has a sample dim.
+            stored: this rank's part of each param, buffer and const by node name.
+            seeds: interleaved programs: gradients of the returns, by node name.
+        """
+        state = StepState()
+        for node in self.feeds:
+            state.values[self.value_of_store[node]] = feeds[self.names[node]]
+        for node in self.stores:
+            if self.value_of_store[node] >= 0:
+                state.values[self.value_of_store[node]] = stored[self.names[node]].detach()
+        if seeds is not None:
+            self.seed(state, seeds)
+        self._run(state, self.num_forward, grad)
+        return state
+
+    def output(self, state: StepState, node: int) -> torch.Tensor:
+        return state.values[self.value_of_return[node]]
+
+    def buffer_values(self, state: StepState) -> dict[str, torch.Tensor]:
+        """New values of the buffers that this forward wrote, by qualified name."""
+        return {self.names[n].removeprefix("write:"): state.values[self.value_of_return[n]] for n in self.writes}
+
+    def seed(self, state: StepState, grads: dict[str, torch.Tensor]) -> None:
+        for node in self.returns:
+            value = self.value_of_return[node]
+            if self.names[node] in grads and self.wants_grad[value]:
+                self._accumulate(state, value, grads[self.names[node]])
+
+    # -- backward ----------------------------------------------------------------------------------------------------
+    def backward(self, state: StepState, grads: dict[str, torch.Tensor]) -> None:
+        """Runs the rest. `grads`: of the returns, by node name. Leaves the gradients in `state.grads`."""
+        if state.position != self.num_forward:
+            raise RuntimeError("[engine] backward a second time: pass retain_graph=True to the first")
+        self.seed(state, grads)
+        self._run(state, len(self.instructions), True)
+
+    def gradient(self, state: StepState, node: int) -> torch.Tensor | None:
+        value = self.value_of_store[node]
+        return state.grads.get(value) if value >= 0 else None
+
+    # -- instructions ------------------------------------------------------------------------------------------------
+    def _run(self, state: StepState, end: int, grad: bool) -> None:
+        kinds = _C.InstructionKind
+        for position in range(state.position, end):
+            kind = self.kinds[position]
+            if kind == kinds.segment:
+                self._segment(state, self.segment_of[position], grad)
+            elif kind == kinds.segment_backward:
+                self._segment_backward(state, self.segment_of[position])
+            elif kind == kinds.fill:
+                self._fill(state, position)
+            elif kind == kinds.grad_fill:
+                self._grad_fill(state, position)
+            else:
+                self._refill(state, position)
+            for value in self.frees[position]:
+                state.values.pop(value, None)
+        state.position = end
+
+    def _segment(self, state: StepState, segment: int, grad: bool) -> None:
+        record = grad and self.differentiable[segment]
+        arguments = []
+        leaves = {}
+        for value in self.inputs[segment]:
+            tensor = state.values[value].detach()
+            if record and self.wants_grad[value]:
+                leaves[value] = tensor.requires_grad_()
+            arguments.append(tensor)
+        with torch.set_grad_enabled(record):
+            results = self.modules[segment](*arguments)
+        outputs = dict(zip(self.outs[segment], results, strict=True))
+        if record:
+            state.leaves[segment] = leaves
+            state.outputs[segment] = outputs
+        for value, tensor in outputs.items():
+            state.values[value] = tensor.detach()
+
+    def _segment_backward(self, state: StepState, segment: int) -> None:
+        leaves = state.leaves.pop(segment)
+        outputs = state.outputs.pop(segment)
+        wanted = [(v, t) for v, t in outputs.items() if t.requires_grad and v in state.grads]
+        if not wanted or not leaves:
+            return
+        grads = [state.grads.pop(v) for v, _ in wanted]
+        results = torch.autograd.grad([t for _, t in wanted], list(leaves.values()), grads, allow_unused=True)
+        for value, result in zip(leaves, results, strict=True):
+            if result is not None:
+                self._accumulate(state, value, result)
+
+    def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
+        known = state.grads.get(value)
+        state.grads[value] = grad if known is None else known + grad
+
+    def _fill(self, state: StepState, position: int) -> None:
+        step = self.planned[position]
+        if step is None:
+            raise RuntimeError("[engine] a fill without its plan")
+        state.values.update(execute(step, self.comm, lambda value, dtype: state.values[value]))
+
+    def _refill(self, state: StepState, position: int) -> None:
+        raise RuntimeError("[engine] refill")
+
+    def _grad_fill(self, state: StepState, position: int) -> None:
+        step = self.planned[position]
+        if step is None:
+            raise RuntimeError("[engine] a gradient fill without its plan")
+
+        def read(value: int, dtype: torch.dtype) -> torch.Tensor:
+            grad = state.grads.get(value)
+            return torch.zeros(self.shapes[value], dtype=dtype) if grad is None else grad
+
+        for value, grad in execute(step, self.comm, read).items():
+            self._accumulate(state, value, grad)

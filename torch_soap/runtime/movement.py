@@ -1,0 +1,189 @@
+"""Executes the movements of a step: pack, one collective, unpack. One definition serves values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_soap import _C
+from torch_soap.rewrite.segment import identity
+from torch_soap.runtime.comm import Comm
+
+Box = list[Any]
+
+
+@dataclass
+class PlannedMove:
+    peer: int
+    send: bool
+    src: int
+    dst: int
+    src_index: list[tuple[int, Any]]  # (dim, slice or index tensor) for the dims that aren't read whole
+    dst_index: list[tuple[int, Any]]
+    src_shape: list[int]
+    num_elements: int
+
+
+@dataclass
+class PlannedTransfer:
+    all_reduce: bool
+    maximum: bool
+    adds: bool  # several pieces may land on one element
+    dtype: torch.dtype
+    ranks: list[int]
+    moves: list[PlannedMove]
+    results: list[tuple[int, list[int]]]  # value, its local shape
+    reduce: Any
+
+
+@dataclass
+class PlannedStep:
+    ranks: list[int]
+    transfers: list[PlannedTransfer]
+
+
+def index_of(box: Box, shape: list[int]) -> list[tuple[int, Any]]:
+    """How to reach a box of positions: a slice where it is contiguous, an index tensor where not; whole dims are left out."""
+    out: list[tuple[int, Any]] = []
+    for dim, (part, size) in enumerate(zip(box, shape, strict=True)):
+        if part.is_all(size):
+            continue
+        if part.is_interval:
+            out.append((dim, slice(part.begin, part.end)))
+        else:
+            out.append((dim, torch.cat([torch.arange(b, e) for b, e in part.runs])))
+    return out
+
+
+def take(tensor: torch.Tensor, index: list[tuple[int, Any]]) -> torch.Tensor:
+    for dim, part in index:
+        tensor = tensor.narrow(dim, part.start, part.stop - part.start) if isinstance(part, slice) else tensor.index_select(dim, part)
+    return tensor
+
+
+def put(target: torch.Tensor, index: list[tuple[int, Any]], piece: torch.Tensor, how: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None) -> None:
+    """Writes the piece into a part of the target; `how` combines it with what is there."""
+    slices = [(d, p) for d, p in index if isinstance(p, slice)]
+    lists = [(d, p) for d, p in index if not isinstance(p, slice)]
+    view = take(target, slices)
+    if not lists:
+        view.copy_(piece if how is None else how(view, piece))
+        return
+    where: list[Any] = [slice(None)] * target.dim()
+    if len(lists) == 1:
+        where[lists[0][0]] = lists[0][1]
+    else:
+        for (dim, _), grid in zip(lists, torch.meshgrid(*[p for _, p in lists], indexing="ij"), strict=True):
+            where[dim] = grid
+        # Advanced indices next to each other keep their place; apart they come first. Move them all to the front.
+        dims = [d for d, _ in lists]
+        rest = [d for d in range(target.dim()) if d not in dims]
+        view = view.permute(dims + rest)
+        piece = piece.permute(dims + rest)
+        where = [where[d] for d in dims]
+    current = None if how is None else view[tuple(where)]
+    view[tuple(where)] = piece if how is None or current is None else how(current, piece)
+
+
+def plan_step(program: _C.Program, rank_program: _C.RankProgram, instruction: _C.Instruction, dtypes: dict[str, torch.dtype]) -> PlannedStep:
+    values = rank_program.values
+    transfers = []
+    for t in instruction.transfers:
+        tensor = program.graph.tensors[program.groups[t.item.id].tensor]
+        moves = []
+        for m in t.moves:
+            src_shape = [len(s) for s in m.src_box] if m.src >= 0 else [len(s) for s in m.dst_box]
+            moves.append(
+                PlannedMove(
+                    peer=m.peer,
+                    send=m.send,
+                    src=m.src,
+                    dst=m.dst,
+                    src_index=index_of(m.src_box, list(values[m.src].shape)) if m.src >= 0 else [],
+                    dst_index=index_of(m.dst_box, list(values[m.dst].shape)) if m.dst >= 0 else [],
+                    src_shape=src_shape,
+                    num_elements=m.elements,
+                )
+            )
+        transfers.append(
+            PlannedTransfer(
+                all_reduce=t.pattern == _C.Pattern.all_reduce,
+                maximum=t.reduce == _C.Reduce.max,
+                adds=t.reduce != _C.Reduce.none,
+                dtype=dtypes[tensor.dtype],
+                ranks=list(t.ranks),
+                moves=moves,
+                results=[(v, list(values[v].shape)) for v in t.results],
+                reduce=t.reduce,
+            )
+        )
+    return PlannedStep(ranks=list(instruction.ranks), transfers=transfers)
+
+
+def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Runs the movements. `read(value)` gives a source; returns the completed destinations by value.
+
+    Every replica of a destination combines the same pieces in the same order, so replicas stay bitwise equal.
+    """
+    out: dict[int, torch.Tensor] = {}
+    received: dict[int, torch.Tensor] = {}
+    if step.ranks:
+        sends: dict[int, list[torch.Tensor]] = {}
+        expected: dict[int, int] = {}
+        for t in step.transfers:
+            if t.all_reduce:
+                continue
+            for m in t.moves:
+                if m.send:
+                    piece = take(read(m.src, t.dtype), m.src_index).contiguous().reshape(-1)
+                    sends.setdefault(m.peer, []).append(piece.view(torch.uint8))
+                elif m.peer >= 0:
+                    expected[m.peer] = expected.get(m.peer, 0) + m.num_elements * t.dtype.itemsize
+        packed = {peer: parts[0] if len(parts) == 1 else torch.cat(parts) for peer, parts in sends.items()}
+        received = comm.exchange(packed, expected, step.ranks)
+    offsets = dict.fromkeys(received, 0)
+    for t in step.transfers:
+        if t.all_reduce:
+            mine = next(m.src for m in t.moves if m.src >= 0)
+            result = comm.all_reduce(read(mine, t.dtype).clone(), t.ranks, t.maximum)
+            for m in t.moves:
+                if m.dst >= 0:
+                    out[m.dst] = result
+            continue
+        combine(t, read, received, offsets, out)
+    return out
+
+
+def combine(
+    t: PlannedTransfer, read: Callable[[int, torch.dtype], torch.Tensor], received: dict[int, torch.Tensor], offsets: dict[int, int], out: dict[int, torch.Tensor]
+) -> None:
+    arriving: dict[int, list[PlannedMove]] = {}
+    for m in t.moves:
+        if m.dst >= 0:
+            arriving.setdefault(m.dst, []).append(m)
+    how = (torch.maximum if t.maximum else torch.add) if t.adds else None
+    for value, shape in t.results:
+        pieces = arriving.get(value, [])
+        target: torch.Tensor | None = None
+        for m in pieces:
+            if m.peer < 0:
+                piece = take(read(m.src, t.dtype), m.src_index)
+            else:
+                num_bytes = m.num_elements * t.dtype.itemsize
+                raw = received[m.peer][offsets[m.peer] : offsets[m.peer] + num_bytes]
+                offsets[m.peer] += num_bytes
+                piece = (raw if raw.storage_offset() % t.dtype.itemsize == 0 else raw.clone()).view(t.dtype).reshape(m.src_shape)
+            if not m.dst_index and (target is None or how is not None):
+                target = piece if target is None else how(target, piece) if how is not None else piece
+                continue
+            if target is None:
+                target = torch.full(shape, identity(t.reduce, t.dtype), dtype=t.dtype) if t.adds else torch.empty(shape, dtype=t.dtype)
+            elif m is pieces[1] and not pieces[0].dst_index:
+                target = target.clone()  # the first piece may be a view of its source
+            put(target, m.dst_index, piece, how)
+        if target is None:
+            target = torch.full(shape, identity(t.reduce, t.dtype), dtype=t.dtype)
+        out[value] = target

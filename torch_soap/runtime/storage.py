@@ -1,0 +1,37 @@
+"""Where parameters and buffers live: which box of each this rank stores, cutting it out, and putting wholes together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from torch_soap import _C
+from torch_soap.runtime.movement import index_of, put, take
+
+
+def stored_boxes(program: _C.Program, rank: int) -> dict[str, list[_C.IndexSet] | None]:
+    """By node name of each param, buffer and const: the box that the rank stores, None when it stores nothing."""
+    kinds = (_C.NodeKind.param, _C.NodeKind.buffer, _C.NodeKind.const)
+    out: dict[str, list[_C.IndexSet] | None] = {}
+    for node in program.graph.nodes:
+        if node.kind in kinds:
+            coords = program.tiles[node.outputs[0]].coords
+            out[node.name] = next((c.box for c in coords if rank in c.devices), None)
+    return out
+
+
+def cut(full: torch.Tensor, box: list[_C.IndexSet] | None) -> torch.Tensor:
+    """The stored part of a whole tensor; an empty tensor when nothing is stored. Shares storage where it is contiguous."""
+    if box is None:
+        return full.new_empty((0, *full.shape[1:]))
+    return take(full, index_of(box, list(full.shape)))
+
+
+def assemble(shape: Sequence[int], parts: Sequence[tuple[list[_C.IndexSet] | None, torch.Tensor]]) -> torch.Tensor:
+    """The whole tensor from the parts that ranks store; replicas may repeat."""
+    out = torch.empty(tuple(shape), dtype=parts[0][1].dtype)
+    for box, tensor in parts:
+        if box is not None:
+            put(out, index_of(box, list(shape)), tensor.detach(), None)
+    return out
