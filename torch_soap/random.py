@@ -1,12 +1,12 @@
 """Random numbers that don't depend on the plan.
 
-Each number is a pure function of (seed, call, operator, global element index); csrc/kernels/counter_rng.h defines it bit by bit.
-So a tile holds exactly its part of what one process draws, whatever the tiling, and a recomputation draws the same again.
+Each number is a pure function of (seed, call, operator, global element index), defined bit by bit in
+csrc/kernels/counter_rng.h. So a tile holds exactly its part of what one process draws, whatever the tiling, and a
+recomputation draws the same again.
 
-Every function takes `key`, and for a tile of a larger tensor also `tile` and `global_sizes`: per dim of the *random* tensor the runs
-[begin, end) of global indices that the tile holds, in its storing order, and the sizes of the whole. Without them the tensor is whole.
-A function returns NotImplemented where nothing random happens and only the operator itself knows the result (attention or an
-RNN without dropout); the caller then runs the operator.
+Every function takes `Where`: the key and, for a tile of a larger tensor, `tile` and `global_sizes`. A function returns
+NotImplemented where nothing random happens and only the operator itself knows the result (attention or an RNN without
+dropout); the caller then runs the operator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 
@@ -22,24 +22,37 @@ import torch_soap._ops  # noqa: F401  (registers torch.ops.torch_soap)
 
 Tile = Sequence[Sequence[tuple[int, int]]]
 
-ALPHA = 1.7580993408473766  # -(SELU's limit for x -> -inf): dropped units take it (Klambauer et al. 2017, section "alpha dropout")
+# Minus SELU's limit for x -> -inf: what dropped units become (Klambauer et al. 2017, arXiv 1706.02515, alpha dropout).
+ALPHA = 1.7580993408473766
 
 
 @dataclass(frozen=True)
 class RandomKey:
-    """op_index: n-th random operator of the forward, counted over the captured graph (`is_random`), active or not."""
+    """op_index: n-th random operator (`is_random`) of the forward, active or not, as the captured graph lists them."""
 
     seed: int
     call: int
     op_index: int
 
 
+class Where(TypedDict):
+    """Which numbers.
+
+    tile: per dim of the *random* tensor the runs [begin, end) of global indices that the tile holds, in its storing order.
+    global_sizes: the sizes of the whole random tensor. Without these two the tensor is whole.
+    """
+
+    key: RandomKey
+    tile: NotRequired[Tile | None]
+    global_sizes: NotRequired[Sequence[int] | None]
+
+
 @dataclass
 class CounterState:
     """What the next forward draws from. `next_call()` goes before every top-level forward, train or eval.
 
-    Where `torch_seed` is set, `seed` follows torch: another `torch.manual_seed` starts again at call 0. Seeding torch again with
-    the *same* number can't be seen; `restart()` does it.
+    Where `torch_seed` is set, `seed` follows torch: another `torch.manual_seed` starts again at call 0. Seeding torch
+    again with the *same* number can't be seen; `restart()` does it.
     """
 
     seed: int
@@ -76,7 +89,7 @@ class CounterState:
 
 
 def is_random(target: Any) -> bool:
-    """Whether a call of this ATen overload takes an op_index: torch's own tag, so also when it is inactive (eval, p = 0)."""
+    """Whether a call of this ATen overload takes an op_index, also when inactive (eval, p = 0): torch's own tag."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
@@ -85,17 +98,15 @@ def _draw(
     *args: Any,
     sizes: Sequence[int],
     key: RandomKey,
-    tile: Tile | None,
-    global_sizes: Sequence[int] | None,
+    tile: Tile | None = None,
+    global_sizes: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    if tile is None:
-        tile, global_sizes = [[(0, n)] for n in sizes], sizes
-    if global_sizes is None:
-        raise ValueError("a tile needs the sizes of the whole tensor: global_sizes")
+    global_sizes = sizes if global_sizes is None else global_sizes
+    tile = [[(0, n)] for n in global_sizes] if tile is None else tile
     seed = (key.seed + 2**63) % 2**64 - 2**63  # torch seeds are unsigned, an operator's int is not
-    return getattr(torch.ops.torch_soap, name)(
+    drawn: torch.Tensor = getattr(torch.ops.torch_soap, name)(
         *args,
         seed,
         key.call,
@@ -106,52 +117,85 @@ def _draw(
         dtype=dtype or torch.get_default_dtype(),
         device=device or torch.get_default_device(),
     )
+    return drawn
 
 
-def _draw_like(name: str, *args: Any, like: torch.Tensor, dtype: torch.dtype | None = None, device: Any = None, **where: Any) -> torch.Tensor:
+def _draw_like(
+    name: str,
+    *args: Any,
+    like: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **where: Unpack[Where],
+) -> torch.Tensor:
     drawn = _draw(name, *args, sizes=like.shape, dtype=dtype or like.dtype, device=device or like.device, **where)
     if drawn.shape != like.shape:
         raise RuntimeError(f"the random tile has shape {list(drawn.shape)}, its tensor {list(like.shape)}")
     return drawn
 
 
-def rand(sizes: Sequence[int], *, key: RandomKey, tile: Tile | None = None, global_sizes: Sequence[int] | None = None, **options: Any) -> torch.Tensor:
-    """Uniform in [0, 1). `sizes` are those of the whole tensor; with `tile`, its tile is returned. Options: dtype, device."""
-    return _draw("counter_uniform", sizes=sizes, key=key, tile=tile, global_sizes=global_sizes or sizes, **options)
+def rand(
+    sizes: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **where: Unpack[Where],
+) -> torch.Tensor:
+    """Uniform in [0, 1). `sizes` are the whole tensor's unless `global_sizes` is given; a `tile` gives its shape."""
+    return _draw("counter_uniform", sizes=sizes, dtype=dtype, device=device, **where)
 
 
-def randn(sizes: Sequence[int], *, key: RandomKey, tile: Tile | None = None, global_sizes: Sequence[int] | None = None, **options: Any) -> torch.Tensor:
-    return _draw("counter_normal", sizes=sizes, key=key, tile=tile, global_sizes=global_sizes or sizes, **options)
+def randn(
+    sizes: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **where: Unpack[Where],
+) -> torch.Tensor:
+    return _draw("counter_normal", sizes=sizes, dtype=dtype, device=device, **where)
 
 
 def randint(
-    low: int, high: int, sizes: Sequence[int], *, key: RandomKey, tile: Tile | None = None, global_sizes: Sequence[int] | None = None, **options: Any
+    low: int,
+    high: int,
+    sizes: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **where: Unpack[Where],
 ) -> torch.Tensor:
-    options["dtype"] = options.get("dtype") or torch.int64
-    return _draw("counter_randint", low, high, sizes=sizes, key=key, tile=tile, global_sizes=global_sizes or sizes, **options)
+    return _draw("counter_randint", low, high, sizes=sizes, dtype=dtype or torch.int64, device=device, **where)
 
 
-def rand_like(x: torch.Tensor, *, key: RandomKey, tile: Tile | None = None, global_sizes: Sequence[int] | None = None, **options: Any) -> torch.Tensor:
-    return _draw_like("counter_uniform", like=x, key=key, tile=tile, global_sizes=global_sizes, **options)
+def rand_like(
+    x: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **where: Unpack[Where]
+) -> torch.Tensor:
+    return _draw_like("counter_uniform", like=x, dtype=dtype, device=device, **where)
 
 
-def randn_like(x: torch.Tensor, *, key: RandomKey, tile: Tile | None = None, global_sizes: Sequence[int] | None = None, **options: Any) -> torch.Tensor:
-    return _draw_like("counter_normal", like=x, key=key, tile=tile, global_sizes=global_sizes, **options)
+def randn_like(
+    x: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **where: Unpack[Where]
+) -> torch.Tensor:
+    return _draw_like("counter_normal", like=x, dtype=dtype, device=device, **where)
 
 
 def randint_like(
-    x: torch.Tensor, low: int, high: int, *, key: RandomKey, tile: Tile | None = None, global_sizes: Sequence[int] | None = None, **options: Any
+    x: torch.Tensor,
+    low: int,
+    high: int,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    **where: Unpack[Where],
 ) -> torch.Tensor:
-    return _draw_like("counter_randint", low, high, like=x, key=key, tile=tile, global_sizes=global_sizes, **options)
+    return _draw_like("counter_randint", low, high, like=x, dtype=dtype, device=device, **where)
 
 
-def bernoulli(
-    x: torch.Tensor, p: float | torch.Tensor, *, key: RandomKey, tile: Tile | None = None, global_sizes: Sequence[int] | None = None
-) -> torch.Tensor:
-    """Ones with probability p, in x's shape and dtype. A tensor p broadcasts; equal probabilities give equal numbers either way."""
+def bernoulli(x: torch.Tensor, p: float | torch.Tensor, **where: Unpack[Where]) -> torch.Tensor:
+    """Ones with probability p, in x's shape and dtype. A tensor p broadcasts and draws what the same scalar draws."""
     if not isinstance(p, torch.Tensor):
-        return _draw_like("counter_bernoulli", p, like=x, key=key, tile=tile, global_sizes=global_sizes)
-    unit = _draw_like("counter_uniform", like=x, dtype=torch.float64, key=key, tile=tile, global_sizes=global_sizes)
+        return _draw_like("counter_bernoulli", p, like=x, **where)
+    unit = _draw_like("counter_uniform", like=x, dtype=torch.float64, **where)
     return (unit < p.detach().to(torch.float64)).to(x.dtype)
 
 
@@ -170,51 +214,41 @@ def _dropped(x: torch.Tensor, keep: torch.Tensor, p: float, alpha: bool) -> torc
     return x * (keep * scale) + ((keep - 1) * (ALPHA * scale) + ALPHA * scale * p)
 
 
-def dropout(
-    x: torch.Tensor,
-    p: float,
-    train: bool,
-    *,
-    key: RandomKey,
-    tile: Tile | None = None,
-    global_sizes: Sequence[int] | None = None,
-    alpha: bool = False,
-) -> torch.Tensor:
+def dropout(x: torch.Tensor, p: float, train: bool, *, alpha: bool = False, **where: Unpack[Where]) -> torch.Tensor:
     _check_probability(p)
     if p == 0 or not train or x.numel() == 0:
         return x
-    keep = _draw_like("counter_bernoulli", 1 - p, like=x, key=key, tile=tile, global_sizes=global_sizes)
+    keep = _draw_like("counter_bernoulli", 1 - p, like=x, **where)
     return _dropped(x, keep, p, alpha)
 
 
 def feature_dropout(
-    x: torch.Tensor,
-    p: float,
-    train: bool,
-    *,
-    key: RandomKey,
-    tile: Tile | None = None,
-    global_sizes: Sequence[int] | None = None,
-    alpha: bool = False,
+    x: torch.Tensor, p: float, train: bool, *, alpha: bool = False, **where: Unpack[Where]
 ) -> torch.Tensor:
-    """dropout1d/2d/3d: whole channels; the mask is [N, C]. `tile` and `global_sizes` may be those of x, only the first two dims count."""
+    """dropout1d/2d/3d: whole channels; the mask is [N, C]. Of `tile` and `global_sizes` only these two dims count."""
     _check_probability(p)
     if x.dim() < 2:
         raise ValueError(f"feature dropout needs a batch and a channel dim, got shape {list(x.shape)}")
     if p == 0 or not train or x.numel() == 0:
         return x
-    channels = x.detach()[(...,) if x.dim() == 2 else (slice(None), slice(None), *[0] * (x.dim() - 2))]
-    tile = None if tile is None else tile[:2]
-    global_sizes = None if global_sizes is None else global_sizes[:2]
-    keep = _draw_like("counter_bernoulli", 1 - p, like=channels, key=key, tile=tile, global_sizes=global_sizes)
+    channels = x.detach().flatten(2)[:, :, 0] if x.dim() > 2 else x.detach()
+    tile, global_sizes = where.get("tile"), where.get("global_sizes")
+    keep = _draw_like(
+        "counter_bernoulli",
+        1 - p,
+        like=channels,
+        key=where["key"],
+        tile=tile and tile[:2],
+        global_sizes=global_sizes and global_sizes[:2],
+    )
     return _dropped(x, keep.reshape([*keep.shape, *[1] * (x.dim() - 2)]), p, alpha)
 
 
-def alpha_dropout(x: torch.Tensor, p: float, train: bool, **where: Any) -> torch.Tensor:
+def alpha_dropout(x: torch.Tensor, p: float, train: bool, **where: Unpack[Where]) -> torch.Tensor:
     return dropout(x, p, train, alpha=True, **where)
 
 
-def feature_alpha_dropout(x: torch.Tensor, p: float, train: bool, **where: Any) -> torch.Tensor:
+def feature_alpha_dropout(x: torch.Tensor, p: float, train: bool, **where: Unpack[Where]) -> torch.Tensor:
     return feature_dropout(x, p, train, alpha=True, **where)
 
 
@@ -233,14 +267,12 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    key: RandomKey,
-    tile: Tile | None = None,
-    global_sizes: Sequence[int] | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """Attention with dropout on its weights [..., S, T], written out: softmax in fp32 or wider, then the mask.
 
-    `tile` is the tile of the weights. `is_causal` is torch's: global row i sees global columns <= i. All of T must be here, as the
-    softmax runs over it. NotImplemented when dropout_p is 0.
+    `tile` is the tile of the weights. `is_causal` is torch's: global row i sees global columns <= i. All of T must be
+    here, as the softmax runs over it. NotImplemented when dropout_p is 0.
     """
     if dropout_p == 0:
         return NotImplemented
@@ -252,8 +284,9 @@ def scaled_dot_product_attention(
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     scores = (query.to(dtype) * scale) @ key_tensor.to(dtype).transpose(-2, -1)
     if is_causal:
-        rows = _global_indices(scores.size(-2), tile and tile[-2], scores.device)
-        columns = _global_indices(scores.size(-1), tile and tile[-1], scores.device)
+        tile = where.get("tile")
+        rows = _global_indices(scores.size(-2), tile[-2] if tile else None, scores.device)
+        columns = _global_indices(scores.size(-1), tile[-1] if tile else None, scores.device)
         scores = scores.masked_fill(rows[:, None] < columns, -math.inf)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -math.inf)
@@ -261,7 +294,7 @@ def scaled_dot_product_attention(
         scores = scores + attn_mask
     # A row that sees nothing gives zeros, as torch does.
     weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, torch.softmax(scores, -1))
-    weights = dropout(weights, dropout_p, True, key=key, tile=tile, global_sizes=global_sizes)
+    weights = dropout(weights, dropout_p, True, **where)
     return (weights @ value.to(dtype)).to(query.dtype)
 
 
@@ -280,10 +313,11 @@ def rnn(
     *,
     key: RandomKey,
 ) -> Any:
-    """A stack of recurrent layers, one `op` call for each, with dropout between them; NotImplemented without active dropout.
+    """A stack of recurrent layers, an `op` call for each, dropout between them; NotImplemented without active dropout.
 
-    The layers' masks are one random tensor [layers - 1, T, N, H * directions] (time before batch also with batch_first), or
-    [layers - 1, rows, H * directions] for packed data: layer l of another placement draws the tile [(l, l + 1)] of it with `dropout`.
+    The layers' masks are one random tensor [layers - 1, T, N, H * directions] (time before batch also with
+    batch_first), or [layers - 1, rows, H * directions] for packed data. A layer elsewhere draws its tile, run (l, l + 1)
+    of the first dim, with `dropout`.
     hx: one state [layers * directions, N, H] or, for an LSTM, two.
     """
     if not train or dropout_p == 0 or num_layers == 1:
@@ -303,6 +337,7 @@ def rnn(
         if layer < num_layers - 1:
             ordered = x.transpose(0, 1) if batch_first else x
             tile = [[(layer, layer + 1)], *([(0, n)] for n in ordered.shape)]
-            ordered = dropout(ordered.unsqueeze(0), dropout_p, True, key=key, tile=tile, global_sizes=[num_layers - 1, *ordered.shape])
+            sizes = [num_layers - 1, *ordered.shape]
+            ordered = dropout(ordered.unsqueeze(0), dropout_p, True, key=key, tile=tile, global_sizes=sizes)
             x = ordered.squeeze(0).transpose(0, 1) if batch_first else ordered.squeeze(0)
     return (x, *(torch.cat(parts, 0) for parts in zip(*finals, strict=True)))

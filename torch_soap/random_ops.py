@@ -1,14 +1,14 @@
 """ATen's random operators in terms of torch_soap.random: one table for the captured graph and for the plain module.
 
 `RANDOM_KERNELS[overload](*args, key=..., tile=..., global_sizes=..., **kwargs)` takes the operator's own arguments.
-`counter_rng` puts the table under a plain module, at torch's dispatcher, so that it also sees what C++ draws; an operator that comes
-by there is a node of the exported graph, in the same order, and so both count op_index alike.
+`counter_rng` puts the table under a plain module, at torch's dispatcher, so that it also sees what C++ draws. An operator
+that comes by there is a node of the exported graph, in the same order, so both count op_index alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -44,12 +44,14 @@ def _normal(x: torch.Tensor, mean: Any = 0.0, std: Any = 1.0, **where: Any) -> t
 
 
 def _normal_of(mean: Any, std: Any = 1.0, **where: Any) -> torch.Tensor:
-    like = torch.broadcast_tensors(torch.as_tensor(mean), torch.as_tensor(std))[isinstance(std, torch.Tensor)]
-    return _normal(torch.empty_like(like, memory_format=torch.contiguous_format), mean, std, **where)
+    shape = torch.broadcast_shapes(*(t.shape for t in (mean, std) if isinstance(t, torch.Tensor)))
+    like = mean if isinstance(mean, torch.Tensor) else std
+    return _normal(like.new_empty(shape), mean, std, **where)
 
 
 def _exponential(x: torch.Tensor, rate: float = 1.0, **where: Any) -> torch.Tensor:
-    return (-torch.log1p(-random.rand_like(x, dtype=torch.float64, **where)) / rate).to(x.dtype)
+    unit = random.rand_like(x, dtype=torch.float64, **where)
+    return torch.log1p(-unit).div(-rate).to(x.dtype)
 
 
 def _rrelu(x: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, **where: Any) -> Any:
@@ -115,9 +117,10 @@ RANDOM_KERNELS = COMPOSITE | DRAWS
 
 # Would draw from torch's generator unnoticed, so a forward that meets one under counter_rng is told.
 UNSUPPORTED = (
-    aten.native_dropout.default, aten.multinomial.default, aten.randperm.default, aten.poisson.default, aten.binomial.default,
-    aten.random_.default, aten.random_.to, getattr(aten.random_, "from"), aten.geometric_.default, aten.cauchy_.default,
-    aten.log_normal_.default, aten.rrelu_with_noise.default, aten._standard_gamma.default, aten._sample_dirichlet.default,
+    aten.native_dropout.default, aten.multinomial.default, aten.randperm.default, aten.poisson.default,
+    aten.binomial.default, aten.random_.default, aten.random_.to, getattr(aten.random_, "from"),
+    aten.geometric_.default, aten.cauchy_.default, aten.log_normal_.default, aten.rrelu_with_noise.default,
+    aten._standard_gamma.default, aten._sample_dirichlet.default,
 )  # fmt: skip
 
 
@@ -138,14 +141,16 @@ class CounterRng:
         self.state.next_call()
         self.op_index = 0
 
-    def __enter__(self) -> CounterRng:
+    def __enter__(self) -> Self:
         if self._library is not None:
             raise RuntimeError("this counter_rng is entered already")
         self._library = torch.library.Library("aten", "IMPL")
         kernels: list[tuple[Any, str, Callable[..., Any]]] = []
         for backend in ["CPU", *(["CUDA"] if torch.cuda.is_available() else [])]:
             kernels += [(op, backend, self._kernel(op, fn, backend)) for op, fn in RANDOM_KERNELS.items()]
-            kernels += [(op, "Autograd" + backend, self._kernel(op, fn, "Autograd" + backend)) for op, fn in COMPOSITE.items()]
+            kernels += [
+                (op, "Autograd" + backend, self._kernel(op, fn, "Autograd" + backend)) for op, fn in COMPOSITE.items()
+            ]
             kernels += [(op, backend, self._kernel(op, None, backend)) for op in UNSUPPORTED]
         # Only now: a kernel for the backend changes what torch computes as the original for autograd.
         for op, key, kernel in kernels:
@@ -182,10 +187,16 @@ class CounterRng:
         def kernel(keyset: Any, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
             if not self._active or generator is not None:
                 if self.module is not None and generator is None and torch._C._current_graph_task_id() != -1:
-                    raise RuntimeError(f"{op} was called in backward: counter_rng can't follow activation checkpointing")
-                return original.call_boxed(keyset, *args, **({"generator": generator} if generator is not None else {}), **kwargs)
+                    raise RuntimeError(
+                        f"{op} was called in backward: counter_rng can't follow activation checkpointing"
+                    )
+                return original.call_boxed(
+                    keyset, *args, **({"generator": generator} if generator is not None else {}), **kwargs
+                )
             if fn is None:
-                raise NotImplementedError(f"{op} has no counter-based form, so under counter_rng the module can't run it")
+                raise NotImplementedError(
+                    f"{op} has no counter-based form, so under counter_rng the module can't run it"
+                )
             random_key = self.state.key(self.op_index)
             self.op_index += 1
             self._active = False  # what `fn` is made of draws no number of its own
@@ -204,7 +215,7 @@ def counter_rng(module: torch.nn.Module | None = None, seed: int | None = None) 
         with torch_soap.counter_rng(model):
             loss = model(x).sum()
 
-    With a module, its top-level forwards count the calls and only they draw through the counter. Without one, everything does, and
-    `next_call()` goes before each forward. The seed is torch's (`torch.manual_seed`) unless given.
+    With a module, its top-level forwards count the calls and only they draw through the counter. Without one,
+    everything does, and `next_call()` goes before each forward. The seed is torch's (`torch.manual_seed`) unless given.
     """
     return CounterRng(module, seed)

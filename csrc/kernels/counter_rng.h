@@ -1,17 +1,17 @@
-// Counter-based random numbers: each number is a pure function of (seed, call, operator, global element index), so it doesn't
-// depend on how a tensor is tiled, on threads, or on whether it is computed again.
+// Counter-based random numbers: each number is a pure function of (seed, call, operator, global element index), so it
+// doesn't depend on how a tensor is tiled, on threads, or on whether it is computed again.
 //
-// Generator: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11, section 3.2).
+// Generator: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11).
 //   key     = seed (64 bits)
 //   counter = (index / 4: 62 bits, half: 2 bits, op_index: 32 bits, call: 32 bits)
-// Lane index % 4 of half 0 is the high, of half 1 the low 32-bit word of the element's 64 bits, and everything is derived from these:
+// Lane index % 4 of half 0 is the high, of half 1 the low 32-bit word of the element's 64 bits. Derived from these:
 //   unit     the leading 53 bits as a fraction in [0, 1)
-//   uniform  unit cut off (never rounded up to 1) at the precision of the dtype: fp64 53 bits, fp32 24, fp16 11, bf16 8. So the
-//            narrower dtypes are the wider one's prefix.
-//   bernoulli(p)  unit < p, in every dtype
+//   uniform  unit cut off (never rounded up to 1) at the precision of the dtype: fp64 53 bits, fp32 24, fp16 11,
+//            bf16 8. So the narrower dtypes hold prefixes of the wider ones.
+//   bernoulli(p)        unit < p, in every dtype
 //   randint(low, high)  low + floor(bits * (high - low) / 2^64); the bias is below (high - low) / 2^64
-//   normal   Box-Muller in double on the units of the pair (2k, 2k+1): the even element takes the cosine, the odd one the sine;
-//            rounded to the dtype. libm may differ between devices in the last bit of a double.
+//   normal   Box-Muller in double on the units of the pair (2k, 2k+1): the even element takes the cosine, the odd one
+//            the sine; rounded to the dtype. libm may differ between devices in the last bit of a double.
 //
 // Host and device share this file; it includes nothing of torch.
 #pragma once
@@ -37,7 +37,8 @@ struct Words4 {
   uint32_t word[4];
 };
 
-SOAP_HOST_DEVICE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t key0, uint32_t key1) {
+SOAP_HOST_DEVICE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t key0,
+                                   uint32_t key1) {
   const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
   const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
   c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
@@ -63,7 +64,8 @@ constexpr uint32_t kLowHalf = 1;
 
 // One half of the 64 bits of elements 4 * block .. 4 * block + 3; block < 2^62.
 SOAP_HOST_DEVICE Words4 block_words(CounterKey key, uint64_t block, uint32_t half) {
-  const Words4 counter = {{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32) | half << 30, key.op_index, key.call}};
+  const uint32_t block_low = static_cast<uint32_t>(block), block_high = static_cast<uint32_t>(block >> 32);
+  const Words4 counter = {{block_low, block_high | half << 30, key.op_index, key.call}};
   return philox4x32_10(counter, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
 }
 

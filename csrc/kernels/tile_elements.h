@@ -1,7 +1,7 @@
 // The global linear indices of the elements of a tile, as few contiguous pieces.
 //
-// A tile is a product of one index set per dim; an index set is a list of runs [begin, end), in the order in which the tile stores
-// them. The tile is stored row-major. Includes nothing of torch.
+// A tile is a product of one index set per dim; an index set is a list of runs [begin, end), in the order in which the
+// tile stores them. The tile is stored row-major. Includes nothing of torch.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +40,8 @@ inline std::size_t piece_at(const TileElements::Dim& dim, int64_t local) {
   return low;
 }
 
-// Calls visit(global_begin, local_begin, count) for each contiguous piece of the local positions [begin, end), in ascending order.
+// Calls visit(global_begin, local_begin, count) for each contiguous piece of the local positions [begin, end), in
+// ascending order.
 template <class Visit>
 void for_each_piece(const TileElements& tile, int64_t begin, int64_t end, Visit visit) {
   const auto& inner = tile.dims.back();

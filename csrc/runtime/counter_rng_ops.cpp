@@ -1,7 +1,9 @@
-// torch operators over kernels/counter_rng.h: random tiles that are the same parts of the same whole tensor for every tiling.
+// torch operators over kernels/counter_rng.h: random tiles that are the same parts of the same whole tensor for every
+// tiling.
 //
-// All take (seed, call, op_index), the sizes of the whole tensor, and the tile: per dim a list of runs [begin, end) of global indices,
-// flat in `runs`, counted in `runs_per_dim`. They return the tile, contiguous. Under the meta device only its shape.
+// All take (seed, call, op_index), the sizes of the whole tensor, and the tile: per dim a list of runs [begin, end) of
+// global indices, flat in `runs`, counted in `runs_per_dim`. They return the tile, contiguous. Under the meta device
+// only its shape.
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -48,7 +50,9 @@ Draw make_draw(int64_t seed, int64_t call, int64_t op_index, at::IntArrayRef glo
 }
 
 at::Tensor empty_tile(const Draw& draw, at::ScalarType dtype, at::Device device) {
-  if (!device.is_cpu() && !device.is_meta()) user_error("no counter-based random numbers on device {} yet", device.str());
+  if (!device.is_cpu() && !device.is_meta()) {
+    user_error("no counter-based random numbers on device {} yet", device.str());
+  }
   return at::empty(draw.local_sizes, at::TensorOptions().dtype(dtype).device(device));
 }
 
@@ -60,8 +64,8 @@ void fill_parallel(at::Tensor& out, Fill fill) {
   at::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) { fill(data, begin, end); });
 }
 
-at::Tensor counter_uniform(int64_t seed, int64_t call, int64_t op_index, at::IntArrayRef global_sizes, at::IntArrayRef runs,
-                           at::IntArrayRef runs_per_dim, at::ScalarType dtype, at::Device device) {
+at::Tensor counter_uniform(int64_t seed, int64_t call, int64_t op_index, at::IntArrayRef global_sizes,
+                           at::IntArrayRef runs, at::IntArrayRef runs_per_dim, at::ScalarType dtype, at::Device device) {
   const Draw draw = make_draw(seed, call, op_index, global_sizes, runs, runs_per_dim);
   if (!at::isFloatingType(dtype)) user_error("uniform numbers of dtype {} don't exist", c10::toString(dtype));
   if (dtype == at::kDouble) {
@@ -80,8 +84,8 @@ at::Tensor counter_uniform(int64_t seed, int64_t call, int64_t op_index, at::Int
   return out.to(dtype);
 }
 
-at::Tensor counter_normal(int64_t seed, int64_t call, int64_t op_index, at::IntArrayRef global_sizes, at::IntArrayRef runs,
-                          at::IntArrayRef runs_per_dim, at::ScalarType dtype, at::Device device) {
+at::Tensor counter_normal(int64_t seed, int64_t call, int64_t op_index, at::IntArrayRef global_sizes,
+                          at::IntArrayRef runs, at::IntArrayRef runs_per_dim, at::ScalarType dtype, at::Device device) {
   const Draw draw = make_draw(seed, call, op_index, global_sizes, runs, runs_per_dim);
   if (!at::isFloatingType(dtype)) user_error("normal numbers of dtype {} don't exist", c10::toString(dtype));
   at::Tensor out = empty_tile(draw, dtype == at::kDouble ? at::kDouble : at::kFloat, device);
@@ -97,7 +101,8 @@ at::Tensor counter_normal(int64_t seed, int64_t call, int64_t op_index, at::IntA
 }
 
 at::Tensor counter_bernoulli(double p, int64_t seed, int64_t call, int64_t op_index, at::IntArrayRef global_sizes,
-                             at::IntArrayRef runs, at::IntArrayRef runs_per_dim, at::ScalarType dtype, at::Device device) {
+                             at::IntArrayRef runs, at::IntArrayRef runs_per_dim, at::ScalarType dtype,
+                             at::Device device) {
   if (!(p >= 0 && p <= 1)) user_error("a probability is in [0, 1], got {}", p);
   const Draw draw = make_draw(seed, call, op_index, global_sizes, runs, runs_per_dim);
   at::Tensor out = empty_tile(draw, at::kBool, device);
@@ -107,8 +112,9 @@ at::Tensor counter_bernoulli(double p, int64_t seed, int64_t call, int64_t op_in
   return out.to(dtype);
 }
 
-at::Tensor counter_randint(int64_t low, int64_t high, int64_t seed, int64_t call, int64_t op_index, at::IntArrayRef global_sizes,
-                           at::IntArrayRef runs, at::IntArrayRef runs_per_dim, at::ScalarType dtype, at::Device device) {
+at::Tensor counter_randint(int64_t low, int64_t high, int64_t seed, int64_t call, int64_t op_index,
+                           at::IntArrayRef global_sizes, at::IntArrayRef runs, at::IntArrayRef runs_per_dim,
+                           at::ScalarType dtype, at::Device device) {
   if (low >= high) user_error("randint needs low < high, got {} and {}", low, high);
   const Draw draw = make_draw(seed, call, op_index, global_sizes, runs, runs_per_dim);
   const uint64_t range = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
@@ -121,7 +127,8 @@ at::Tensor counter_randint(int64_t low, int64_t high, int64_t seed, int64_t call
 
 }  // namespace
 
-// No tensor goes in, so there is no backend to dispatch on: one kernel looks at `device`, and serves meta and fake tensors too.
+// No tensor goes in, so there is no backend to dispatch on: one kernel looks at `device`, and serves meta and fake
+// tensors too.
 TORCH_LIBRARY_FRAGMENT(torch_soap, m) {
   const auto define = [&](const std::string& head) {
     const std::string where = "int seed, int call, int op_index, int[] global_sizes, int[] runs, int[] runs_per_dim";

@@ -244,13 +244,19 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
   std::vector<std::vector<int>> cells(tiling.tiles());
   for (size_t slot = 0; slot < tiling_.devices.size(); ++slot) {
     size_t rest = slot / replicas, row = 0, scale = 1;
+    bool elsewhere = false;
     for (size_t i = degrees.size(); i-- > 0;) {
+      for (const auto& [factor, part] : sub.at) {
+        const FactorParts& c = tiling_.cuts[i];
+        elsewhere = elsewhere || (rule_.factors[c.factor].name == factor && static_cast<int>(rest % degrees[i]) != part / c.chunks());
+      }
       if (keep[i]) {
         row += rest % degrees[i] * scale;
         scale *= degrees[i];
       }
       rest /= degrees[i];
     }
+    if (elsewhere) continue;
     auto& cell = cells[row];
     if (std::find(cell.begin(), cell.end(), tiling_.devices[slot]) == cell.end()) cell.push_back(tiling_.devices[slot]);
   }

@@ -83,6 +83,13 @@ IndexSet apply(const IndexMap& m, const IndexSet& set, int64_t size) {
     case Kind::kModulo: return digit(set, 1, size);
     case Kind::kFloorDiv:
       return each_run(set, size, [&](const Run& r) { return Run{r.begin / m.stride, (r.end - 1) / m.stride + 1}; });
+    case Kind::kTable: {
+      IndexSet out;
+      for (const Run& r : set.runs()) {
+        for (int64_t i = r.begin; i < r.end; ++i) out = unite(out, m.table.at(i));
+      }
+      return out;
+    }
     case Kind::kReflect: {
       // The hull of the reflected indices: contiguous, so that the local pad sees its neighbours.
       const IndexSet exact = each_index(set, size, [&](int64_t i) { return reflect(i - m.offset, size); });

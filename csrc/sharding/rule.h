@@ -50,6 +50,7 @@ struct IndexMap {
     kRoll,              // i -> (i - offset) mod size
     kModulo,            // i -> i mod size (repeat, circular)
     kFloorDiv,          // i -> i / stride (repeat_interleave)
+    kTable,             // i -> table[i] (parts of a dim that have become a dim)
     kReflect,           // i -> reflection of i - offset into [0, size) (reflect and replicate pads read at most this interval)
   };
   Kind kind = Kind::kShift;
@@ -57,6 +58,7 @@ struct IndexMap {
   int64_t out_size = 0;   // kAdaptive, kResample: size of the factor
   double scale = 1.0;     // kResample: input step per output step
   bool align_corners = false;
+  std::vector<IndexSet> table = {};  // kTable
   int64_t reach = 0;      // kResample: extra indices on either side (bicubic: 1)
   bool operator==(const IndexMap&) const = default;
 };

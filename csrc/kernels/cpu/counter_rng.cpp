@@ -33,13 +33,19 @@ void generate(uint32_t* words, CounterKey key, uint64_t first, int count, uint32
   }
 }
 
-// Calls emit(high, low, global, local, count) for `count` elements from global index `global`, whose values belong at local position
-// `local`. The words of the first are high[global % 4] and low[global % 4]: the buffers start at a block. `low` is generated only
-// where asked for.
+// The words of `count` elements from global index `global`, whose values belong at local position `local`.
+struct Batch {
+  const uint32_t* high;  // of the first element; the words before it, back to its block's begin, and after it may be read
+  const uint32_t* low;   // only where asked for
+  int64_t global;
+  int64_t local;
+  int count;
+};
+
 template <bool kNeedsLow, class Emit>
 void for_each_batch(const TileElements& tile, int64_t begin, int64_t end, CounterKey key, Emit emit) {
   alignas(64) uint32_t high[4 * kBlocks];
-  alignas(64) uint32_t low[4 * kBlocks];
+  alignas(64) uint32_t low[kNeedsLow ? 4 * kBlocks : 4];
   for_each_piece(tile, begin, end, [&](int64_t global, int64_t local, int64_t count) {
     while (count > 0) {
       const int skip = static_cast<int>(global % 4);
@@ -47,7 +53,7 @@ void for_each_batch(const TileElements& tile, int64_t begin, int64_t end, Counte
       const uint64_t block = static_cast<uint64_t>(global / 4);
       generate(high, key, block, (skip + now + 3) / 4, kHighHalf);
       if constexpr (kNeedsLow) generate(low, key, block, (skip + now + 3) / 4, kLowHalf);
-      emit(high, low, global, local, now);
+      emit(Batch{high + skip, low + skip, global, local, now});
       global += now;
       local += now;
       count -= now;
@@ -57,13 +63,13 @@ void for_each_batch(const TileElements& tile, int64_t begin, int64_t end, Counte
 
 template <class T>
 void fill_normal_as(T* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key) {
-  for_each_batch<true>(tile, begin, end, key, [&](const uint32_t* high, const uint32_t* low, int64_t global, int64_t local, int count) {
-    const int skip = static_cast<int>(global % 4);
-    for (int pair = skip / 2; 2 * pair < skip + count; ++pair) {
-      const int even = 2 * pair, odd = even + 1;
-      const NormalPair normal = box_muller(unit_from_words(high[even], low[even]), unit_from_words(high[odd], low[odd]));
-      if (even >= skip) out[local + even - skip] = static_cast<T>(normal.even);
-      if (odd < skip + count) out[local + odd - skip] = static_cast<T>(normal.odd);
+  for_each_batch<true>(tile, begin, end, key, [&](const Batch& b) {
+    for (int even = -static_cast<int>(b.global % 2); even < b.count; even += 2) {
+      const int odd = even + 1;
+      const NormalPair normal =
+          box_muller(unit_from_words(b.high[even], b.low[even]), unit_from_words(b.high[odd], b.low[odd]));
+      if (even >= 0) out[b.local + even] = static_cast<T>(normal.even);
+      if (odd < b.count) out[b.local + odd] = static_cast<T>(normal.odd);
     }
   });
 }
@@ -71,16 +77,14 @@ void fill_normal_as(T* out, const TileElements& tile, int64_t begin, int64_t end
 }  // namespace
 
 void fill_uniform(float* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key, int precision) {
-  for_each_batch<false>(tile, begin, end, key, [&](const uint32_t* high, const uint32_t*, int64_t global, int64_t local, int count) {
-    const int skip = static_cast<int>(global % 4);
-    for (int i = 0; i < count; ++i) out[local + i] = uniform_from_high_word(high[skip + i], precision);
+  for_each_batch<false>(tile, begin, end, key, [&](const Batch& b) {
+    for (int i = 0; i < b.count; ++i) out[b.local + i] = uniform_from_high_word(b.high[i], precision);
   });
 }
 
 void fill_uniform(double* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key) {
-  for_each_batch<true>(tile, begin, end, key, [&](const uint32_t* high, const uint32_t* low, int64_t global, int64_t local, int count) {
-    const int skip = static_cast<int>(global % 4);
-    for (int i = 0; i < count; ++i) out[local + i] = unit_from_words(high[skip + i], low[skip + i]);
+  for_each_batch<true>(tile, begin, end, key, [&](const Batch& b) {
+    for (int i = 0; i < b.count; ++i) out[b.local + i] = unit_from_words(b.high[i], b.low[i]);
   });
 }
 
@@ -96,30 +100,28 @@ void fill_bernoulli(bool* out, const TileElements& tile, int64_t begin, int64_t 
   const uint64_t threshold = bernoulli_threshold(p);
   // The high word decides, but for the one of its 2^32 values that begins the threshold.
   const uint64_t high_threshold = threshold >> 21;
-  for_each_batch<false>(tile, begin, end, key, [&](const uint32_t* high, const uint32_t*, int64_t global, int64_t local, int count) {
-    const int skip = static_cast<int>(global % 4);
+  for_each_batch<false>(tile, begin, end, key, [&](const Batch& b) {
     bool tied = false;
-    for (int i = 0; i < count; ++i) {
-      out[local + i] = high[skip + i] < high_threshold;
-      tied |= high[skip + i] == high_threshold;
+    for (int i = 0; i < b.count; ++i) {
+      out[b.local + i] = b.high[i] < high_threshold;
+      tied |= b.high[i] == high_threshold;
     }
-    for (int i = 0; tied && i < count; ++i) {
-      const uint64_t index = static_cast<uint64_t>(global + i);
+    for (int i = 0; tied && i < b.count; ++i) {
+      const uint64_t index = static_cast<uint64_t>(b.global + i);
       const uint32_t low = block_words(key, index / 4, kLowHalf).word[index % 4];
-      out[local + i] = leading_53_bits(high[skip + i], low) < threshold;
+      out[b.local + i] = leading_53_bits(b.high[i], low) < threshold;
     }
   });
 }
 
-void fill_randint(int64_t* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key, int64_t low, uint64_t range) {
-  for_each_batch<true>(tile, begin, end, key,
-                       [&](const uint32_t* high, const uint32_t* low_words, int64_t global, int64_t local, int count) {
-                         const int skip = static_cast<int>(global % 4);
-                         for (int i = 0; i < count; ++i) {
-                           const uint64_t offset = scale_to_range(high[skip + i], low_words[skip + i], range);
-                           out[local + i] = static_cast<int64_t>(static_cast<uint64_t>(low) + offset);
-                         }
-                       });
+void fill_randint(int64_t* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key, int64_t low,
+                  uint64_t range) {
+  for_each_batch<true>(tile, begin, end, key, [&](const Batch& b) {
+    for (int i = 0; i < b.count; ++i) {
+      const uint64_t offset = scale_to_range(b.high[i], b.low[i], range);
+      out[b.local + i] = static_cast<int64_t>(static_cast<uint64_t>(low) + offset);
+    }
+  });
 }
 
 }  // namespace soap::kernels::cpu

@@ -30,7 +30,8 @@ TileElements tile_elements(const std::vector<int64_t>& global_sizes, const std::
     }
     tile.count *= dim.size;
     const bool whole = dim.pieces.size() == 1 && dim.size == global_sizes[d];
-    if (whole && !tile.dims.empty()) {  // one local position of the dim outside is now global_sizes[d] contiguous elements
+    // One local position of the dim outside then is global_sizes[d] contiguous elements.
+    if (whole && !tile.dims.empty()) {
       auto& outer = tile.dims.back();
       for (auto& piece : outer.pieces) {
         piece.global_begin *= dim.size;

@@ -1,0 +1,89 @@
+// Recurrent layers, one direction each (the capture splits nn.LSTM and nn.GRU into layers).
+//   lstm_layer  x[t n i]  h0[n o*]  c0[n o]  w_ih[(4 o) i]  w_hh[(4 o) *]  biases[(4 o)]  ->  y[t n o]  hn[n o]  cn[n o]
+// Cut along t it expands into cells, each on the device of its part; a cut along the hidden units o needs single time steps, since every
+// step reads all of the last one's.
+#include <algorithm>
+
+#include "base/error.h"
+#include "sharding/rules/families.h"
+
+namespace soap {
+namespace {
+
+int64_t gates(const Node& node) { return node.target.starts_with("lstm") ? 4 : 3; }
+
+// The gates' rows are (gate, unit); a layer as a whole can't cut o, one step can.
+Rule recurrent(const OpGraph& graph, const Node& node) {
+  RuleSpec r(graph, node);
+  const auto& x = graph.input(node, 0).shape;
+  const bool lstm = node.target.starts_with("lstm");
+  const int64_t hidden = graph.input(node, node.operand("w_hh")).shape[1];
+  const bool step = x[0] == 1;
+  r.factor("t", x[0], FactorKind::kAttribute, Cuttable::kExpand).factor("n", x[1], FactorKind::kSample).factor("i", x[2], FactorKind::kReduction, Cuttable::kWhole);
+  r.factor("q", gates(node), FactorKind::kAttribute, Cuttable::kWhole).factor("o", hidden, FactorKind::kParameter, step ? Cuttable::kAny : Cuttable::kExpand);
+  r.operand("input", {"t", "n", "i"}).operand("h0", {"n", "*"});
+  if (lstm) r.operand("c0", {"n", "o"});
+  if (!lstm) r.operand("h0_own", {"n", "o"});
+  r.operand("w_ih", {"q o", "i"}).operand("w_hh", {"q o", "*"}).operand("b_ih", {"q o"}).operand("b_hh", {"q o"});
+  r.result({"t", "n", "o"}).result({"n", "o"});
+  if (lstm) r.result({"n", "o"});
+  return r.build();
+}
+
+void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Tiling& tiling) {
+  const bool lstm = node.target.starts_with("lstm");
+  const bool reverse = node.attr<bool>("reverse", false);
+  const auto x = e.operand("input");
+  const auto shape = e.shape(x);
+  const int64_t hidden = e.shape(e.operand("w_hh"))[1];
+  const bool by_unit = std::any_of(tiling.cuts.begin(), tiling.cuts.end(), [&](const FactorParts& c) { return rule.factors[c.factor].name == "o" && c.tiles() * c.chunks() > 1; });
+  // Parts of t; single steps where the hidden units are cut.
+  std::vector<std::pair<IndexSet, int>> parts;
+  int index = 0;
+  for (const IndexSet& set : e.part_sets("t")) {
+    if (by_unit) {
+      for (int64_t t = set.begin(); t < set.end(); ++t) parts.emplace_back(IndexSet::interval(t, t + 1), index);
+    } else if (!set.empty()) {
+      parts.emplace_back(set, index);
+    }
+    ++index;
+  }
+  if (reverse) std::reverse(parts.begin(), parts.end());
+  TensorId h = e.operand("h0"), c = lstm ? e.operand("c0") : -1;
+  std::vector<TensorId> outputs;
+  for (const auto& [set, part] : parts) {
+    const std::vector<std::pair<std::string, int>> at{{"t", part}};
+    const std::string suffix = fmt::format("t{}", set.begin());
+    const std::vector<int64_t> piece{set.size(), shape[1], shape[2]};
+    const TensorId xt = set.size() == shape[0] ? x : e.add({.name = suffix + "/x", .target = "narrow", .inputs = {x}, .attrs = {{"dim", int64_t{0}}, {"start", set.begin()}, {"length", set.size()}}, .inherit = {{"d1", "n"}}, .at = at}, piece);
+    std::vector<TensorId> inputs{xt, h};
+    std::vector<std::string> names{"input", "h0"};
+    const auto add = [&](const char* name, TensorId t) {
+      if (t < 0) return;
+      inputs.push_back(t);
+      names.push_back(name);
+    };
+    add("c0", c);
+    if (!lstm) add("h0_own", h);
+    for (const char* w : {"w_ih", "w_hh", "b_ih", "b_hh"}) add(w, e.operand(w));
+    std::vector<std::vector<int64_t>> results{{set.size(), shape[1], hidden}, {shape[1], hidden}};
+    if (lstm) results.push_back({shape[1], hidden});
+    const auto made = e.add_many({.name = suffix, .target = node.target, .inputs = inputs, .operand_names = names, .attrs = node.attrs, .inherit = {{"n", "n"}, {"o", "o"}}, .at = at}, results);
+    outputs.push_back(made[0]);
+    h = made[1];
+    if (lstm) c = made[2];
+  }
+  if (reverse) std::reverse(outputs.begin(), outputs.end());
+  e.bind(0, outputs.size() == 1 ? outputs[0] : e.add({.name = "cat", .target = "cat", .inputs = outputs, .attrs = {{"dim", int64_t{0}}}, .inherit = {{"d1", "n"}, {"d2", "o"}}}, {shape[0], shape[1], hidden}));
+  e.bind(1, h);
+  if (lstm) e.bind(2, c);
+}
+
+}  // namespace
+
+void register_rnn(RuleRegistry& rules, ExpansionRegistry& expansions) {
+  rules.add({"lstm_layer", "gru_layer"}, recurrent);
+  expansions.add({"lstm_layer", "gru_layer"}, expand_recurrent);
+}
+
+}  // namespace soap
