@@ -38,7 +38,7 @@ class RandomKey:
 class Where(TypedDict):
     """Which numbers.
 
-    tile: per dim of the *random* tensor the runs [begin, end) of global indices that the tile holds, in its storing order.
+    tile: per dim of the *random* tensor the runs [begin, end) of global indices that the tile holds, in storing order.
     global_sizes: the sizes of the whole random tensor. Without these two the tensor is whole.
     """
 
@@ -316,8 +316,8 @@ def rnn(
     """A stack of recurrent layers, an `op` call for each, dropout between them; NotImplemented without active dropout.
 
     The layers' masks are one random tensor [layers - 1, T, N, H * directions] (time before batch also with
-    batch_first), or [layers - 1, rows, H * directions] for packed data. A layer elsewhere draws its tile, run (l, l + 1)
-    of the first dim, with `dropout`.
+    batch_first), or [layers - 1, rows, H * directions] for packed data. A layer elsewhere draws its tile, the run
+    (l, l + 1) of the first dim, with `dropout`.
     hx: one state [layers * directions, N, H] or, for an LSTM, two.
     """
     if not train or dropout_p == 0 or num_layers == 1:

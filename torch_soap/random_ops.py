@@ -1,8 +1,8 @@
 """ATen's random operators in terms of torch_soap.random: one table for the captured graph and for the plain module.
 
 `RANDOM_KERNELS[overload](*args, key=..., tile=..., global_sizes=..., **kwargs)` takes the operator's own arguments.
-`counter_rng` puts the table under a plain module, at torch's dispatcher, so that it also sees what C++ draws. An operator
-that comes by there is a node of the exported graph, in the same order, so both count op_index alike.
+`counter_rng` puts the table under a plain module, at torch's dispatcher, so that it also sees what C++ draws. An
+operator that comes by there is a node of the exported graph, in the same order, so both count op_index alike.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def _inplace(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _uniform(x: torch.Tensor, low: float = 0.0, high: float = 1.0, **where: Any) -> torch.Tensor:
-    return random.rand_like(x, **where) * (high - low) + low
+    unit: torch.Tensor = random.rand_like(x, **where)
+    return unit * (high - low) + low
 
 
 def _normal(x: torch.Tensor, mean: Any = 0.0, std: Any = 1.0, **where: Any) -> torch.Tensor:
-    return random.randn_like(x, **where) * std + mean
+    standard: torch.Tensor = random.randn_like(x, **where)
+    return standard * std + mean
 
 
 def _normal_of(mean: Any, std: Any = 1.0, **where: Any) -> torch.Tensor:

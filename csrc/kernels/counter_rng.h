@@ -80,7 +80,8 @@ SOAP_HOST_DEVICE double unit_from_words(uint32_t high, uint32_t low) {
 // `precision` is 24 or less: 11 for fp16, 8 for bf16.
 SOAP_HOST_DEVICE float uniform_from_high_word(uint32_t high, int precision) {
   // Signed, because CPUs convert signed integers faster.
-  return static_cast<float>(static_cast<int32_t>(high >> (32 - precision))) * (1.0f / static_cast<float>(1 << precision));
+  const float unit = 1.0f / static_cast<float>(1 << precision);
+  return static_cast<float>(static_cast<int32_t>(high >> (32 - precision))) * unit;
 }
 
 // unit < p exactly when the leading 53 bits are less than this.

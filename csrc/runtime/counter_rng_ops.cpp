@@ -65,7 +65,8 @@ void fill_parallel(at::Tensor& out, Fill fill) {
 }
 
 at::Tensor counter_uniform(int64_t seed, int64_t call, int64_t op_index, at::IntArrayRef global_sizes,
-                           at::IntArrayRef runs, at::IntArrayRef runs_per_dim, at::ScalarType dtype, at::Device device) {
+                           at::IntArrayRef runs, at::IntArrayRef runs_per_dim, at::ScalarType dtype,
+                           at::Device device) {
   const Draw draw = make_draw(seed, call, op_index, global_sizes, runs, runs_per_dim);
   if (!at::isFloatingType(dtype)) user_error("uniform numbers of dtype {} don't exist", c10::toString(dtype));
   if (dtype == at::kDouble) {

@@ -185,7 +185,7 @@ def test_attention_dropout_by_heads_and_causal_rows() -> None:
     )
     torch.testing.assert_close(part, whole[:, 1:3, [2, 5]], rtol=1e-12, atol=1e-12)
     assert random.scaled_dot_product_attention(q, k, v, key=KEY) is NotImplemented
-    # With a tiny p nothing is dropped: torch's own attention is the reference, for masks, biases, scale and grouped heads.
+    # With a tiny p nothing is dropped: torch's own attention is the reference, for masks, biases, scale, groups.
     grouped = torch.randn(2, 2, 6, 8, dtype=torch.float64)
     seen = torch.rand(6, 6) < 0.6
     seen[3] = False

@@ -35,7 +35,7 @@ void generate(uint32_t* words, CounterKey key, uint64_t first, int count, uint32
 
 // The words of `count` elements from global index `global`, whose values belong at local position `local`.
 struct Batch {
-  const uint32_t* high;  // of the first element; the words before it, back to its block's begin, and after it may be read
+  const uint32_t* high;  // of the first element; its whole block may be read, before and after it
   const uint32_t* low;   // only where asked for
   int64_t global;
   int64_t local;
