@@ -28,7 +28,7 @@ ALPHA = 1.7580993408473766
 
 @dataclass(frozen=True)
 class RandomKey:
-    """op_index: n-th random operator (`is_random`) of the forward, active or not, as the captured graph lists them."""
+    """op_index: n-th random operator (random_ops.is_random) of the forward and of its graph, active or not."""
 
     seed: int
     call: int
@@ -86,11 +86,6 @@ class CounterState:
         self.seed, self.call = state["seed"], state["call"]
         if self.torch_seed is not None:
             self.torch_seed = torch.initial_seed()
-
-
-def is_random(target: Any) -> bool:
-    """Whether a call of this ATen overload takes an op_index, also when inactive (eval, p = 0): torch's own tag."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _draw(

@@ -126,6 +126,23 @@ UNSUPPORTED = (
 )  # fmt: skip
 
 
+def is_random(target: Any) -> bool:
+    """Whether a call of this ATen overload takes an op_index. It does when inactive (eval, p = 0) too."""
+    tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return tagged or target in RANDOM_KERNELS
+
+
+class _NoKey:
+    """The key where nothing may be drawn: whoever reads it is told."""
+
+    def __init__(self, op: Any) -> None:
+        self.op = op
+
+    @property
+    def seed(self) -> int:
+        raise RuntimeError(f"{self.op} drew in backward: counter_rng can't follow activation checkpointing")
+
+
 class CounterRng:
     """What `counter_rng` returns; entered once. `state` may be saved, loaded, and shared with a parallel run's."""
 
@@ -133,7 +150,8 @@ class CounterRng:
         self.module = module
         self.state = CounterState.from_torch() if seed is None else CounterState(seed)
         self.op_index = 0
-        self._active = module is None
+        self._active = module is None  # in a forward
+        self._nested = False  # in one of our kernels
         self._library: torch.library.Library | None = None
         self._hooks: list[Any] = []
         self._mha_fastpath = True
@@ -175,6 +193,10 @@ class CounterRng:
         self._library._destroy()
         self._library = None
 
+    def _next_key(self) -> RandomKey:
+        self.op_index += 1
+        return self.state.key(self.op_index - 1)
+
     def _begin(self) -> None:
         self.next_call()
         self._active = True
@@ -187,26 +209,21 @@ class CounterRng:
         original = torch.library.get_kernel(op, key)
 
         def kernel(keyset: Any, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
-            if not self._active or generator is not None:
-                if self.module is not None and generator is None and torch._C._current_graph_task_id() != -1:
-                    raise RuntimeError(
-                        f"{op} was called in backward: counter_rng can't follow activation checkpointing"
-                    )
-                return original.call_boxed(
-                    keyset, *args, **({"generator": generator} if generator is not None else {}), **kwargs
-                )
+            if generator is not None:
+                return original.call_boxed(keyset, *args, generator=generator, **kwargs)
+            in_backward = torch._C._current_graph_task_id() != -1
+            if self._nested or not (self._active or in_backward):
+                return original.call_boxed(keyset, *args, **kwargs)
             if fn is None:
                 raise NotImplementedError(
                     f"{op} has no counter-based form, so under counter_rng the module can't run it"
                 )
-            random_key = self.state.key(self.op_index)
-            self.op_index += 1
-            self._active = False  # what `fn` is made of draws no number of its own
+            self._nested = True  # what `fn` is made of takes no op_index of its own
             try:
-                result = fn(*args, key=random_key, **kwargs)
+                result = fn(*args, key=_NoKey(op) if in_backward else self._next_key(), **kwargs)
                 return original.call_boxed(keyset, *args, **kwargs) if result is NotImplemented else result
             finally:
-                self._active = True
+                self._nested = False
 
         return kernel
 

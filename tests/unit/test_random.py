@@ -17,7 +17,7 @@ from torch import nn
 
 from torch_soap import random
 from torch_soap.random import CounterState, RandomKey
-from torch_soap.random_ops import RANDOM_KERNELS, counter_rng
+from torch_soap.random_ops import RANDOM_KERNELS, counter_rng, is_random
 
 KEY = RandomKey(seed=2**64 - 5, call=3, op_index=7)
 
@@ -260,7 +260,7 @@ class Everything(nn.Module):
             + torch.randint(0, 5, x.shape)
             + torch.randint(5, (8,))
         )
-        y = y + torch.bernoulli(torch.sigmoid(x)) + torch.bernoulli(x, 0.3) + torch.empty_like(x).bernoulli_(0.3)
+        y = y + torch.bernoulli(torch.sigmoid(x)) + torch.bernoulli(x.detach(), 0.3) + torch.empty_like(x).bernoulli_(0.3)
         y = y + torch.empty_like(x).bernoulli_(torch.sigmoid(x)) + torch.randn_like(x) + torch.randint_like(x, 3)
         y = y + torch.normal(0.0, 1.0, x.shape) + torch.empty_like(x).uniform_(-1, 1) + torch.normal(x.detach(), 2.0)
         y = (
@@ -283,7 +283,7 @@ def run_graph(
     class Run(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             nonlocal draws
-            if not random.is_random(target):
+            if not is_random(target):
                 return super().call_function(target, args, kwargs)
             result = RANDOM_KERNELS[target](*args, key=state.key(draws), **kwargs)
             draws += 1
@@ -308,6 +308,10 @@ def test_graph_and_module_draw_alike(train: bool, grad: bool) -> None:
                 graph, draws = run_graph(program, state, x)
                 assert draws == rng.op_index > 25
                 assert torch.equal(eager, graph)
+                if grad:
+                    leaves = [x, *model.parameters()]
+                    grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (eager, graph)]
+                    torch.testing.assert_close(*grads)
         assert state.call == rng.state.call == 2
 
 
@@ -365,12 +369,16 @@ def test_what_it_cannot_follow_is_told() -> None:
 
     class Checkpointed(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.utils.checkpoint.checkpoint(F.dropout, x, use_reentrant=False)
+            return torch.utils.checkpoint.checkpoint(F.dropout, x, 0.5, self.training, use_reentrant=False)
 
     shuffle, checkpointed = Shuffle(), Checkpointed()
     with counter_rng(shuffle), pytest.raises(NotImplementedError, match="randperm"):
         shuffle(torch.rand(3))
-    with counter_rng(checkpointed), pytest.raises(RuntimeError, match="activation checkpointing"):
+    for module in (checkpointed, None):
+        with counter_rng(module), pytest.raises(RuntimeError, match="activation checkpointing"):
+            checkpointed(torch.rand(3, requires_grad=True)).sum().backward()
+
+    with counter_rng(checkpointed.eval()):  # recomputing what draws nothing is fine
         checkpointed(torch.rand(3, requires_grad=True)).sum().backward()
 
 
