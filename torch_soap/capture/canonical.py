@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from torch_soap import functional
+
 aten = torch.ops.aten
 
 
@@ -175,6 +177,83 @@ def _bernoulli(e: Emitter, x: Any, p: float = 0.5, generator: Any = None) -> Any
     return e.emit("bernoulli", aten.bernoulli.p, x, p)
 
 
+def _reduced(e: Emitter, rows: Any, reduction: int) -> Any:
+    if reduction == 0:
+        return rows
+    if reduction == 1:
+        return e.emit("mean", aten.mean.default, rows)
+    return e.emit("sum", aten.sum.default, rows)
+
+
+def _mean_of_rows(e: Emitter, rows: Any, target: Any, weight: Any, ignore_index: int) -> Any:
+    """sum(rows * (1 / count)), count over the whole batch: the backward of a part of the rows needs only the count."""
+    count = e.emit("ce_count", functional.ce_count, target, weight, ignore_index, rows.dtype)
+    share = e.emit("reciprocal", aten.reciprocal.default, count)
+    return e.emit("sum", aten.sum.default, e.emit("mul", aten.mul.Tensor, rows, share))
+
+
+def _cross_entropy(e: Emitter, x: Any, target: Any, weight: Any = None, reduction: int = 1, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
+    rows = e.emit("ce_rows", functional.ce_rows, x, target, weight, ignore_index, label_smoothing)
+    if reduction != 1:
+        return _reduced(e, rows, reduction)
+    if target.is_floating_point():
+        share = 1.0 / max(rows.numel(), 1)
+        return e.emit("sum", aten.sum.default, e.emit("mul", aten.mul.Tensor, rows, share))
+    return _mean_of_rows(e, rows, target, weight, ignore_index)
+
+
+def _nll(e: Emitter, x: Any, target: Any, weight: Any = None, reduction: int = 1, ignore_index: int = -100) -> Any:
+    rows = e.emit("nll_rows", functional.nll_rows, x, target, weight, ignore_index)
+    return _mean_of_rows(e, rows, target, weight, ignore_index) if reduction == 1 else _reduced(e, rows, reduction)
+
+
+def _rowwise(fn: Any) -> Callable[..., Any]:
+    """A loss that is elementwise but for its reduction."""
+
+    def rewrite(e: Emitter, *args: Any, **kwargs: Any) -> Any:
+        names = [a.name for a in fn._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        reduction = given.pop("reduction", 1)
+        required = [given.pop(n) for n in names if n in given and n in ("self", "target")]
+        return _reduced(e, e.emit(fn._schema.name.split("::")[1], fn, *required, **given, reduction=0), reduction)
+
+    return rewrite
+
+
+def _lstm(e: Emitter, x: Any, hx: list[Any], weights: list[Any], has_biases: bool, layers: int, p: float, train: bool, bidirectional: bool, batch_first: bool) -> Any:
+    states: list[list[Any]] = [[], []]
+    y = _recurrent(e, "lstm_layer", functional.lstm_layer, x, hx, weights, has_biases, layers, p, train, bidirectional, batch_first, states)
+    return (y, _stack(e, states[0]), _stack(e, states[1]))
+
+
+def _gru(e: Emitter, x: Any, h: Any, weights: list[Any], has_biases: bool, layers: int, p: float, train: bool, bidirectional: bool, batch_first: bool) -> Any:
+    states: list[list[Any]] = [[]]
+    y = _recurrent(e, "gru_layer", functional.gru_layer, x, [h, h], weights, has_biases, layers, p, train, bidirectional, batch_first, states)
+    return (y, _stack(e, states[0]))
+
+
+def _recurrent(
+    e: Emitter, target: str, fn: Any, x: Any, hx: list[Any], weights: list[Any], has_biases: bool, layers: int, p: float, train: bool, bidirectional: bool,
+    batch_first: bool, states: list[list[Any]],
+) -> Any:  # fmt: skip
+    """Layer by layer and direction by direction, with dropout between layers."""
+    x = _transpose(e, x, 0, 1) if batch_first else x
+    directions = 2 if bidirectional else 1
+    for layer in range(layers):
+        outputs = []
+        for d in range(directions):
+            index = layer * directions + d
+            first = [_select(e, h, 0, index) for h in hx]
+            made = e.emit(target, fn, x, *first, *functional.layer_weights(weights, has_biases, index), d == 1)
+            outputs.append(made[0])
+            for state, value in zip(states, made[1:], strict=True):
+                state.append(value)
+        x = _cat(e, outputs, 2) if directions == 2 else outputs[0]
+        if layer + 1 < layers and p > 0 and train:
+            x = e.emit("dropout", aten.dropout.default, x, p, True)
+    return _transpose(e, x, 0, 1) if batch_first else x
+
+
 # By canonical name (overload and in-place suffix removed).
 REWRITES: dict[str, Callable[..., Any]] = {
     "view": _reshape_by(torch.reshape),
@@ -214,6 +293,17 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "new_ones": _new(1),
     "new_empty": _new(0),
     "new_full": _new(None),
+    "cross_entropy_loss": _cross_entropy,
+    "nll_loss": _nll,
+    "nll_loss_nd": _nll,
+    "mse_loss": _rowwise(aten.mse_loss.default),
+    "l1_loss": _rowwise(aten.l1_loss.default),
+    "smooth_l1_loss": _rowwise(aten.smooth_l1_loss.default),
+    "huber_loss": _rowwise(aten.huber_loss.default),
+    "binary_cross_entropy": _rowwise(aten.binary_cross_entropy.default),
+    "binary_cross_entropy_with_logits": _rowwise(aten.binary_cross_entropy_with_logits.default),
+    "lstm": _lstm,
+    "gru": _gru,
     "contiguous": _same,
     "alias": _same,
     "lift_fresh_copy": _same,

@@ -8,6 +8,7 @@ batch size costs milliseconds.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import re
 from collections import Counter, defaultdict
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from torch_soap import functional
 from torch_soap.capture.canonical import INPLACE, REWRITES
 from torch_soap.capture.graph import Graph, Node, Ref, refs
 
@@ -26,7 +28,7 @@ SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_co
 POINTWISE = {
     "__and__", "__or__", "__xor__", "multiply", "divide", "subtract", "floor_divide", "real", "imag", "log_sigmoid", "hardswish", "clone", "to",
     "type_as", "_to_copy", "detach", "softplus", "logit", "masked_fill", "where", "true_divide", "not_equal", "greater", "less", "dropout_mask",
-    "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu",
+    "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "relu6", "mish", "hardtanh", "leaky_relu", "elu", "rrelu", "fill", "addcmul", "addcdiv", "lerp", "sigmoid", "tanh",
 }  # fmt: skip
 NOT_POINTWISE = {"bernoulli", "dropout", "rand_like", "randn_like", "randint_like", "native_dropout", "rrelu"}
@@ -167,6 +169,10 @@ class Importer:
                 elif argument.has_default_value():
                     out[argument.name] = argument.default_value
             return out
+        if inspect.isfunction(fn) and target not in ("view", "permute"):
+            parameters = list(inspect.signature(fn).parameters.values())
+            given = dict(zip([p.name for p in parameters], args, strict=False)) | kwargs
+            return {p.name: given.get(p.name, p.default) for p in parameters if p.name in given or p.default is not p.empty}
         canonical = {
             "view": ("input", "size"),
             "permute": ("input", "dims"),
@@ -192,6 +198,8 @@ class Importer:
         kwargs = {k: v for k, v in kwargs.items() if k not in ("pin_memory", "layout") or v not in (None, False, torch.strided)}
         schema = target._schema
         mutated = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        if name == "embedding_bag":
+            return self.embedding_bag(target, args, kwargs)
         if name == "batch_norm":
             return self.batch_norm(target, args, kwargs)
         if mutated:
@@ -234,6 +242,33 @@ class Importer:
         self.replaced[id(old)] = new
         self.stale |= self.aliases.get(self.ids[id(old)], set()) - {self.ids[id(old)], self.ids[id(new)]}
         return new
+
+    def made_by(self, tensor: torch.Tensor) -> Node | None:
+        value = self.ids[id(tensor)]
+        return next((n for n in self.graph.nodes if value in n.outputs), None)
+
+    def embedding_bag(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Bags of equal length (offsets from an arange, as 2-D indices give) become one operator whose bags are rows."""
+        names = [a.name for a in target._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        indices, offsets = given["indices"], given["offsets"]
+        made = self.made_by(offsets)
+        bags = offsets.shape[0]
+        plain = made is not None and made.target == "arange" and bags > 0 and indices.shape[0] % bags == 0
+        length = indices.shape[0] // bags if plain else 0
+        plain = plain and made is not None and self.arange_step(made) == (0, length) and given.get("padding_idx") in (None, -1)
+        if not plain or given.get("include_last_offset") or given.get("scale_grad_by_freq"):
+            return self.functional("embedding_bag", target, args, kwargs)
+        rows = REWRITES["view"](self, indices, [bags, length])
+        scales = given.get("per_sample_weights")
+        scales = None if scales is None else REWRITES["view"](self, scales, [bags, length])
+        y = self.emit("embedding_bag_fixed", functional.embedding_bag_fixed, given["weight"], rows, scales, given.get("mode", 0), given.get("sparse", False))
+        return (y, None, None, None)
+
+    @staticmethod
+    def arange_step(node: Node) -> tuple[int, int]:
+        names = node.arg_names
+        return int(names.get("start", 0)), int(names.get("step", 1))
 
     def batch_norm(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Training: y from x alone, and the running statistics as buffer values of their own."""

@@ -25,6 +25,7 @@ class Emit:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        self.random: fx.Node | None = None  # the forward's CallKey
 
     def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(fn, args, kwargs)
@@ -51,7 +52,6 @@ class Call:
     results: list[list[_C.IndexSet]]
     shapes: list[list[int]]
     dtypes: list[torch.dtype]
-    context: Any = None  # per-call runtime inputs (random keys)
 
     def attr(self, name: str, default: Any = None) -> Any:
         value = self.node.attrs.get(name)

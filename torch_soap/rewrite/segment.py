@@ -12,7 +12,7 @@ from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.rewrite.local import Call, Emit, emit_local
 
-for _family in ("basic",):
+for _family in ("basic", "window", "reduction", "lookup"):
     importlib.import_module(f"torch_soap.rewrite.{_family}")
 
 DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
@@ -51,6 +51,7 @@ def build_segment(program: _C.Program, rank_program: _C.RankProgram, segment: _C
     fx_graph = fx.Graph()
     e = Emit(fx_graph)
     env: dict[int, fx.Node] = {v: fx_graph.placeholder(f"v{v}") for v in segment.inputs}
+    e.random = fx_graph.placeholder("random", default_value=None)
     for item in segment.items:
         call = make_call(program, rank_program, item, graph, env)
         if item.empty:

@@ -13,6 +13,7 @@ import torch
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
+from torch_soap.random import CallKey
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.movement import PlannedStep, execute, plan_step
@@ -26,6 +27,7 @@ class StepState:
     leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
     outputs: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    random: CallKey | None = None
     position: int = 0  # next instruction
 
 
@@ -70,7 +72,7 @@ class Engine:
             self.num_forward = len(self.kinds)
 
     # -- forward -----------------------------------------------------------------------------------------------------
-    def forward(self, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], *, grad: bool, random: object = None, seeds: dict[str, torch.Tensor] | None = None) -> StepState:
+    def forward(self, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], *, grad: bool, random: CallKey | None = None, seeds: dict[str, torch.Tensor] | None = None) -> StepState:
         """Runs up to the first backward instruction (all of them when interleaved).
 
         Args:
@@ -78,7 +80,7 @@ class Engine:
             stored: this rank's part of each param, buffer and const by node name.
             seeds: interleaved programs: gradients of the returns, by node name.
         """
-        state = StepState()
+        state = StepState(random=random)
         for node in self.feeds:
             state.values[self.value_of_store[node]] = feeds[self.names[node]]
         for node in self.stores:
@@ -143,7 +145,7 @@ class Engine:
                 leaves[value] = tensor.requires_grad_()
             arguments.append(tensor)
         with torch.set_grad_enabled(record):
-            results = self.modules[segment](*arguments)
+            results = self.modules[segment](*arguments, state.random)
         outputs = dict(zip(self.outs[segment], results, strict=True))
         if record:
             state.leaves[segment] = leaves

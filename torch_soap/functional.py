@@ -1,0 +1,140 @@
+"""Functional forms that capture writes into the graph and that tiles are computed with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+# -- losses --------------------------------------------------------------------------------------------------------------
+def ce_rows(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross entropy of each row."""
+    return F.cross_entropy(input, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+
+
+def nll_rows(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, ignore_index: int = -100) -> torch.Tensor:
+    return F.nll_loss(input, target, weight, ignore_index=ignore_index, reduction="none")
+
+
+def ce_count(target: torch.Tensor, weight: torch.Tensor | None = None, ignore_index: int = -100, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What a mean loss divides by: the rows that count, or their summed class weight."""
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum(dtype=dtype)
+    return torch.where(counted, weight[torch.where(counted, target, torch.zeros_like(target))], torch.zeros((), dtype=weight.dtype)).sum()
+
+
+# -- attention -----------------------------------------------------------------------------------------------------------
+def attention_weights(q: torch.Tensor, k: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool) -> torch.Tensor:
+    """Softmax of the scores [.., s, t]."""
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return torch.softmax(scores, -1)
+
+
+# -- embedding bags of equal length --------------------------------------------------------------------------------------
+def embedding_bag_fixed(weight: torch.Tensor, indices: torch.Tensor, per_sample_weights: torch.Tensor | None = None, mode: int = 0, sparse: bool = False) -> torch.Tensor:
+    """weight [v, d], indices [n, b] -> [n, d]; mode 0 sum, 1 mean, 2 max."""
+    return F.embedding_bag(indices, weight, mode=("sum", "mean", "max")[mode], per_sample_weights=per_sample_weights, sparse=sparse)
+
+
+# -- recurrent layers, one direction each --------------------------------------------------------------------------------
+def lstm_layer(
+    input: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: Any = None, b_hh: Any = None, reverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """input [t, n, i], h0 and c0 [n, o] -> y [t, n, o], hn, cn [n, o]; torch's own kernel."""
+    if reverse:
+        y, h, c = lstm_layer(input.flip(0), h0, c0, w_ih, w_hh, b_ih, b_hh, False)
+        return y.flip(0), h, c
+    weights = [w_ih, w_hh] + ([b_ih, b_hh] if b_ih is not None else [])
+    y, hn, cn = torch.ops.aten.lstm.input(input, [h0.unsqueeze(0), c0.unsqueeze(0)], weights, b_ih is not None, 1, 0.0, False, False, False)
+    return y, hn[0], cn[0]
+
+
+def gru_layer(
+    input: torch.Tensor, h0: torch.Tensor, h0_own: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: Any = None, b_hh: Any = None, reverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As lstm_layer; `h0_own` is h0, or the units of it that this tile computes (then one time step)."""
+    steps = range(input.shape[0])
+    gates_x = F.linear(input, w_ih, b_ih)
+    whole = h0_own.shape[1] == h0.shape[1]
+    h, own = h0, h0_own
+    outputs: list[torch.Tensor] = []
+    for t in reversed(steps) if reverse else steps:
+        xr, xz, xn = gates_x[t].chunk(3, 1)
+        hr, hz, hn = F.linear(h, w_hh, b_hh).chunk(3, 1)
+        r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+        n = torch.tanh(xn + r * hn)
+        own = n + z * (own - n)
+        if whole:
+            h = own
+        outputs.append(own)
+    return torch.stack(outputs[::-1] if reverse else outputs), own
+
+
+def lstm_step(
+    input: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: Any, b_hh: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One time step for some hidden units: w_* hold these units' gate rows, c0 these units, h0 all."""
+    i, f, g, o = (F.linear(input[0], w_ih, b_ih) + F.linear(h0, w_hh, b_hh)).chunk(4, 1)
+    c = torch.sigmoid(f) * c0 + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return h.unsqueeze(0), h, c
+
+
+def layer_weights(weights: Sequence[torch.Tensor], has_biases: bool, index: int) -> list[Any]:
+    """w_ih, w_hh, b_ih, b_hh of layer-direction `index` in torch's flat list."""
+    if has_biases:
+        return list(weights[4 * index : 4 * index + 4])
+    return [*weights[2 * index : 2 * index + 2], None, None]
+
+
+def stacked_lstm(
+    x: torch.Tensor, h: torch.Tensor, c: torch.Tensor, weights: Sequence[torch.Tensor], has_biases: bool, layers: int, bidirectional: bool, batch_first: bool,
+    between: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """nn.LSTM layer by layer; `between` is applied to the output of every layer but the last."""
+    x = x.transpose(0, 1) if batch_first else x
+    directions = 2 if bidirectional else 1
+    hs, cs = [], []
+    for layer in range(layers):
+        outputs = []
+        for d in range(directions):
+            index = layer * directions + d
+            y, hn, cn = lstm_layer(x, h[index], c[index], *layer_weights(weights, has_biases, index), reverse=d == 1)
+            outputs.append(y)
+            hs.append(hn)
+            cs.append(cn)
+        x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
+        if layer + 1 < layers:
+            x = between(x)
+    return (x.transpose(0, 1) if batch_first else x), torch.stack(hs), torch.stack(cs)
+
+
+def stacked_gru(
+    x: torch.Tensor, h: torch.Tensor, weights: Sequence[torch.Tensor], has_biases: bool, layers: int, bidirectional: bool, batch_first: bool,
+    between: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x = x.transpose(0, 1) if batch_first else x
+    directions = 2 if bidirectional else 1
+    hs = []
+    for layer in range(layers):
+        outputs = []
+        for d in range(directions):
+            index = layer * directions + d
+            y, hn = gru_layer(x, h[index], h[index], *layer_weights(weights, has_biases, index), reverse=d == 1)
+            outputs.append(y)
+            hs.append(hn)
+        x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
+        if layer + 1 < layers:
+            x = between(x)
+    return (x.transpose(0, 1) if batch_first else x), torch.stack(hs)
