@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,19 +25,6 @@ def ce_count(target: torch.Tensor, weight: torch.Tensor | None = None, ignore_in
     if weight is None:
         return counted.sum(dtype=dtype)
     return torch.where(counted, weight[torch.where(counted, target, torch.zeros_like(target))], torch.zeros((), dtype=weight.dtype)).sum()
-
-
-# -- attention -----------------------------------------------------------------------------------------------------------
-def attention_weights(q: torch.Tensor, k: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool) -> torch.Tensor:
-    """Softmax of the scores [.., s, t]."""
-    if enable_gqa:
-        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-    scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return torch.softmax(scores, -1)
 
 
 # -- embedding bags of equal length --------------------------------------------------------------------------------------
@@ -98,43 +84,6 @@ def layer_weights(weights: Sequence[torch.Tensor], has_biases: bool, index: int)
     return [*weights[2 * index : 2 * index + 2], None, None]
 
 
-def stacked_lstm(
-    x: torch.Tensor, h: torch.Tensor, c: torch.Tensor, weights: Sequence[torch.Tensor], has_biases: bool, layers: int, bidirectional: bool, batch_first: bool,
-    between: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """nn.LSTM layer by layer; `between` is applied to the output of every layer but the last."""
-    x = x.transpose(0, 1) if batch_first else x
-    directions = 2 if bidirectional else 1
-    hs, cs = [], []
-    for layer in range(layers):
-        outputs = []
-        for d in range(directions):
-            index = layer * directions + d
-            y, hn, cn = lstm_layer(x, h[index], c[index], *layer_weights(weights, has_biases, index), reverse=d == 1)
-            outputs.append(y)
-            hs.append(hn)
-            cs.append(cn)
-        x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
-        if layer + 1 < layers:
-            x = between(x)
-    return (x.transpose(0, 1) if batch_first else x), torch.stack(hs), torch.stack(cs)
-
-
-def stacked_gru(
-    x: torch.Tensor, h: torch.Tensor, weights: Sequence[torch.Tensor], has_biases: bool, layers: int, bidirectional: bool, batch_first: bool,
-    between: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    x = x.transpose(0, 1) if batch_first else x
-    directions = 2 if bidirectional else 1
-    hs = []
-    for layer in range(layers):
-        outputs = []
-        for d in range(directions):
-            index = layer * directions + d
-            y, hn = gru_layer(x, h[index], h[index], *layer_weights(weights, has_biases, index), reverse=d == 1)
-            outputs.append(y)
-            hs.append(hn)
-        x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
-        if layer + 1 < layers:
-            x = between(x)
-    return (x.transpose(0, 1) if batch_first else x), torch.stack(hs)
+def layer_dropout(input: torch.Tensor, p: float, layer: int, num_masks: int) -> torch.Tensor:
+    """Dropout between recurrent layers; a rank draws slice `layer` of one mask [num_masks, t, n, units]."""
+    return F.dropout(input, p, True)

@@ -16,7 +16,8 @@ from torch import nn
 from torch_soap import _C
 from torch_soap.capture import Captured, capture
 from torch_soap.plan import Plan, as_plan
-from torch_soap.random import CounterState, counter_rng
+from torch_soap.random import CounterState
+from torch_soap.random_ops import counter_rng
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime import Engine, ThreadComm
 from torch_soap.runtime.comm import ThreadWorld
@@ -164,7 +165,8 @@ def run_rank(captured: Captured, program: _C.Program, graph: Any, inputs: list[t
         for (name, node), seed_tensor in zip(returns.items(), cotangents(whole, step), strict=True):
             part = rank_rows(seed_tensor, node.sample_dim, rows, comm.rank)
             seeds[name] = part / (1 if node.sample_dim is not None else world)
-        state = engine.forward(local, stored, grad=True, random=random.next(), seeds=seeds if program.interleaved else None)
+        random.next_call()
+        state = engine.forward(local, stored, grad=True, random=random, seeds=seeds if program.interleaved else None)
         result.outputs.append({n: engine.output(state, nodes[n]).clone() for n in returns})
         if not program.interleaved:
             engine.backward(state, seeds)

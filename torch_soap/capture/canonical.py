@@ -250,7 +250,7 @@ def _recurrent(
                 state.append(value)
         x = _cat(e, outputs, 2) if directions == 2 else outputs[0]
         if layer + 1 < layers and p > 0 and train:
-            x = e.emit("dropout", aten.dropout.default, x, p, True)
+            x = e.emit("layer_dropout", functional.layer_dropout, x, p, layer, layers - 1)
     return _transpose(e, x, 0, 1) if batch_first else x
 
 

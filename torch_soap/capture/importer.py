@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch_soap import functional
 from torch_soap.capture.canonical import INPLACE, REWRITES
 from torch_soap.capture.graph import Graph, Node, Ref, refs
+from torch_soap.random_ops import is_random
 
 SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn"}
 
@@ -32,11 +33,6 @@ POINTWISE = {
     "relu6", "mish", "hardtanh", "leaky_relu", "elu", "rrelu", "fill", "addcmul", "addcdiv", "lerp", "sigmoid", "tanh",
 }  # fmt: skip
 NOT_POINTWISE = {"bernoulli", "dropout", "rand_like", "randn_like", "randint_like", "native_dropout", "rrelu"}
-
-RANDOM = {
-    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "bernoulli", "rand", "randn", "randint", "rand_like",
-    "randn_like", "randint_like", "normal", "uniform", "multinomial", "rrelu", "randperm",
-}  # fmt: skip
 
 # Operators that carry no work of their own: a module with one other operator gives that one its name.
 LIGHT = {"view", "permute", "narrow", "expand", "to", "cat", "detach", "clone", "full", "arange", "slice", "lerp", "batch_norm_stats"}
@@ -51,10 +47,6 @@ def op_name(target: Any) -> str:
         namespace, name = target._schema.name.split("::")
         return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
     return getattr(target, "__name__", str(target)).rstrip("_")
-
-
-def is_random(name: str, args: dict[str, Any]) -> bool:
-    return name in RANDOM or (name == "scaled_dot_product_attention" and bool(args.get("dropout_p")))
 
 
 class Importer:
@@ -72,6 +64,7 @@ class Importer:
         self.no_grad = False
         self.autocast: tuple[str, torch.dtype, bool] | None = None
         self.num_random = 0
+        self.rng_index: int | None = None
 
     # -- values ------------------------------------------------------------------------------------------------------
     def bind(self, tensor: torch.Tensor) -> int:
@@ -142,9 +135,7 @@ class Importer:
             no_grad=self.no_grad,
             autocast=self.autocast,
         )
-        if is_random(target, names):
-            node.rng_index = self.num_random
-            self.num_random += 1
+        node.rng_index = self.rng_index
         self.graph.nodes.append(node)
         if not isinstance(result, list | tuple):
             return results[0]
@@ -186,6 +177,11 @@ class Importer:
     def call(self, fx_node: torch.fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the exported graph."""
         name = op_name(target)
+        # Every random operator of the trace has a number, active or not; what it is rewritten into shares it.
+        self.rng_index = None
+        if is_random(target):
+            self.rng_index = self.num_random
+            self.num_random += 1
         if name in SKIPPED:
             return None
         tensors = [a for a in _leaves((args, kwargs)) if isinstance(a, torch.Tensor)]

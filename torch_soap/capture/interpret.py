@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from torch_soap.capture.graph import Graph, Node, substitute
+from torch_soap.random import CounterState
+from torch_soap.random import dropout as counter_dropout
+from torch_soap.random_ops import RANDOM_KERNELS
 
 
 def region(node: Node) -> contextlib.AbstractContextManager[Any]:
@@ -21,11 +25,25 @@ def region(node: Node) -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
-def run_graph(graph: Graph, tensors: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def call(node: Node, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], random: CounterState | None) -> Any:
+    if random is None or node.rng_index is None:
+        return fn(*args, **kwargs)
+    key = random.key(node.rng_index)
+    if node.target == "layer_dropout":
+        x, p, layer, num_masks = args
+        where = {"key": key, "tile": [[(layer, layer + 1)], *([(0, n)] for n in x.shape)], "global_sizes": [num_masks, *x.shape]}
+        return counter_dropout(x.unsqueeze(0), p, True, **where).squeeze(0)  # type: ignore[arg-type]
+    kernel = RANDOM_KERNELS.get(fn)
+    result = NotImplemented if kernel is None else kernel(*args, **kwargs, key=key)
+    return fn(*args, **kwargs) if result is NotImplemented else result
+
+
+def run_graph(graph: Graph, tensors: dict[str, torch.Tensor], random: CounterState | None = None) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Computes the graph.
 
     Args:
         tensors: by node name, for every param, buffer, const and feed.
+        random: what random operators draw from; default: torch's generator.
 
     Returns:
         The returned tensors in order, and the new values of written buffers by name.
@@ -47,7 +65,7 @@ def run_graph(graph: Graph, tensors: dict[str, torch.Tensor]) -> tuple[list[torc
             if fn is None:
                 raise RuntimeError(f"[capture] operator {node.name} has nothing to call")
             with region(node):
-                result = fn(*substitute(node.args, env.__getitem__), **substitute(node.kwargs, env.__getitem__))
+                result = call(node, fn, substitute(node.args, env.__getitem__), substitute(node.kwargs, env.__getitem__), random)
             results = list(result) if isinstance(result, list | tuple) else [result]
             for value, tensor in zip(node.outputs, results, strict=True):
                 env[value] = tensor

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from torch_soap import functional, random
+from torch_soap import functional
 from torch_soap.rewrite.basic import first
 from torch_soap.rewrite.local import Call, Emit, captured_call, local
+from torch_soap.rewrite.randomness import draw, runs_of
 
 
 def masked_lookup(indices: torch.Tensor, weight: torch.Tensor, begin: int, end: int, padding_idx: int, sparse: bool) -> torch.Tensor:
@@ -94,14 +95,14 @@ def attention(e: Emit, call: Call) -> fx.Node:
     causal = bool(call.attr("is_causal", False))
     scale = call.attr("scale")
     gqa = bool(call.attr("enable_gqa", False)) or call.sizes.get("r", 1) > 1
-    if causal and (call.is_cut("s")):
+    if causal and call.is_cut("s") and not call.attr("dropout_p", 0.0):
         mask = e(causal_mask, list(call.sets["s"].runs), [(0, call.sizes["t"])])
         causal = False
-    if call.captured is not None and call.captured.rng_index is not None:
-        key, index, _, tile = draw(e, call)
+    if call.captured is not None and call.captured.rng_index is not None and call.attr("dropout_p", 0.0) > 0:
+        tile = [*runs_of(call.results[0][:-1]), [(0, call.sizes["t"])]]
         sizes = [*call.global_shape("query")[:-1], call.sizes["t"]]
-        p = float(call.attr("dropout_p"))
-        return e(random.attention, q, k, v, mask, p, causal, scale, gqa, key, index, sizes, [*tile[:-1], [(0, call.sizes["t"])]])
+        arguments = (q, k, v, mask, float(call.attr("dropout_p")), bool(call.attr("is_causal", False)))
+        return draw(e, call, arguments, {"scale": scale, "enable_gqa": gqa}, tile, sizes)
     return e(F.scaled_dot_product_attention, q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=causal, scale=scale, enable_gqa=gqa)
 
 
@@ -173,46 +174,3 @@ def gru_layer(e: Emit, call: Call) -> list[fx.Node]:
     names = ("input", "h0", "h0_own", "w_ih", "w_hh", "b_ih", "b_hh")
     made = e(functional.gru_layer, *[call.operand(n) for n in names], bool(call.attr("reverse", False)))
     return [e(operator.getitem, made, i) for i in range(2)]
-
-
-def runs_of(box: list[Any]) -> list[list[tuple[int, int]]]:
-    return [list(part.runs) for part in box]
-
-
-def draw(e: Emit, call: Call) -> tuple[Any, ...]:
-    """What names this tile of this operator's random numbers: (key, operator, global sizes, tile)."""
-    if call.captured is None or call.captured.rng_index is None:
-        raise RuntimeError(f"[rewrite] {call.node.name} draws random numbers but has no index")
-    shape = list(call.program.graph.tensors[call.node.outputs[0]].shape)
-    return e.random, call.captured.rng_index, shape, runs_of(call.results[0])
-
-
-@local("dropout")
-def dropout(e: Emit, call: Call) -> fx.Node:
-    return e(random.dropout, first(call), float(call.attr("p")), bool(call.attr("train")), *draw(e, call))
-
-
-@local("feature_dropout")
-def feature_dropout(e: Emit, call: Call) -> fx.Node:
-    return e(random.feature_dropout, first(call), float(call.attr("p")), bool(call.attr("train")), *draw(e, call))
-
-
-@local("alpha_dropout")
-def alpha_dropout(e: Emit, call: Call) -> fx.Node:
-    return e(random.alpha_dropout, first(call), float(call.attr("p")), bool(call.attr("train")), *draw(e, call))
-
-
-@local("bernoulli")
-def bernoulli(e: Emit, call: Call) -> fx.Node:
-    p = call.attr("p")
-    return e(random.bernoulli, first(call) if p is None else float(p), first(call), *draw(e, call))
-
-
-@local("rand", "rand_like")
-def rand(e: Emit, call: Call) -> fx.Node:
-    return e(random.rand, call.dtypes[0], *draw(e, call))
-
-
-@local("randn", "randn_like")
-def randn(e: Emit, call: Call) -> fx.Node:
-    return e(random.randn, call.dtypes[0], *draw(e, call))

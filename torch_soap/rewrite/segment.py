@@ -12,7 +12,7 @@ from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.rewrite.local import Call, Emit, emit_local
 
-for _family in ("basic", "window", "reduction", "lookup"):
+for _family in ("basic", "window", "reduction", "lookup", "randomness"):
     importlib.import_module(f"torch_soap.rewrite.{_family}")
 
 DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}

@@ -13,7 +13,7 @@ import torch
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
-from torch_soap.random import CallKey
+from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.movement import PlannedStep, execute, plan_step
@@ -27,7 +27,7 @@ class StepState:
     leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
     outputs: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
-    random: CallKey | None = None
+    random: CounterState | None = None
     position: int = 0  # next instruction
 
 
@@ -72,7 +72,7 @@ class Engine:
             self.num_forward = len(self.kinds)
 
     # -- forward -----------------------------------------------------------------------------------------------------
-    def forward(self, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], *, grad: bool, random: CallKey | None = None, seeds: dict[str, torch.Tensor] | None = None) -> StepState:
+    def forward(self, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], *, grad: bool, random: CounterState | None = None, seeds: dict[str, torch.Tensor] | None = None) -> StepState:
         """Runs up to the first backward instruction (all of them when interleaved).
 
         Args:
