@@ -1,0 +1,11 @@
+"""torch_soap: nobody should have to choose a parallelization strategy by hand again."""
+
+from torch_soap import _ops as _ops
+from torch_soap.api import grad_norm, parallelize, plan
+from torch_soap.plan import Plan
+from torch_soap.random_ops import counter_rng
+from torch_soap.runtime.header import RankMismatchError
+from torch_soap.verify import Report, verify
+
+__all__ = ["Plan", "RankMismatchError", "Report", "counter_rng", "grad_norm", "parallelize", "plan", "verify"]
+__version__ = "0.1.0"

@@ -79,9 +79,21 @@ void bind_sharding(py::module_& m) {
   py::enum_<Order>(m, "Order").value("forward_then_backward", Order::kForwardThenBackward).value("interleaved", Order::kInterleaved);
   py::class_<Strategy>(m, "Strategy")
       .def(py::init([](int world_size) { return Strategy{.world_size = world_size}; }), py::arg("world_size") = 1)
+      .def("copy", [](const Strategy& s) { return s; })
+      .def("remove", [](Strategy& s, const std::string& name) { s.nodes.erase(name); }, py::arg("name"))
+      .def_property_readonly("names", [](const Strategy& s) {
+        std::vector<std::string> out;
+        for (const auto& [name, config] : s.nodes) out.push_back(name);
+        return out;
+      })
       .def_readwrite("world_size", &Strategy::world_size)
       .def_readwrite("nodes", &Strategy::nodes)
       .def("set", [](Strategy& s, const std::string& name, OpConfig c) { s.nodes[name] = std::move(c); }, py::arg("name"), py::arg("config"))
+      .def("keep_storage", [](Strategy& s, const std::string& name, const Sharding& sharding) {
+        auto& parts = s.stored[name];
+        parts.clear();
+        for (const Coord& c : sharding.coords) parts.push_back({c.box, c.devices});
+      }, py::arg("name"), py::arg("sharding"))
       .def_readwrite("order", &Strategy::order)
       .def_readwrite("bucket_bytes", &Strategy::bucket_bytes)
       .def(py::self == py::self);

@@ -92,7 +92,13 @@ void build_layouts(Program& p, const Strategy& strategy) {
     if (!is_store(node)) continue;
     const Tensor& t = g.tensors[node.outputs[0]];
     const auto it = strategy.nodes.find(node.name);
-    if (it == strategy.nodes.end()) {
+    const auto known = strategy.stored.find(node.name);
+    if (known != strategy.stored.end()) {
+      for (const StoredPart& part : known->second) p.tiles[t.id].coords.push_back({.box = part.box, .devices = part.devices});
+      if (it != strategy.nodes.end()) {
+        for (int id : p.groups_of[t.id]) p.groups[id].keep = it->second.keep;
+      }
+    } else if (it == strategy.nodes.end()) {
       p.tiles[t.id] = derived_storage(p, t);
     } else {
       if (node.kind != NodeKind::kParam) user_error("[plan] {}: only parameters can be stored in parts", node.name);

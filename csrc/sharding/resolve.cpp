@@ -217,8 +217,10 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
   for (auto& shape : shapes) n.outputs.push_back(add_tensor(g, std::move(shape), dtype, bytes, grad && differentiable && !node_.no_grad));
   const std::vector<TensorId> made = n.outputs;
   // The sub-operator's tiling: the original's index sets for the factors that it shares, other tile axes become replicas.
-  Node probe = n;
-  const Rule rule = make_rule(g, probe, pass_.world());
+  if (n.operand_names.empty()) {
+    for (size_t i = 0; i < n.inputs.size(); ++i) n.operand_names.push_back(fmt::format("{}", i));
+  }
+  const Rule rule = make_rule(g, n, pass_.world());
   Tiling tiling;
   std::vector<std::pair<int, const FactorParts*>> kept;  // sub factor, cut
   std::vector<int> degrees;

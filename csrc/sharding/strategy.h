@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "base/index_set.h"
+
 namespace soap {
 
 // How one factor is cut in space (tiles, on devices) and in time (chunks, one after another on the same device).
@@ -50,10 +52,20 @@ enum class Order {
   kInterleaved,          // 1F1B: a chunk's backward as soon as it can; needs the loss inside
 };
 
+// A part of a parameter and the devices that store it.
+struct StoredPart {
+  Box box;
+  std::vector<int> devices;
+  bool operator==(const StoredPart&) const = default;
+};
+
 // Nodes without an entry follow the producer of their main operand; parameters are stored where they are used.
 struct Strategy {
   int world_size = 1;
   std::map<std::string, OpConfig, std::less<>> nodes;
+  // Where parameters already are (by node name), when a model that runs is lowered again for another batch size or mode. Overrides what
+  // their configuration or use says. Not part of a plan's text.
+  std::map<std::string, std::vector<StoredPart>, std::less<>> stored;
   Order order = Order::kForwardThenBackward;
   int64_t bucket_bytes = 25 << 20;  // gradients of parameters travel together up to this size
   bool operator==(const Strategy&) const = default;

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 
+HEADER_INTS = 128  # fixed size, so that ranks that disagree still meet
+
+
 @dataclass
 class Traffic:
     """What was sent: number of operations and bytes by kind. Bytes of an all-reduce are those of its tensor."""
@@ -38,6 +41,9 @@ class Comm(Protocol):
     def gather_objects(self, value: Any) -> list[Any]:
         """The values of all ranks, in order."""
 
+    def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        """The integers of all ranks, in order; a rank that doesn't come within the timeout is named in the error."""
+
 
 class TorchComm:
     """c10d process groups. Groups of some ranks are made when first used, by their members alone."""
@@ -48,6 +54,8 @@ class TorchComm:
         self.world_size = dist.get_world_size(self.world)
         self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self.traffic = Traffic()
+        self.num_meetings = 0
+        self.store: Any = dist.distributed_c10d._get_default_store() if self.world is dist.group.WORLD else None
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         key = tuple(ranks)
@@ -80,6 +88,32 @@ class TorchComm:
         out: list[Any] = [None] * self.world_size
         dist.all_gather_object(out, value, group=self.world)
         return out
+
+    def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        self.num_meetings += 1
+        if self.store is not None:
+            self.store.set(f"soap/meeting/{self.rank}", str(self.num_meetings))
+        mine = torch.zeros(HEADER_INTS, dtype=torch.int64)
+        if len(values) + 1 > HEADER_INTS:
+            raise ValueError(f"[comm] a header of {len(values)} integers; at most {HEADER_INTS - 1}")
+        mine[: len(values) + 1] = torch.tensor([len(values), *values])
+        out = torch.empty(self.world_size * HEADER_INTS, dtype=torch.int64)
+        try:
+            dist.all_gather_into_tensor(out, mine, group=self.world)
+        except RuntimeError as error:
+            raise RuntimeError(f"[comm] meeting {self.num_meetings}: {self.missing()}") from error
+        return [row[1 : 1 + int(row[0])].tolist() for row in out.view(self.world_size, HEADER_INTS)]
+
+    def missing(self) -> str:
+        """Which ranks have not come to this meeting, by the store."""
+        if self.store is None:
+            return "a rank did not come"
+        absent = []
+        for rank in range(self.world_size):
+            key = f"soap/meeting/{rank}"
+            if not self.store.check([key]) or int(self.store.get(key)) < self.num_meetings:
+                absent.append(rank)
+        return f"ranks {absent} did not come" if absent else "the exchange failed though all ranks came"
 
 
 class ThreadWorld:
@@ -163,6 +197,9 @@ class ThreadComm:
             raise RuntimeError(f"[comm] rank {self.rank} expected {recv_bytes} bytes, got {sizes}")
         self.traffic.add("exchange", sum(t.numel() for t in sends.values()))
         return out
+
+    def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        return [list(v) for v in self.gather_objects(list(values))]
 
     def gather_objects(self, value: Any) -> list[Any]:
         ranks = range(self.world_size)

@@ -6,7 +6,7 @@ segment has a small autograd graph of its own, and backward walks the instructio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Engine:
             stored: this rank's part of each param, buffer and const by node name.
             seeds: interleaved programs: gradients of the returns, by node name.
         """
-        state = StepState(random=random)
+        state = StepState(random=None if random is None else replace(random))  # what backward recomputes draws the same
         for node in self.feeds:
             state.values[self.value_of_store[node]] = feeds[self.names[node]]
         for node in self.stores:
@@ -93,6 +93,15 @@ class Engine:
 
     def output(self, state: StepState, node: int) -> torch.Tensor:
         return state.values[self.value_of_return[node]]
+
+    def dtype_of(self, node: int) -> torch.dtype:
+        """Of what the node makes, or, for a return, takes."""
+        graph = self.program.graph
+        tensors = list(graph.nodes[node].outputs) or list(graph.nodes[node].inputs)
+        return DTYPES[graph.tensors[tensors[0]].dtype]
+
+    def return_wants_grad(self, node: int) -> bool:
+        return bool(self.program.graph.tensors[self.program.graph.nodes[node].inputs[0]].requires_grad)
 
     def buffer_values(self, state: StepState) -> dict[str, torch.Tensor]:
         """New values of the buffers that this forward wrote, by qualified name."""

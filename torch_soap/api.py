@@ -1,0 +1,228 @@
+"""The public functions: parallelize, plan, grad_norm."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torch_soap import _C
+from torch_soap.capture import capture
+from torch_soap.capture.graph import Graph
+from torch_soap.plan import Plan, as_plan
+from torch_soap.planner import search_plan
+from torch_soap.rewrite.graph_import import to_op_graph
+from torch_soap.runtime.checkpoint import install_state_dict
+from torch_soap.runtime.comm import TorchComm
+from torch_soap.runtime.header import agree
+from torch_soap.runtime.optimizers import Registry
+from torch_soap.runtime.parallel import Parallel
+from torch_soap.verify import as_arguments, even_rows
+
+
+@functools.cache
+def registry() -> Registry:
+    """The process' optimizer and norm hooks, installed by the first parallelize."""
+    return Registry()
+
+
+class ParallelModule(nn.Module):
+    """What `parallelize` turns a module's class into: the same module, whose forward runs the plan on all ranks together."""
+
+    _soap: Parallel
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan; None before the first forward when there were no example_inputs."""
+        return self._soap.plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._soap.call(args, kwargs)
+
+    def no_sync(self) -> Any:
+        """Accumulating several backwards: the sums are the same with or without (each backward reduces its own)."""
+        return torch.autograd.profiler.record_function("torch_soap.no_sync")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A plain copy with whole parameters. Collective where anything is cut."""
+        return plain_copy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return copy.copy, (plain_copy(self, {}),)
+
+
+def plain_copy(module: ParallelModule, memo: dict[int, Any]) -> nn.Module:
+    parallel = module._soap
+    with parallel.whole_parameters():
+        twin = module.__class__.__mro__[2].__new__(module.__class__.__mro__[2])
+        memo[id(module)] = twin
+        skipped = ("_soap", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+        state = {k: v for k, v in module.__dict__.items() if k not in skipped}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        plain = nn.Module()
+        for k in skipped[1:]:
+            twin.__dict__[k] = plain.__dict__[k]
+    for child in twin.modules():
+        for key in [k for k, hook in child._forward_pre_hooks.items() if getattr(hook, "torch_soap", False)]:
+            del child._forward_pre_hooks[key]
+    return twin
+
+
+class WithLoss:
+    """World size 1 with `loss`: model(*inputs, *targets) is the loss; nothing else changes."""
+
+    def __init__(self, forward: Callable[..., Any], loss: Callable[..., Any], num_targets: int) -> None:
+        self.forward, self.loss, self.num_targets = forward, loss, num_targets
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        split = len(args) - self.num_targets
+        return self.loss(self.forward(*args[:split], **kwargs), *args[split:])
+
+
+def parallelize(
+    module: nn.Module,
+    example_inputs: Any = None,
+    *,
+    loss: Callable[..., Any] | None = None,
+    plan: Plan | str | Path | None = None,
+    machine: Any = None,
+    memory_limit: int | None = None,
+) -> nn.Module:
+    """Trains `module` on all processes of the job with the results of one process on the concatenated batch.
+
+    Each process feeds its own rows, as with DDP; the objective is the mean over processes of the loss each one computes.
+    Returns the same object. With one process (WORLD_SIZE 1 or unset) the module's own forward runs, untouched.
+
+    Args:
+        example_inputs: this process' part of a batch (a tensor, a tuple of arguments, a dict of keywords): plan now. Default:
+            plan at the first forward.
+        loss: called as loss(output, *targets) inside the parallel program; then `model(*inputs, *targets)` returns the loss.
+        plan: a Plan, the path of a saved one, or text (docs/plan-format.md); default: searched.
+        machine: plan for this machine instead of the measured one.
+        memory_limit: bytes per device.
+
+    Raises:
+        ValueError: the plan's text is not legal for this module; nothing has been changed.
+        RankMismatchError: ranks have different models, torch versions or plans; names the rank and the first difference.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1")) if not dist.is_initialized() else dist.get_world_size()
+    if world == 1:
+        if loss is not None:
+            from torch_soap.capture.capture import num_targets
+
+            module.forward = WithLoss(module.forward, loss, num_targets(loss))
+        return module
+    if isinstance(module, ParallelModule):
+        raise ValueError("[parallelize] the module is parallelized already")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    comm = TorchComm()
+    same_module(comm, module, plan)
+    broadcast_state(comm, module)
+
+    def planner(graph: _C.OpGraph, captured: Graph, rows: list[int]) -> Plan:
+        if plan is not None:
+            return as_plan(plan, graph, world)
+        return search_plan(graph, captured, rows, comm=comm, machine=machine, memory_limit=memory_limit)
+
+    parallel = Parallel(module, comm, loss=loss, planner=planner)
+    seeds = comm.gather_objects(parallel.random.seed)
+    if any(s != seeds[0] for s in seeds):
+        parallel.random.seed, parallel.random.torch_seed = seeds[0], None
+    if example_inputs is not None:
+        parallel.prepare(*as_arguments(example_inputs))
+    own = type(module)
+    module.__class__ = type(own.__name__, (ParallelModule, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+    module.__dict__["_soap"] = parallel
+    install_state_dict(parallel)
+    guard_submodules(module, parallel)
+    registry().parallels.add(parallel)
+    return module
+
+
+def guard_submodules(module: nn.Module, parallel: Parallel) -> None:
+    """A submodule with cut parameters, called on its own, would compute on parts: an error instead."""
+
+    def hook(child: nn.Module, _args: Any) -> None:
+        if parallel.capturing or not any(parallel.is_cut(n) for n, p in parallel.parameters() if any(p is q for q in child.parameters())):
+            return
+        raise RuntimeError(
+            f"[torch_soap] {type(child).__name__} was called on its own, but its parameters are cut over ranks; call the whole model, or load its state_dict() into a plain one"
+        )
+
+    hook.torch_soap = True  # type: ignore[attr-defined]
+    for child in module.modules():
+        if child is not module:
+            child.register_forward_pre_hook(hook)
+
+
+def same_module(comm: TorchComm, module: nn.Module, plan: Any) -> None:
+    """All ranks have the same torch, model and plan."""
+    mine = {
+        "torch": torch.__version__,
+        "class": type(module).__qualname__,
+        **{f"parameter {n}": (tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()},
+        **{f"buffer {n}": (tuple(b.shape), str(b.dtype)) for n, b in module.named_buffers()},
+        "plan": plan.text if isinstance(plan, Plan) else str(plan),
+    }
+    everyone = comm.gather_objects(mine)
+    for rank, other in enumerate(everyone):
+        for key in [*everyone[0], *(k for k in other if k not in everyone[0])]:
+            if other.get(key) != everyone[0].get(key):
+                agree(comm, "parallelize", mine.get(key), f"ranks differ in {key}")
+                raise RuntimeError(f"[parallelize] rank {rank} and rank 0 differ in {key}")
+
+
+def broadcast_state(comm: TorchComm, module: nn.Module) -> None:
+    """Rank 0's parameters and buffers win, as with DDP; a difference is said."""
+    changed = []
+    with torch.no_grad():
+        for name, t in [*module.named_parameters(), *module.named_buffers()]:
+            if t.is_meta:
+                continue
+            before = t.detach().clone()
+            dist.broadcast(t.data if t.data.is_contiguous() else before, 0, group=comm.world)
+            if not t.data.is_contiguous():
+                t.data.copy_(before)
+            elif not torch.equal(before, t.data):
+                changed.append(name)
+    if changed:
+        warnings.warn(f"[parallelize] rank {comm.rank}: {len(changed)} parameters and buffers differed from rank 0's and were replaced, first {changed[0]}", stacklevel=3)
+
+
+def plan(
+    module: nn.Module,
+    example_inputs: Any,
+    *,
+    loss: Callable[..., Any] | None = None,
+    world_size: int | None = None,
+    machine: Any = None,
+    memory_limit: int | None = None,
+) -> Plan:
+    """Searches a plan without a process group, also for a machine one doesn't have; the module may be on the meta device.
+
+    Args:
+        example_inputs: the global batch.
+        world_size: devices; default: the machine's, or 1.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    captured = capture(module, args, kwargs, loss=loss, check=False)
+    tensors = [captured.leaves[i] for i in captured.tensor_slots]
+    graph = captured.instantiate(captured._signature_of(tensors))
+    world = world_size or getattr(machine, "num_devices", None) or 1
+    total = next((t.shape[d] for t, d in zip(tensors, captured.batch_dims, strict=True) if d is not None), world)
+    return search_plan(to_op_graph(graph), graph, even_rows(total, world), comm=None, machine=machine, memory_limit=memory_limit)
+
+
+def grad_norm(model: nn.Module, norm_type: float = 2.0) -> torch.Tensor:
+    """The global norm of the gradients of a model, parallelized or not. Collective."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.clip_grad._get_total_norm(grads, norm_type)

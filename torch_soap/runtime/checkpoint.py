@@ -1,0 +1,80 @@
+"""state_dict of a parallelized module and of its optimizers: full names and full shapes, whatever the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_soap.runtime.parallel import Parallel
+from torch_soap.runtime.storage import cut
+
+RANDOM_KEY = "torch_soap_random"
+
+
+def install_state_dict(parallel: Parallel) -> None:
+    """Hooks on the module: `state_dict()` gathers (collective), `load_state_dict()` cuts."""
+    names = {n: canonical for canonical, n in aliases(parallel.module)}
+
+    def gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        for name, canonical in names.items():
+            key = prefix + name
+            if key in state and parallel.is_cut(canonical):
+                state[key] = parallel.gather(canonical, state[key]).to(state[key].dtype)
+
+    def scatter(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, canonical in names.items():
+            key = prefix + name
+            if key in state and parallel.is_cut(canonical):
+                whole = state[key]
+                if tuple(whole.shape) != parallel.shapes[canonical]:
+                    raise ValueError(f"[load_state_dict] {key} has shape {list(whole.shape)}, the whole parameter {list(parallel.shapes[canonical])}")
+                state[key] = cut(whole, parallel.boxes[canonical])
+
+    parallel.module._register_state_dict_hook(gather)
+    parallel.module._register_load_state_dict_pre_hook(scatter, with_module=True)
+
+
+def aliases(module: nn.Module) -> list[tuple[str, str]]:
+    """(canonical name, name) of every parameter, tied ones under each of their names."""
+    first: dict[int, str] = {}
+    out = []
+    for name, p in module.named_parameters(remove_duplicate=False):
+        out.append((first.setdefault(id(p), name), name))
+    return out
+
+
+def gather_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state_dict with whole tensors. Collective."""
+    names = {id(p): n for n, p in parallel.parameters()}
+    index = 0
+    state = dict(state_dict["state"])
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names.get(id(p))
+            if name is not None and parallel.is_cut(name) and index in state:
+                state[index] = {
+                    k: parallel.gather(name, v).to(v.dtype) if isinstance(v, torch.Tensor) and v.shape == p.shape and v.dim() > 0 else v
+                    for k, v in state[index].items()
+                }
+            index += 1
+    return {**state_dict, "state": state}
+
+
+def cut_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A whole optimizer state_dict with this rank's parts."""
+    names = {id(p): n for n, p in parallel.parameters()}
+    index = 0
+    state = dict(state_dict["state"])
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names.get(id(p))
+            if name is not None and parallel.is_cut(name) and index in state:
+                shape = parallel.shapes[name]
+                state[index] = {
+                    k: cut(v, parallel.boxes[name]).clone() if isinstance(v, torch.Tensor) and tuple(v.shape) == shape and v.dim() > 0 else v
+                    for k, v in state[index].items()
+                }
+            index += 1
+    return {**state_dict, "state": state}

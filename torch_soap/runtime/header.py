@@ -1,0 +1,83 @@
+"""The agreement of ranks before each forward: mode, shapes, rows. A disagreement or a missing rank is an error on all ranks that
+names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torch_soap.runtime.comm import Comm
+
+
+class RankMismatchError(RuntimeError):
+    """Ranks disagree, or one did not come."""
+
+
+def agree(comm: Comm, what: str, mine: Any, message: str) -> None:
+    """Raises on every rank, naming the first that differs from rank 0, unless all have the same value. Collective."""
+    values = comm.gather_objects(mine)
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise RankMismatchError(f"[{what}] {message}: rank {rank} has {value!r}, rank 0 has {values[0]!r}")
+
+
+def number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+class Header:
+    """What every rank says before a forward: a few integers; in words only when they differ."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+
+    def check(self, training: bool, grad: bool, tensors: Sequence[torch.Tensor]) -> None:
+        """All ranks call the module in the same mode, with the same number, dtypes and ranks of inputs."""
+        words = {
+            "mode": "train" if training else "eval",
+            "grad": grad,
+            "autocast": (torch.is_autocast_enabled("cpu"), str(torch.get_autocast_dtype("cpu"))),
+            "inputs": [(str(t.dtype), t.dim()) for t in tensors],
+        }
+        sizes = [n for t in tensors for n in t.shape]
+        mine = [number(repr(words)), len(sizes), *sizes]
+        self.gathered = self.comm.gather_ints(mine)
+        if any(g[:2] != mine[:2] for g in self.gathered):
+            everyone = self.comm.gather_objects(words)
+            for rank, other in enumerate(everyone):
+                for key, value in other.items():
+                    if value != everyone[0][key]:
+                        hint = " A forward on some ranks only, or in another mode, must be called on all ranks." if key in ("mode", "grad") else ""
+                        raise RankMismatchError(f"[forward] ranks disagree on {key}: rank {rank} has {value}, rank 0 has {everyone[0][key]}.{hint}")
+            raise RankMismatchError("[forward] ranks disagree on their inputs")
+
+    def rows(self, tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> tuple[list[int], tuple[tuple[tuple[int, ...], torch.dtype], ...]]:
+        """Rows that each process feeds, and the global signature. Call after `check`."""
+        per_rank = []
+        for g in self.gathered:
+            sizes, shapes = g[2:], []
+            for t in tensors:
+                shapes.append(tuple(sizes[: t.dim()]))
+                sizes = sizes[t.dim() :]
+            per_rank.append(shapes)
+        signature = []
+        rows: list[int] | None = None
+        for i, (t, dim) in enumerate(zip(tensors, dims, strict=True)):
+            shapes = [s[i] for s in per_rank]
+            for rank, shape in enumerate(shapes):
+                if [n for d, n in enumerate(shape) if d != dim] != [n for d, n in enumerate(shapes[0]) if d != dim]:
+                    raise RankMismatchError(f"[forward] input {i}: rank {rank} has shape {list(shape)}, rank 0 {list(shapes[0])}; only dim {dim} may differ")
+            total = list(shapes[0])
+            if dim is not None:
+                mine = [shape[dim] for shape in shapes]
+                total[dim] = sum(mine)
+                if rows is None:
+                    rows = mine
+                elif [a * sum(rows) for a in mine] != [b * sum(mine) for b in rows]:
+                    raise RankMismatchError(f"[forward] input {i} has {mine} rows on the ranks, another input {rows}: they must be in proportion")
+            signature.append((tuple(total), t.dtype))
+        return rows if rows is not None else [1] * self.comm.world_size, tuple(signature)

@@ -1,0 +1,118 @@
+"""Stock optimizers on cut parameters: elementwise ones step on the parts, others on gathered wholes; global gradient norms."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from torch_soap.runtime.checkpoint import cut_optimizer_state, gather_optimizer_state
+from torch_soap.runtime.parallel import Parallel
+from torch_soap.runtime.storage import cut
+
+# Each element's update reads that element's parameter, gradient and state only. Others are taken not to be.
+ELEMENTWISE = {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"}
+
+
+class Registry:
+    """Which parameters belong to which parallelized module, and the process-wide hooks that need to know. Made at first use."""
+
+    def __init__(self) -> None:
+        self.parallels: weakref.WeakSet[Parallel] = weakref.WeakSet()
+        self.known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.wholes: dict[int, list[tuple[Parallel, str, torch.nn.Parameter, torch.Tensor]]] = {}
+        register_optimizer_step_pre_hook(self.before_step)
+        register_optimizer_step_post_hook(self.after_step)
+        self.local_norm = clip_grad._get_total_norm
+        clip_grad._get_total_norm = self.total_norm
+
+    def owner(self, p: torch.Tensor) -> tuple[Parallel, str] | None:
+        for parallel in self.parallels:
+            for name, q in parallel.parameters():
+                if q is p:
+                    return parallel, name
+        return None
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+    def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        ours = self.cut_parameters(optimizer)
+        if not ours:
+            return
+        if optimizer not in self.known:
+            self.known.add(optimizer)
+            self.first_step(optimizer, ours)
+        if is_elementwise(optimizer):
+            return
+        kept = []
+        for parallel, name, p in ours:
+            part, grad = p.data, p.grad
+            whole_grad = None if grad is None else parallel.gather(name, grad)
+            p.grad = None
+            p.data = parallel.gather(name, part)
+            p.grad = whole_grad
+            kept.append((parallel, name, p, part))
+        self.wholes[id(optimizer)] = kept
+
+    def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parallel, name, p, part in self.wholes.pop(id(optimizer), []):
+            whole, grad = p.data, p.grad
+            p.grad = None
+            p.data = part.copy_(cut(whole, parallel.boxes[name]))
+            p.grad = None if grad is None else cut(grad, parallel.boxes[name]).clone()
+
+    def first_step(self, optimizer: torch.optim.Optimizer, ours: list[tuple[Parallel, str, torch.nn.Parameter]]) -> None:
+        """State that was made before the parameters were cut is cut too; checkpoints of the optimizer become whole."""
+        if not is_elementwise(optimizer):
+            return
+        for parallel, name, p in ours:
+            state = optimizer.state.get(p, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dim() > 0 and tuple(value.shape) == parallel.shapes[name] and value.shape != p.shape:
+                    state[key] = cut(value, parallel.boxes[name]).clone()
+        for parallel in {id(x): x for x, _, _ in ours}.values():
+            optimizer.register_state_dict_post_hook(lambda o, sd, x=parallel: gather_optimizer_state(x, o, sd))  # type: ignore[misc]
+            optimizer.register_load_state_dict_pre_hook(lambda o, sd, x=parallel: cut_optimizer_state(x, o, sd))  # type: ignore[misc]
+
+    def cut_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[Parallel, str, torch.nn.Parameter]]:
+        out = []
+        for parallel in self.parallels:
+            names = {id(p): n for n, p in parallel.parameters()}
+            for group in optimizer.param_groups:
+                out += [(parallel, names[id(p)], p) for p in group["params"] if id(p) in names and parallel.is_cut(names[id(p)])]
+        return out
+
+    # -- norms ---------------------------------------------------------------------------------------------------------
+    def total_norm(self, tensors: Iterable[torch.Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None) -> torch.Tensor:
+        """torch's _get_total_norm, with the global norm for gradients of ours: every element counts once. Collective then."""
+        tensors = list(tensors)
+        ours: dict[int, tuple[Parallel, str]] = {}
+        for parallel in self.parallels:
+            if parallel.plan is not None:
+                ours |= {id(p.grad): (parallel, n) for n, p in parallel.parameters() if p.grad is not None}
+        mine = [t for t in tensors if id(t) in ours]
+        if not mine:
+            return self.local_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        parallel = ours[id(mine[0])][0]
+        counted = [t for t in mine if parallel.owners.get(ours[id(t)][1], parallel.comm.rank == 0) and t.numel()]
+        maximum = norm_type == float("inf")
+        if maximum:
+            share = torch.stack([t.detach().abs().amax() for t in counted]).amax() if counted else torch.zeros(())
+        else:
+            share = sum((torch.linalg.vector_norm(t.detach(), norm_type) ** norm_type for t in counted), torch.zeros((), dtype=mine[0].dtype))
+        total = parallel.comm.all_reduce(share.detach().clone().reshape(1), list(range(parallel.comm.world_size)), maximum)[0]
+        others = [t for t in tensors if id(t) not in ours]
+        if others:
+            rest = self.local_norm(others, norm_type, False, foreach)
+            total = torch.maximum(total, rest) if maximum else total + rest**norm_type
+        total = total if maximum else total ** (1.0 / norm_type)
+        if error_if_nonfinite and not torch.isfinite(total):
+            raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped.")
+        return total
+
+
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in ELEMENTWISE

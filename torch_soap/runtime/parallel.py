@@ -1,0 +1,256 @@
+"""Parallel: what stands behind a parallelized module: captures, engines, where parameters live, and the agreement of ranks.
+
+[Note: whole, stored, copy] A parameter is *whole* in the user's eyes (names and shapes of checkpoints). A rank *stores* one box of it (or
+nothing): that is `param.data`, and `.grad` has the same shape. What an operator reads is a *copy*, made by the Program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from torch_soap import _C
+from torch_soap.capture import Captured, capture
+from torch_soap.capture.graph import Graph
+from torch_soap.plan import Plan
+from torch_soap.random import CounterState
+from torch_soap.rewrite.graph_import import to_op_graph
+from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.engine import Engine, StepState
+from torch_soap.runtime.header import Header, agree
+from torch_soap.runtime.storage import assemble, cut
+
+Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
+
+
+class Parallel:
+    """One parallelized module on one rank.
+
+    Args:
+        planner: gives the plan at the first call: (graph, captured graph, rows of each process) -> Plan.
+    """
+
+    def __init__(self, module: nn.Module, comm: Comm, *, loss: Callable[..., Any] | None, planner: Planner) -> None:
+        self.module = module
+        self.comm = comm
+        self.loss = loss
+        self.planner = planner
+        self.plan: Plan | None = None
+        self.captures: dict[Any, Captured] = {}
+        self.engines: dict[Any, tuple[Engine, Graph]] = {}
+        self.boxes: dict[str, list[Any] | None] = {}  # by parameter name, once planned
+        self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters(remove_duplicate=False)}
+        self.owners: dict[str, bool] = {}  # this rank's part counts in global norms and checkpoints
+        self.storage: dict[str, Any] = {}  # node name -> Sharding
+        self.random = CounterState.from_torch()
+        self.header = Header(comm)
+        self.calls = 0
+        self.capturing = False
+
+    # -- planning ------------------------------------------------------------------------------------------------------
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+        """The capture of the module's present mode; made with whole parameters at the first call in that mode."""
+        key = (self.module.training, structure_key(args, kwargs))
+        if key not in self.captures:
+            with self.whole_parameters(), self.capture_mode():
+                self.captures[key] = capture(self.module, args, kwargs, train=self.module.training, loss=self.loss)
+        return self.captures[key]
+
+    @contextlib.contextmanager
+    def capture_mode(self) -> Iterator[None]:
+        """The module is the user's own again, so that its forward can be traced."""
+        own, self.capturing = type(self.module), True
+        plain = own.__mro__[2] if "_soap" in self.module.__dict__ else own
+        self.module.__class__ = plain
+        try:
+            yield
+        finally:
+            self.module.__class__ = own
+            self.capturing = False
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Captures and plans for this process' example inputs, without running."""
+        self.header.check(self.module.training, torch.is_grad_enabled(), input_tensors(args, kwargs))
+        captured = self.capture(args, kwargs)
+        rows, signature = self.header.rows(captured.flatten_inputs(args, kwargs), captured.batch_dims)
+        self.engine(captured, signature, rows)
+
+    def engine(self, captured: Captured, signature: Any, rows: Sequence[int]) -> tuple[Engine, Graph]:
+        """The engine for these global input shapes and rows; the first one plans and cuts the parameters."""
+        key = (id(captured), signature, tuple(rows), torch.is_autocast_enabled("cpu"), tuple(p.requires_grad for p in self.module.parameters()))
+        if key in self.engines:
+            return self.engines[key]
+        graph = captured.instantiate(signature)
+        op_graph = to_op_graph(graph)
+        if self.plan is None:
+            self.plan = self.planner(op_graph, graph, list(rows))
+        strategy = self.plan.strategy.copy()
+        if self.storage:
+            names = {n.name for n in op_graph.nodes}
+            for name in strategy.names:
+                if name not in names and name.rsplit("/", 1)[0] not in names:
+                    strategy.remove(name)
+            for name, sharding in self.storage.items():
+                strategy.keep_storage(name, sharding)
+        program = _C.lower(op_graph, strategy, list(rows))
+        agree(self.comm, "program", hashlib.sha256(str(program).encode()).hexdigest(), "the lowered programs differ")
+        if not self.storage:
+            self.cut_parameters(program)
+        engine = Engine(program, graph, self.comm.rank, self.comm)
+        self.engines[key] = engine, graph
+        return engine, graph
+
+    def cut_parameters(self, program: _C.Program) -> None:
+        """From here on a Parameter's data is the part that this rank stores."""
+        for node in program.graph.nodes:
+            if node.kind not in (_C.NodeKind.param, _C.NodeKind.buffer):
+                continue
+            sharding = program.tiles[node.outputs[0]]
+            self.storage[node.name] = sharding
+            if node.kind != _C.NodeKind.param:
+                continue
+            name = node.name.removeprefix("param:")
+            mine = next((c for c in sharding.coords if self.comm.rank in c.devices), None)
+            self.boxes[name] = mine.box if mine is not None else None
+            self.owners[name] = mine is not None and mine.devices[0] == self.comm.rank
+        for name, p in self.parameters():
+            if name in self.boxes and self.is_cut(name):
+                part = cut(p.data, self.boxes[name]).clone(memory_format=torch.contiguous_format)
+                grad = None if p.grad is None else cut(p.grad, self.boxes[name]).clone()
+                p.grad = None
+                p.data = part
+                p.grad = grad
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
+
+    def is_cut(self, name: str) -> bool:
+        """Whether any rank stores less than the whole parameter."""
+        sharding = self.storage.get(f"param:{name}")
+        if sharding is None:
+            return False
+        return len(sharding.coords) > 1 or len(sharding.coords[0].devices) < self.comm.world_size
+
+    def gather(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole of a tensor that is laid out as the parameter `name` is. Collective."""
+        box = self.boxes[name]
+        mine = (box_runs(box), tensor.detach().cpu()) if self.owners[name] and box is not None else None
+        parts = [p for p in self.comm.gather_objects(mine) if p is not None]
+        sets = [([_C.IndexSet.from_runs(runs) for runs in b], t) for b, t in parts]
+        return assemble(self.shapes[name], sets)
+
+    @contextlib.contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Inside, parameters have their whole data (read only: changes are lost). Collective where anything is cut."""
+        kept = {}
+        for name, p in self.parameters():
+            if self.is_cut(name):
+                kept[name] = (p, p.data, p.grad)
+                whole = self.gather(name, p.data)
+                p.grad = None
+                p.data = whole
+        try:
+            yield
+        finally:
+            for p, data, grad in kept.values():
+                p.data = data
+                p.grad = grad
+
+    # -- calling -------------------------------------------------------------------------------------------------------
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward of all ranks together."""
+        self.calls += 1
+        leaves = input_tensors(args, kwargs)
+        self.header.check(self.module.training, torch.is_grad_enabled(), leaves)
+        captured = self.capture(args, kwargs)
+        tensors = captured.flatten_inputs(args, kwargs)
+        rows, signature = self.header.rows(tensors, captured.batch_dims)
+        engine, graph = self.engine(captured, signature, rows)
+        self.random.next_call()
+        names = [n.name for n in graph.nodes if n.kind == "feed"]
+        feeds = dict(zip(names, tensors, strict=True))
+        stored = {n.name: captured.stored_tensor(n.kind, n.qualname) for n in graph.nodes if n.kind in ("param", "buffer", "const")}
+        params = [(n.name, stored[n.name]) for n in graph.nodes if n.kind == "param"]
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in itertools.chain(tensors, (p for _, p in params)))
+        if grad:
+            outputs = list(RunProgram.apply(self, engine, feeds, stored, len(tensors), *tensors, *(p for _, p in params)))
+        else:
+            state = engine.forward(feeds, stored, grad=False, random=self.random)
+            outputs = self.finish(engine, state, stored)
+        return captured.unflatten_outputs(outputs)
+
+    def finish(self, engine: Engine, state: StepState, stored: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Writes buffers; the outputs in order."""
+        with torch.no_grad():
+            for name, value in engine.buffer_values(state).items():
+                stored[f"buffer:{name}"].copy_(value)
+        return [engine.output(state, node).detach() for node in engine.returns]
+
+
+class RunProgram(torch.autograd.Function):
+    """The whole Program as one autograd node; its inputs are the module's inputs and Parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, parallel: Parallel, engine: Engine, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], num_inputs: int, *tensors: torch.Tensor) -> Any:
+        seeds = None
+        if engine.program.interleaved:
+            share = 1.0 / parallel.comm.world_size
+            seeds = {engine.names[n]: torch.full(engine.shapes[engine.value_of_return[n]], share, dtype=engine.dtype_of(n)) for n in engine.returns}
+        state = engine.forward(feeds, stored, grad=True, random=parallel.random, seeds=seeds)
+        outputs = parallel.finish(engine, state, stored)
+        ctx.parallel, ctx.engine, ctx.state, ctx.num_inputs = parallel, engine, state, num_inputs
+        ctx.shapes = [tuple(t.shape) for t in tensors]
+        ctx.needs = [t.requires_grad for t in tensors]
+        ctx.param_names = [n for n in stored if n.startswith("param:")]
+        ctx.feed_names = list(feeds)
+        ctx.mark_non_differentiable(*[o for o, n in zip(outputs, engine.returns, strict=True) if not engine.return_wants_grad(n)])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        engine, state, world = ctx.engine, ctx.state, ctx.parallel.comm.world_size
+        if state is None:
+            raise RuntimeError("[torch_soap] backward a second time through the same forward: retain_graph isn't kept across the parallel program")
+        names = [engine.names[n] for n in engine.returns]
+        scale: torch.Tensor | None = None
+        if engine.program.interleaved:
+            # Forward ran with a gradient of 1: what comes in now is the mean of the processes' gradients of the loss.
+            own = next((g for g in grads if g is not None), torch.zeros(()))
+            scale = ctx.parallel.comm.all_reduce(own.detach().clone().reshape(-1) / world, list(range(world)), False)[0]
+        else:
+            engine.backward(state, {n: g / world for n, g in zip(names, grads, strict=True) if g is not None})
+        ctx.state = None
+        nodes = {n: i for i, n in enumerate(engine.names)}
+        out: list[torch.Tensor | None] = []
+        for name, shape, needed in zip([*ctx.feed_names, *ctx.param_names], ctx.shapes, ctx.needs, strict=True):
+            grad = engine.gradient(state, nodes[name]) if needed else None
+            if grad is None and needed and name.startswith("param:") and engine.value_of_store[nodes[name]] < 0:
+                grad = torch.zeros(shape, dtype=engine.dtype_of(nodes[name]))  # stored elsewhere: an empty part
+            if grad is not None and scale is not None:
+                grad = grad * scale.to(grad.dtype)
+            out.append(grad)
+        return (None, None, None, None, None, *out)
+
+
+def box_runs(box: list[Any]) -> list[list[tuple[int, int]]]:
+    return [list(s.runs) for s in box]
+
+
+def input_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def structure_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a capture is bound to besides shapes: the structure of the call and its constants."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return str(spec), tuple((leaf.dtype, leaf.dim(), leaf.requires_grad) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)
+
