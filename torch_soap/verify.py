@@ -107,7 +107,7 @@ def run_reference(captured: Captured, inputs: list[torch.Tensor], steps: int, se
             with captured._mode():
                 result = captured.objective(*args, **kwargs)
             outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-            trace.outputs.append({f"out:{i}": o.detach().clone() for i, o in enumerate(outputs)})
+            trace.outputs.append({n: o.detach().clone() for n, o in zip(captured.output_names(), outputs, strict=True)})
             for p in named.values():
                 p.grad = None
             seeds = cotangents(outputs, step)
@@ -115,7 +115,7 @@ def run_reference(captured: Captured, inputs: list[torch.Tensor], steps: int, se
             if wanted:
                 torch.autograd.backward([o for o, _ in wanted], [s for _, s in wanted])
             trace.grads.append({n: None if p.grad is None else p.grad.clone() for n, p in named.items()})
-            trace.input_grads.append({f"in:{i}": leaves[s].grad for i, s in enumerate(captured.tensor_slots) if leaves[s].requires_grad})
+            trace.input_grads.append({n: leaves[s].grad for n, s in zip(captured.input_names(), captured.tensor_slots, strict=True) if leaves[s].requires_grad})
             if optimizer is not None:
                 optimizer.step()
             trace.buffers.append({n: b.clone() for n, b in captured.buffers.items()})

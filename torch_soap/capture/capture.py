@@ -1,10 +1,11 @@
-"""The capture ladder: torch.export, checked against eager; what can't be traced becomes an opaque operator."""
+"""The capture ladder: torch.export with a dynamic batch; one export for each signature; untraceable children as opaque
+operators; the whole module as one. A rung is left with a reason, and each capture is checked against eager."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,42 +13,30 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from torch_soap.capture import check as eager_check
 from torch_soap.capture.graph import Graph
-from torch_soap.capture.importer import CaptureError, Importer, clean_path, fake_like
+from torch_soap.capture.importer import CaptureError, Importer, fake_like
 from torch_soap.capture.interpret import run_graph
-from torch_soap.random import CounterState
-from torch_soap.random_ops import counter_rng
+from torch_soap.capture.names import clean_path, unique
+from torch_soap.capture.objective import FlatCall, Objective
+from torch_soap.capture.opaque import ModuleCall, OpaqueOps, Recording, mode_of, split_leaves
+from torch_soap.capture.signature import Signature, batch_dim_choices, example_rows, moved_dims, scaled, signature_of
+from torch_soap.capture.structure import flatten, input_names, leaf_names
+from torch_soap.capture.watch import Watch, first_line, user_line
 
-Shape = tuple[int, ...]
-Signature = tuple[tuple[Shape, torch.dtype], ...]
-
-
-class Objective(nn.Module):
-    """The module with its loss: forward(*model_args, *targets) -> loss(model(*model_args), *targets)."""
-
-    def __init__(self, model: nn.Module, loss: Callable[..., Any] | None) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        self.num_targets = num_targets(loss)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.loss is None:
-            return self.model(*args, **kwargs)
-        split = len(args) - self.num_targets
-        return self.loss(self.model(*args[:split], **kwargs), *args[split:])
+MAX_OPAQUE = 16  # children given up on before the whole module is
 
 
-def num_targets(loss: Callable[..., Any] | None) -> int:
-    """Positional arguments of the loss without default, less the model's output."""
-    if loss is None:
-        return 0
-    required = [
-        p
-        for p in inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
-    return len(required) - 1
+@dataclass
+class Trace:
+    """One exported program and the opaque calls in it."""
+
+    program: torch.export.ExportedProgram
+    ops: OpaqueOps
+    out_constants: list[Any] = field(default_factory=list)  # leaves of the output; tensors are None
+    out_slots: list[int] = field(default_factory=list)
+    out_spec: pytree.TreeSpec | None = None
+    out_names: list[str] = field(default_factory=list)
 
 
 class Captured:
@@ -56,7 +45,9 @@ class Captured:
     Attributes:
         dynamic: one trace serves every batch size; else each input signature is traced by itself.
         reasons: why a rung of the ladder was left, one line each.
-        batch_dims: for each input leaf the dim that moves with the batch, None for none.
+        opaque: paths of the modules that are one operator each; [""] where the whole module is.
+        batch_dims: for each input tensor the dim that moves with the batch, None for none.
+        checked: compared with eager (False on the meta device).
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, train: bool, loss: Callable[..., Any] | None) -> None:
@@ -64,319 +55,395 @@ class Captured:
         self.objective = Objective(module, loss)
         self.train = train
         self.reasons: list[str] = []
-        self.leaves, self.in_spec = pytree.tree_flatten((args, kwargs))
+        self.opaque: list[str] = []
+        self.checked = False
+        self.dynamic = False
+        self.leaves, self.in_spec = flatten((args, kwargs))
         self.tensor_slots = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
-        self.out_spec: pytree.TreeSpec | None = None
-        self.out_leaves: list[Any] = []  # constants of the output; tensors are None
-        self.batch_dims = batch_dims([self.leaves[i] for i in self.tensor_slots])
+        self._names = [input_names(args, kwargs)[i] for i in self.tensor_slots]
+        self.batch_dims: list[int | None] = [None] * len(self.tensor_slots)
+        self.traces: dict[Signature | None, Trace] = {}
         self.graphs: dict[Any, Graph] = {}
-        self.programs: dict[Any, torch.export.ExportedProgram] = {}
-        self.parameters = dict(module.named_parameters(remove_duplicate=False))
-        self.buffers = dict(module.named_buffers(remove_duplicate=False))
-        self.dynamic = self._trace_dynamic()
+        self.recordings: dict[str, list[list[Recording]]] = {}
+        self.return_dims: list[tuple[int | None, int]] | None = None
+        self.last: Trace | None = None
+        # Tied tensors have one name, the first.
+        self.parameters = dict(itertools.chain(module.named_parameters(), prefixed("loss.", self.objective.loss_parameters())))
+        self.names_of = {id(t): n for n, t in itertools.chain(self.parameters.items(), self.buffers.items())}
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return dict(itertools.chain(self.module.named_buffers(), prefixed("loss.", self.objective.loss_buffers())))
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """The tensors of the example."""
+        return [self.leaves[i] for i in self.tensor_slots]
 
     # -- inputs and outputs --------------------------------------------------------------------------------------------
     def flatten_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """Tensor leaves of a call; the other leaves must be those that the trace was made with."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten((args, kwargs))
         if spec != self.in_spec:
             raise ValueError(f"[capture] the call has the structure {spec}, the captured one {self.in_spec}")
         for i, (leaf, known) in enumerate(zip(leaves, self.leaves, strict=True)):
-            if i not in self.tensor_slots and leaf != known:
+            if isinstance(leaf, torch.Tensor) != (i in self.tensor_slots) or (i not in self.tensor_slots and leaf != known):
                 raise ValueError(f"[capture] argument leaf {i} is {leaf!r}, captured with {known!r}")
         return [leaves[i] for i in self.tensor_slots]
 
     def unflatten_outputs(self, tensors: list[torch.Tensor]) -> Any:
-        if self.out_spec is None:
-            raise RuntimeError("[capture] outputs before a trace")
-        feed = iter(tensors)
-        return pytree.tree_unflatten([next(feed) if leaf is None else leaf for leaf in self.out_leaves], self.out_spec)
+        trace = self._last()
+        leaves = list(trace.out_constants)
+        for slot, tensor in zip(trace.out_slots, tensors, strict=True):
+            leaves[slot] = tensor
+        return pytree.tree_unflatten(leaves, trace.out_spec)
 
     def input_names(self) -> list[str]:
-        return [f"in:{i}" for i in range(len(self.tensor_slots))]
+        return [f"in:{n}" for n in self._names]
+
+    def output_names(self) -> list[str]:
+        return [f"out:{n}" for n in self._last().out_names]
+
+    def _last(self) -> Trace:
+        if self.last is None:
+            raise RuntimeError("[capture] outputs before a trace")
+        return self.last
+
+    def call(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The user's module (and loss) on these tensors, eagerly, in the captured mode."""
+        leaves = list(self.leaves)
+        for slot, tensor in zip(self.tensor_slots, tensors, strict=True):
+            leaves[slot] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+        with self._mode():
+            return self.objective(*args, **kwargs)
+
+    def _mode(self) -> Any:
+        self.objective.training = self.train
+        return mode_of(self.module, self.train)
 
     # -- tracing -------------------------------------------------------------------------------------------------------
-    def _example(self, signature: Signature | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves = list(self.leaves)
-        if signature is not None:
-            for slot, (shape, dtype) in zip(self.tensor_slots, signature, strict=True):
-                leaves[slot] = torch.zeros(shape, dtype=dtype, device=self.leaves[slot].device)
-        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        return args, kwargs
-
-    def _export(self, signature: Signature | None, dynamic: bool) -> torch.export.ExportedProgram:
-        args, kwargs = self._example(signature)
+    def export(self, signature: Signature, dims: list[int | None] | None) -> Trace:
+        """Exports at this signature; `dims` are dynamic."""
+        flat = FlatCall(self.objective, self.leaves, self.tensor_slots, self.in_spec)
+        flat.training = self.train
+        examples = []
+        for (shape, dtype), known in zip(signature, self.inputs, strict=True):
+            same = tuple(known.shape) == shape and known.dtype == dtype
+            examples.append(known if same else torch.zeros(shape, dtype=dtype, device=known.device).requires_grad_(known.requires_grad))
         shapes = None
-        if dynamic:
-            dims = iter(self.batch_dims)
-            spec = []
-            for i, _ in enumerate(self.leaves):
-                dim = next(dims) if i in self.tensor_slots else None
-                spec.append({dim: torch.export.Dim.AUTO} if dim is not None else None)
-            arg_shapes, kwarg_shapes = pytree.tree_unflatten(spec, self.in_spec)
-            # Objective.forward takes *args, **kwargs: export wants them as one tuple and by name.
-            shapes = {"args": tuple(arg_shapes), "kwargs": dict(kwarg_shapes)} if kwarg_shapes else {"args": tuple(arg_shapes)}
-        with self._mode(), forbid_custom_functions():
-            return torch.export.export(self.objective, args, kwargs, strict=False, dynamic_shapes=shapes)
-
-    @contextlib.contextmanager
-    def _mode(self) -> Iterator[None]:
-        modes = {m: m.training for m in self.module.modules()}
-        if any(t != self.train for t in modes.values()) and self.module.training != self.train:
-            self.module.train(self.train)
-        self.objective.training = self.train
-        try:
-            yield
-        finally:
-            for m, t in modes.items():
-                m.training = t
-
-    def _trace_dynamic(self) -> bool:
-        if any(d is not None for d in self.batch_dims):
+        if dims is not None:
+            shapes = {"tensors": tuple({d: torch.export.Dim.AUTO} if d is not None else None for d in dims)}
+        ops = OpaqueOps()
+        watch = Watch(self.module)
+        with self._mode(), eager_check.preserved(self.module), ops.functions(), ops.modules(self.module, self.recordings, self.train), watch:
             try:
-                self.programs[None] = self._export(self._at_least_two(), dynamic=True)
-                base = self._signature_of([self.leaves[i] for i in self.tensor_slots])
-                self.instantiate(scaled(base, self.batch_dims, 3))
-                self.instantiate(scaled(base, self.batch_dims, 5))
-                return True
-            except CaptureError:
-                raise
+                program = torch.export.export(flat, tuple(examples), strict=False, dynamic_shapes=shapes)
             except Exception as error:  # torch.export documents no exception type for untraceable code
-                self.reasons.append(f"dynamic batch: {first_line(error)}")
-                self.programs.clear()
-                self.graphs.clear()
-        return False
+                reason = f"{user_line(error)}: {first_line(error)}"
+                raise CaptureError(reason, watch.running[-1] if watch.running else None) from error
+        if watch.drew:
+            raise CaptureError(f"{watch.drew[0] or type(self.module).__name__} draws from Python's or NumPy's random numbers, which a trace would bake", watch.drew[0])
+        result = flat.result
+        return Trace(program, ops, result.constants, result.slots, result.spec, result.names)
 
-    def _at_least_two(self) -> Signature:
-        """Export specialises sizes 0 and 1: trace with more rows."""
-        signature = self._signature_of([self.leaves[i] for i in self.tensor_slots])
-        rows = [shape[d] for (shape, _), d in zip(signature, self.batch_dims, strict=True) if d is not None]
-        return scaled(signature, self.batch_dims, 1) if min(rows) > 1 else scaled(signature, self.batch_dims, 4 if min(rows) else 4)
-
-    def _signature_of(self, tensors: list[torch.Tensor]) -> Signature:
-        return tuple((tuple(t.shape), t.dtype) for t in tensors)
-
-    def instantiate(self, signature: Signature) -> Graph:
-        """The graph at these global input shapes. Cached."""
-        key = (signature, torch.is_autocast_enabled("cpu"), tuple(p.requires_grad for p in self.parameters.values()))
+    def instantiate(self, inputs: Any) -> Graph:
+        """The graph at the global shapes of these inputs (tensors of any kind in the structure of a call, or a
+        signature). Cached."""
+        signature = signature_of(inputs)
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        key = (signature, autocast, tuple(p.requires_grad for p in self.parameters.values()))
         if key not in self.graphs:
-            self.graphs[key] = self._build(signature)
+            graph = self._import(signature)
+            for node, (dim, ratio) in zip(user_returns(graph), self._return_dims(signature, graph), strict=True):
+                node.sample_dim, node.sample_ratio = dim, ratio
+            self.graphs[key] = graph
         return self.graphs[key]
 
-    def _program(self, signature: Signature) -> torch.export.ExportedProgram:
-        if None in self.programs:
-            return self.programs[None]
-        if signature not in self.programs:
-            self.programs[signature] = self._export(signature, dynamic=False)
-        return self.programs[signature]
+    def _signature_of(self, tensors: Sequence[torch.Tensor]) -> Signature:
+        return signature_of(list(tensors))
 
-    def _build(self, signature: Signature) -> Graph:
-        graph = self._import(self._program(signature), signature)
-        other = scaled(signature, self.batch_dims, 1, add=1)
-        if other == signature:
-            return graph
-        # The dims of returns that move with the batch: those that differ at another batch size.
-        moved = self._import(self._program(other), other)
-        sizes = {n.name: moved.values[n.inputs[0]].shape for n in moved.of_kind("return")}
-        for node in graph.of_kind("return"):
-            shape = graph.values[node.inputs[0]].shape
-            changed = [d for d, (a, b) in enumerate(zip(shape, sizes[node.name], strict=True)) if a != b]
-            node.sample_dim = changed[0] if changed else None
-        return graph
+    def _return_dims(self, signature: Signature, graph: Graph) -> list[tuple[int | None, int]]:
+        """Dim of each return that moves with the batch, and by how many rows for each: read off one more row."""
+        if self.return_dims is None:
+            shapes = [graph.values[n.inputs[0]].shape for n in user_returns(graph)]
+            other = scaled(signature, self.batch_dims, 1, add=1)
+            try:
+                moved = self._import(other) if other != signature else graph
+                others = [moved.values[n.inputs[0]].shape for n in user_returns(moved)]
+            except CaptureError as error:
+                self.reasons.append(f"sample dims of outputs by size, not by replay: {error}")
+                rows = example_rows(signature, self.batch_dims)
+                others = [tuple(s + (s == rows and d == s_.index(rows)) for d, s in enumerate(s_)) for s_ in shapes]
+            self.return_dims = [moved_dims(a, b) for a, b in zip(shapes, others, strict=True)]
+        return self.return_dims
 
-    def _import(self, program: torch.export.ExportedProgram, signature: Signature) -> Graph:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        importer = Importer(mode)
-        importer.replaced = {}
-        spec = program.graph_signature
-        inputs: list[Any] = []
+    def _trace(self, signature: Signature) -> Trace:
+        if None in self.traces:
+            return self.traces[None]
+        if signature not in self.traces:
+            self.traces[signature] = self.export(signature, None)
+        return self.traces[signature]
+
+    # -- import --------------------------------------------------------------------------------------------------------
+    def _import(self, signature: Signature) -> Graph:
+        importer = Importer(FakeTensorMode(allow_non_fake_inputs=True))
+        if torch.is_autocast_enabled("cpu"):  # around the call: not in the trace
+            importer.autocast = ("cpu", torch.get_autocast_dtype("cpu"), True)
+        if self.opaque == [""]:
+            return self._import_whole(importer, signature)
+        trace = self._trace(signature)
+        self.last = trace
+        importer.opaques = dict(trace.ops.calls)
+        spec = trace.program.graph_signature
+        handles: list[Any] = []
         shared: dict[int, Any] = {}
         buffers: dict[str, torch.Tensor] = {}
-        feeds = iter(zip(signature, self.batch_dims, strict=True))
-        feed_index = 0
-        slots = iter(range(len(self.leaves)))
+        feeds = iter(self._feeds(importer, signature))
         for item in spec.input_specs:
             kind = item.kind.name
             if kind == "USER_INPUT":
-                slot = next(slots)
-                if slot not in self.tensor_slots:
-                    inputs.append(self.leaves[slot])
-                    continue
-                (shape, dtype), dim = next(feeds)
-                tensor = fake_like(mode, shape, dtype, bool(self.leaves[slot].requires_grad))
-                importer.source_node("feed", f"in:{feed_index}", tensor, str(feed_index), sample_dim=dim)
-                feed_index += 1
-                inputs.append(tensor)
+                handles.append(next(feeds))
                 continue
-            actual, group = self._stored(program, item, kind)
-            if id(actual) in shared:
-                inputs.append(shared[id(actual)])
-                continue
-            name = clean_path(item.target)
-            tensor = fake_like(mode, tuple(actual.shape), actual.dtype, actual.requires_grad)
-            importer.source_node(group, f"{group}:{name}", tensor, name)
-            shared[id(actual)] = tensor
-            if group == "buffer":
-                buffers[name] = tensor
-            inputs.append(tensor)
-        outputs = importer.run(program.graph_module, inputs)
-        user_outputs = [o for o, s in zip(outputs, spec.output_specs, strict=True) if s.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
-        for o, s in zip(outputs, spec.output_specs, strict=True):
-            if s.kind.name == "BUFFER_MUTATION":
-                importer.replaced[id(buffers[clean_path(s.target)])] = o
-        index = 0
-        self.out_leaves = []
-        for output in user_outputs:
-            if isinstance(output, torch.Tensor):
-                importer.return_node(f"out:{index}", output, str(index))
-                index += 1
-                self.out_leaves.append(None)
-            else:
-                self.out_leaves.append(output)
-        for name, tensor in buffers.items():
-            new = importer.current(tensor)
-            if new is not tensor:
-                importer.return_node(f"write:{name}", new, name, target="buffer_write")
-        self.out_spec = program.call_spec.out_spec
+            tensor, group, name = self._stored(trace.program, item.target, kind)
+            if id(tensor) not in shared:
+                shared[id(tensor)] = self._source(importer, group, name, tensor)
+                if group == "buffer":
+                    buffers[name] = shared[id(tensor)]
+            handles.append(shared[id(tensor)])
+        outputs = importer.run(trace.program.graph_module, handles)
+        made = list(zip(outputs, spec.output_specs, strict=True))
+        for handle, item in made:
+            if item.kind.name == "BUFFER_MUTATION":
+                importer.aliases.write(buffers[clean_path(item.target)], importer.aliases.read(handle))
+        results = [importer.aliases.read(o) for o, item in made if item.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
+        return self._finish(importer, results, {n: importer.aliases.read(h) for n, h in buffers.items() if importer.aliases.read(h) is not h})
+
+    def _import_whole(self, importer: Importer, signature: Signature) -> Graph:
+        """The last rung: everything is one operator."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.in_spec)
+        call = ModuleCall(self.objective, (args, kwargs), self.train, self.recordings[""][0])
+        r = call.recording
+        names = unique(leaf_names(pytree.tree_unflatten(list(range(len(r.out_constants))), r.out_spec)))
+        self.last = Trace(None, OpaqueOps(), r.out_constants, r.out_slots, r.out_spec, [names[i] for i in r.out_slots])  # type: ignore[arg-type]
+        handles = self._feeds(importer, signature)
+        handles += [self._source(importer, "param", self.names_of[id(t)], t) for _, t in self.objective.named_parameters()]
+        handles += [self._source(importer, "buffer", self.names_of.get(id(t), clean_path(n)), t) for n, t in self.objective.named_buffers()]
+        results = importer.emit("opaque", call, *handles)
+        outputs, written = results[: len(r.out_slots)], results[len(r.out_slots) :]
+        return self._finish(importer, outputs, {clean_path(n): v for n, v in zip(r.written, written, strict=True)})
+
+    def _feeds(self, importer: Importer, signature: Signature) -> list[torch.Tensor]:
+        if len(signature) != len(self.tensor_slots):
+            raise ValueError(f"[capture] {len(signature)} input tensors, captured with {len(self.tensor_slots)}")
+        handles = []
+        for name, (shape, dtype), dim, known in zip(self._names, signature, self.batch_dims, self.inputs, strict=True):
+            handle = fake_like(importer.mode, shape, dtype, known.requires_grad)
+            importer.source_node("feed", f"in:{name}", handle, name, sample_dim=dim)
+            handles.append(importer.aliases.fresh(handle))
+        return handles
+
+    def _source(self, importer: Importer, group: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        handle = fake_like(importer.mode, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+        importer.source_node(group, f"{group}:{name}", handle, name)
+        return importer.aliases.fresh(handle)
+
+    def _finish(self, importer: Importer, outputs: list[torch.Tensor], written: dict[str, torch.Tensor]) -> Graph:
+        for name, tensor in zip(self._last().out_names, outputs, strict=True):
+            importer.return_node(f"out:{name}", tensor, name)
+        for name, tensor in written.items():
+            importer.return_node(f"write:{name}", tensor, name, target="buffer_write")
+        importer.graph.train, importer.graph.dynamic = self.train, self.dynamic
         return importer.finish()
 
-    def _stored(self, program: torch.export.ExportedProgram, item: Any, kind: str) -> tuple[torch.Tensor, str]:
-        name = clean_path(item.target)
-        if kind == "PARAMETER":
-            return self.parameters[name], "param"
-        if kind == "BUFFER":
-            return self.buffers[name], "buffer"
+    def _stored(self, program: torch.export.ExportedProgram, target: str, kind: str) -> tuple[torch.Tensor, str, str]:
+        name = clean_path(target)
+        tables = {"PARAMETER": ("param", self.module.named_parameters), "BUFFER": ("buffer", self.module.named_buffers)}
         if kind == "CONSTANT_TENSOR":
-            return program.constants[item.target], "const"
-        raise CaptureError(f"[capture] input of kind {kind}")
+            return program.constants[target], "const", name
+        if kind not in tables:
+            raise CaptureError(f"[capture] input of kind {kind}")
+        group = tables[kind][0]
+        owner, _, leaf = target.rpartition(".")
+        tensor = getattr(FlatCallPath(self.objective).get(owner), leaf)
+        return tensor, group, self.names_of.get(id(tensor), name)
 
+    # -- stored tensors ------------------------------------------------------------------------------------------------
     def stored_tensor(self, kind: str, qualname: str) -> torch.Tensor:
         """The user's own Parameter or buffer, or a constant of the trace."""
         if kind == "param":
             return self.parameters[qualname]
         if kind == "buffer":
             return self.buffers[qualname]
-        for program in self.programs.values():
-            for name, tensor in program.constants.items():
+        for trace in self.traces.values():
+            for name, tensor in trace.program.constants.items():
                 if clean_path(name) == qualname:
                     return tensor
         raise KeyError(qualname)
+
+    def param(self, qualname: str) -> nn.Parameter:
+        return self.parameters[qualname]
 
     def stored_tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         return {n.name: self.stored_tensor(n.kind, n.qualname) for n in graph.nodes if n.kind in ("param", "buffer", "const")}
 
 
-def batch_dims(tensors: list[torch.Tensor]) -> list[int | None]:
-    """The dim of each input that moves with the batch: the batch size is dim 0 of the first input that has dims."""
-    rows = next((t.shape[0] for t in tensors if t.dim() > 0), None)
-    out: list[int | None] = []
-    for t in tensors:
-        fitting = [d for d, size in enumerate(t.shape) if size == rows]
-        out.append(fitting[0] if fitting else None)
-    return out
+class FlatCallPath:
+    """Finds a module by its path in the exported wrapper."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def get(self, path: str) -> nn.Module:
+        return self.objective.get_submodule(path.removeprefix("objective").removeprefix("."))
 
 
-def scaled(signature: Signature, dims: list[int | None], factor: int, add: int = 0) -> Signature:
-    """The signature with `rows * factor + add` rows."""
-    out = []
-    for (shape, dtype), dim in zip(signature, dims, strict=True):
-        new = list(shape)
-        if dim is not None:
-            new[dim] = max(new[dim], 1) * factor + add if factor > 1 else new[dim] + add
-        out.append((tuple(new), dtype))
-    return tuple(out)
+def prefixed(prefix: str, items: Any) -> Any:
+    return ((prefix + n, t) for n, t in items)
 
 
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+def user_returns(graph: Graph) -> list[Any]:
+    return [n for n in graph.of_kind("return") if n.target != "buffer_write"]
 
 
-@contextlib.contextmanager
-def forbid_custom_functions() -> Iterator[None]:
-    """A custom autograd.Function is traced through and loses its backward: stop instead."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch."):
-            return original.__func__(cls, *args, **kwargs)
-        raise CaptureError(f"custom autograd.Function {cls.__qualname__}: its backward can't be traced")
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
+# -- the ladder ----------------------------------------------------------------------------------------------------------
 def capture(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, train: bool | None = None, loss: Callable[..., Any] | None = None, check: bool = True
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    train: bool | None = None,
+    loss: Callable[..., Any] | None = None,
+    sample_dims: Sequence[int | None] | None = None,
+    check: bool = True,
 ) -> Captured:
     """Captures `module` (with `loss`, when given) and checks the capture once against eager.
 
     Args:
         args, kwargs: an example call of the module, followed by the loss' targets when `loss` is given.
         train: the mode to capture; default: the module's own.
-        check: compare outputs and gradients with eager on the example (skipped on the meta device).
+        sample_dims: of each input tensor the dim that holds the rows; default: found by size and replay.
+        check: compare outputs and gradients with eager on the example (never on the meta device).
 
-    Raises:
-        CaptureError: the module can't be traced, or the trace doesn't compute what the module does.
+    Returns:
+        Never fails for a module that runs: what can't be traced is opaque, at worst all of it (`opaque`, `reasons`).
     """
     captured = Captured(module, args, kwargs or {}, train=module.training if train is None else train, loss=loss)
-    on_meta = any(p.is_meta for p in module.parameters()) or any(t.is_meta for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor))
+    on_meta = any(t.is_meta for t in (*module.parameters(), *captured.inputs))
+    choices = [list(sample_dims)] if sample_dims is not None else batch_dim_choices(signature_of(captured.inputs))
     if on_meta:
         captured.reasons.append("not checked against eager: on the meta device")
-    elif check:
-        check_against_eager(captured)
-    return captured
+    while True:
+        try:
+            trace(captured, choices)
+            if check and not on_meta:
+                check_against_eager(captured)
+                captured.checked = True
+            return captured
+        except CaptureError as error:
+            captured.reasons.append(f"{f'module {error.path}' if error.path else type(module).__name__} is opaque: {error}")
+            path = error.path
+            if captured.opaque == [""]:
+                raise
+            known = path is None or any(path == p or path.startswith(p + ".") for p in captured.opaque)
+            if not path or known or len(captured.opaque) == MAX_OPAQUE:
+                captured.opaque = [""]
+            else:
+                captured.opaque = [p for p in captured.opaque if not p.startswith(path + ".")] + [path]
+            record_opaque(captured, choices)
+
+
+def trace(captured: Captured, choices: list[list[int | None]]) -> None:
+    """The first two rungs: a dynamic batch, else the example's signature. Raises CaptureError when neither is possible."""
+    captured.traces.clear()
+    captured.graphs.clear()
+    captured.return_dims = None
+    captured.dynamic = False
+    base = signature_of(captured.inputs)
+    captured.batch_dims = list(choices[0])
+    if captured.opaque == [""]:
+        captured.dynamic = captured.recordings[""][0][0].inputs != captured.recordings[""][0][-1].inputs
+        return
+    reasons = []
+    for dims in choices:
+        if all(d is None for d in dims):
+            continue
+        captured.batch_dims = list(dims)
+        rows = example_rows(base, dims)
+        try:
+            captured.dynamic = True
+            # Export specialises the sizes 0 and 1, so it sees more rows.
+            captured.traces[None] = captured.export(base if rows > 1 else scaled(base, dims, 4), dims)
+            captured.instantiate(scaled(base, dims, 3))
+            return
+        except CaptureError as error:
+            reasons.append(f"dynamic batch {dims}: {error}")
+            captured.traces.clear()
+            captured.graphs.clear()
+            captured.return_dims = None
+    captured.dynamic = False
+    captured.batch_dims = list(choices[0])
+    captured.traces[base] = captured.export(base, None)
+    captured.instantiate(base)
+    captured.reasons += reasons
+
+
+def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
+    """Runs the module on the example and on the example twice over, noting the shapes at the opaque modules."""
+    runs = []
+    inputs = captured.inputs
+    whole = captured.opaque == [""]
+    for tensors in (inputs, doubled(inputs, choices[0])):
+        with eager_check.preserved(captured.module), eager_check.recorded(captured.objective if whole else captured.module, captured.opaque) as calls, torch.enable_grad():
+            try:
+                captured.call([t.detach().requires_grad_(t.requires_grad) for t in tensors])
+                runs.append(calls)
+            except Exception as error:
+                if not runs:
+                    raise
+                captured.reasons.append(f"twice the example's rows don't run, so only the captured sizes do: {first_line(error)}")
+    captured.recordings = {}
+    for path in captured.opaque:
+        counts = {len(r[path]) for r in runs}
+        captured.recordings[path] = [list(call) for call in zip(*(r[path] for r in runs[: 1 if len(counts) > 1 else 2]), strict=True)]
+
+
+def doubled(tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> list[torch.Tensor]:
+    return [t if d is None else torch.cat([t, t], d).detach().requires_grad_(t.requires_grad) for t, d in zip(tensors, dims, strict=True)]
 
 
 def check_against_eager(captured: Captured) -> None:
-    """Outputs and gradients of the trace against the module on the example; buffers and random state are put back."""
-    args, kwargs = captured._example(None)
-    tensors = [captured.leaves[i] for i in captured.tensor_slots]
-    graph = captured.instantiate(captured._signature_of(tensors))
-    parameters = [p for p in captured.module.parameters() if p.requires_grad]
-    buffers = {n: b.clone() for n, b in captured.buffers.items()}
-    state = CounterState(0)
-    state.next_call()
-    with captured._mode(), torch.enable_grad(), counter_rng(captured.objective, seed=0):
-        leaves = pytree.tree_leaves(captured.objective(*args, **kwargs))
-        eager = [t for t in leaves if isinstance(t, torch.Tensor)]
-        eager_grads = gradients(eager, parameters)
-    written = {n: b.clone() for n, b in captured.buffers.items()}
-    with torch.no_grad():
-        for name, saved in buffers.items():
-            captured.buffers[name].copy_(saved)
-    feeds = dict(zip(captured.input_names(), tensors, strict=True))
-    with torch.enable_grad():
-        traced, writes = run_graph(graph, captured.stored_tensors(graph) | feeds, state)
-        traced_grads = gradients(traced, parameters)
-    compare("output", list(enumerate(eager)), list(enumerate(traced)))
-    names = [n for n, p in captured.module.named_parameters() if p.requires_grad]
-    compare("gradient of", list(zip(names, eager_grads, strict=True)), list(zip(names, traced_grads, strict=True)))
-    compare("buffer", list(written.items()), [(n, writes.get(n, buffers[n])) for n in written])
+    """Raises CaptureError where the graph on the example, or on twice its rows, isn't what the module computes."""
+    objective, module = captured.objective, captured.module
 
+    def eager(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        leaves, _ = flatten(captured.call(tensors))
+        constants, slots = split_leaves(leaves)
+        known = captured._last().out_constants
+        if len(constants) != len(known) or any(type(a) is not type(b) or (a is not None and a != b) for a, b in zip(constants, known, strict=True)):
+            raise CaptureError(f"the module returned the constants {constants}, the trace {known}")
+        return [leaves[i] for i in slots], captured.buffers
 
-def gradients(outputs: list[torch.Tensor], parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
-    wanted = [o for o in outputs if o.requires_grad]
-    if not wanted or not parameters:
-        return [None] * len(parameters)
-    generator = torch.Generator().manual_seed(0)
-    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in wanted]
-    return list(torch.autograd.grad(wanted, parameters, cotangents, allow_unused=True))
+    def traced(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        graph = captured.instantiate(signature_of(tensors))
+        outputs, writes = run_graph(graph, captured.stored_tensors(graph) | dict(zip(captured.input_names(), tensors, strict=True)))
+        return outputs, {n: writes.get(n, b) for n, b in captured.buffers.items()}
 
+    def both(inputs: Sequence[torch.Tensor], grad: bool) -> None:
+        captured.instantiate(signature_of(list(inputs)))
+        with eager_check.preserved(objective):
+            expected = eager_check.run(module, eager, inputs, grad)
+        with eager_check.preserved(objective):
+            eager_check.compare(expected, eager_check.run(module, traced, inputs, grad))
 
-def compare(what: str, expected: list[tuple[Any, torch.Tensor | None]], got: list[tuple[Any, torch.Tensor | None]]) -> None:
-    for (name, a), (_, b) in zip(expected, got, strict=True):
-        if a is None or b is None:
-            if (a is None) != (b is None):
-                raise CaptureError(f"the trace differs from the module: {what} {name} is {'None' if b is None else 'there'} in the trace")
-            continue
-        if a.shape != b.shape or a.dtype != b.dtype:
-            raise CaptureError(f"the trace differs from the module: {what} {name} is {b.dtype}{list(b.shape)}, not {a.dtype}{list(a.shape)}")
-        if not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * (float(a.detach().abs().max()) if a.numel() and a.dtype != torch.bool else 1.0) + 1e-12, equal_nan=True):
-            raise CaptureError(f"the trace differs from the module: {what} {name}")
+    both(captured.inputs, grad=True)
+    if captured.dynamic and captured.opaque != [""]:
+        more = doubled(captured.inputs, captured.batch_dims)
+        try:
+            both(more, grad=False)
+        except CaptureError as error:
+            captured.reasons.append(f"dynamic batch {captured.batch_dims}: at another batch size {error}")
+            raise
 
 
 __all__ = ["CaptureError", "Captured", "capture"]

@@ -38,7 +38,8 @@ class Node:
         arg_names: the same arguments by schema name, defaults filled in.
         inputs: value ids, one for each Ref in the order of `args`, then `kwargs`.
         rng_index: n-th random operator of the graph (key of counter-based randomness), None when not random.
-        qualname: params, buffers and constants: their name in the module; feeds and returns: index of the leaf.
+        qualname: params, buffers and constants: their name in the module; feeds and returns: path of the leaf ("0", "mask").
+        sample_dim: feeds and returns: the dim that moves with the batch, None for none; by `sample_ratio` for each row.
     """
 
     name: str
@@ -58,12 +59,24 @@ class Node:
     rng_index: int | None = None
     qualname: str = ""
     sample_dim: int | None = None
+    sample_ratio: int = 1
 
 
 @dataclass
 class Graph:
     nodes: list[Node] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
+    train: bool = True
+    dynamic: bool = False
+
+    @property
+    def sample_dims(self) -> dict[str, int | None]:
+        return {n.name: n.sample_dim for n in self.nodes if n.kind in ("feed", "return")}
+
+    @property
+    def buffer_writes(self) -> list[tuple[str, int]]:
+        """(buffer, value) of every buffer that the forward writes."""
+        return [(n.qualname, n.inputs[0]) for n in self.nodes if n.target == "buffer_write"]
 
     def add_value(self, tensor: torch.Tensor) -> int:
         self.values.append(Value(len(self.values), tuple(tensor.shape), tensor.dtype, tensor.requires_grad))

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-import re
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +17,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from torch_soap import functional
+from torch_soap.capture.alias import Aliases, View
 from torch_soap.capture.canonical import INPLACE, REWRITES
 from torch_soap.capture.graph import Graph, Node, Ref, refs
+from torch_soap.capture.names import clean_path, last_line, name_nodes, prune
+from torch_soap.capture.opaque import OPAQUE_NAMESPACE
 from torch_soap.random_ops import is_random
 
 SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn"}
@@ -34,12 +35,21 @@ POINTWISE = {
 }  # fmt: skip
 NOT_POINTWISE = {"bernoulli", "dropout", "rand_like", "randn_like", "randint_like", "native_dropout", "rrelu"}
 
-# Operators that carry no work of their own: a module with one other operator gives that one its name.
-LIGHT = {"view", "permute", "narrow", "expand", "to", "cat", "detach", "clone", "full", "arange", "slice", "lerp", "batch_norm_stats"}
+SCALAR_OPERATORS = {
+    "add": torch.ops.aten.add.Tensor, "sub": torch.ops.aten.sub.Tensor, "mul": torch.ops.aten.mul.Tensor, "truediv": torch.ops.aten.div.Tensor,
+}  # fmt: skip
 
 
 class CaptureError(RuntimeError):
-    """The graph can't be brought into functional form; the capture falls a rung."""
+    """The graph can't be brought into functional form; the capture falls a rung. `path`: the module to blame, None if unknown."""
+
+    def __init__(self, reason: str, path: str | None = None) -> None:
+        super().__init__(reason)
+        self.path = path
+
+    def at(self, path: str) -> CaptureError:
+        self.path = path if self.path is None else self.path
+        return self
 
 
 def op_name(target: Any) -> str:
@@ -57,8 +67,9 @@ class Importer:
         self.mode = mode
         self.ids: dict[int, int] = {}
         self.keep: list[Any] = []  # handles stay alive so that their id() stays theirs
-        self.aliases: dict[int, set[int]] = defaultdict(set)  # value -> values that share its storage
-        self.stale: set[int] = set()
+        self.aliases = Aliases(self)
+        self.buffer_updates: list[tuple[int, torch.Tensor]] = []  # (argument, new value) of the call at hand
+        self.opaques: dict[str, Callable[..., Any]] = {}  # by name of the operator that stands for it in the trace
         self.path = ""
         self.source = ""
         self.no_grad = False
@@ -78,8 +89,6 @@ class Importer:
             if id(item) not in self.ids:
                 raise CaptureError("a tensor constant that is neither a parameter nor a buffer")
             value = self.ids[id(item)]
-            if value in self.stale:
-                raise CaptureError(f"{self.source or self.path}: a view of a tensor that was changed in place is used afterwards")
             return Ref(value)
         if isinstance(item, list | tuple):
             return type(item)(self.ref(i) for i in item)
@@ -186,10 +195,14 @@ class Importer:
             return None
         tensors = [a for a in _leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
         if not isinstance(target, torch._ops.OpOverload):
-            if not tensors or name in ("getitem", "getattr"):
+            if not tensors or name == "getattr":
                 return target(*args, **kwargs)
-            raise CaptureError(f"{self.source or fx_node.format_node()}: {target} isn't an ATen operator")
-        if name.startswith("sym_") or name == "item":
+            return self.scalar(name, args, fx_node)
+        if target.namespace == OPAQUE_NAMESPACE:
+            return self.emit("opaque", self.opaques[target._opname], *args[0])
+        if name == "item":
+            return args[0]
+        if name.startswith("sym_"):
             return target(*args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("pin_memory", "layout") or v not in (None, False, torch.strided)}
         schema = target._schema
@@ -202,6 +215,17 @@ class Importer:
             return self.inplace(name, target, args, kwargs, mutated)
         return self.functional(name, target, args, kwargs)
 
+    def scalar(self, name: str, args: tuple[Any, ...], fx_node: torch.fx.Node) -> Any:
+        """Python arithmetic on numbers read from tensors (`item`): they stay tensors of no dims."""
+        if name in ("sym_float", "float", "sym_int"):
+            return self.emit("to", torch.ops.aten.to.dtype, args[0], torch.int64 if name == "sym_int" else torch.float64)
+        fn = SCALAR_OPERATORS.get(name)
+        if fn is None:
+            raise CaptureError(f"{self.source or fx_node.format_node()}: {name} of a tensor isn't an ATen operator")
+        if not isinstance(args[0], torch.Tensor):
+            args = (self.emit("full", torch.full, [], args[0], dtype=args[1].dtype if args[1].is_floating_point() else torch.float64), args[1])
+        return self.emit(name.replace("true", ""), fn, *args)
+
     def functional(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rewrite = REWRITES.get(name)
         if rewrite is not None and not any(isinstance(a, torch.dtype) for a in args):
@@ -209,13 +233,6 @@ class Importer:
             result = rewrite(self, *args, **kwargs)
         else:
             result = self.emit(name, target, *args, **kwargs)
-        if any(r.alias_info is not None for r in target._schema.returns):
-            base = next(a for a in _leaves(args) if isinstance(a, torch.Tensor))
-            for r in _leaves(result):
-                if isinstance(r, torch.Tensor) and id(r) in self.ids:
-                    family = self.aliases[self.ids[id(base)]] | {self.ids[id(base)], self.ids[id(r)]}
-                    for v in family:
-                        self.aliases[v] = family
         return result
 
     def inplace(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mutated: list[int]) -> Any:
@@ -233,10 +250,6 @@ class Importer:
             new = self.functional(base, twin, args, kwargs)
             if new.dtype != old.dtype:
                 new = self.emit("to", torch.ops.aten.to.dtype, new, old.dtype)
-        if new is old or id(new) not in self.ids:
-            new = self.emit("clone", torch.ops.aten.clone.default, old)
-        self.replaced[id(old)] = new
-        self.stale |= self.aliases.get(self.ids[id(old)], set()) - {self.ids[id(old)], self.ids[id(new)]}
         return new
 
     def made_by(self, tensor: torch.Tensor) -> Node | None:
@@ -268,42 +281,30 @@ class Importer:
 
     def batch_norm(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Training: y from x alone, and the running statistics as buffer values of their own."""
-        x, weight, bias, mean, var, training, momentum, eps = (*args, *kwargs.values())[:8]
+        names = [a.name for a in target._schema.arguments]
+        x, weight, bias, mean, var, training, momentum, eps = [(dict(zip(names, args, strict=False)) | kwargs).get(n) for n in names[:8]]
         if not training:
-            return self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, mean, var, False, momentum, eps, False)
-        y = self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, None, None, True, momentum, eps, False)
+            return self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, mean, var, False, 0.0, eps, False)
+        y = self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, None, None, True, 0.0, eps, False)
         if mean is None:
             return y
         old, self.no_grad = self.no_grad, True
         batch_mean, batch_var = self.emit("batch_norm_stats", batch_norm_stats, x)
-        for buffer, new in ((mean, batch_mean), (var, batch_var)):
+        for index, buffer, new in ((3, mean, batch_mean), (4, var, batch_var)):
             if new.dtype != buffer.dtype:
                 new = self.emit("to", torch.ops.aten.to.dtype, new, buffer.dtype)
-            if momentum is None:
-                raise CaptureError(f"{self.source}: batch norm with momentum=None")
-            mixed = self.emit("lerp", torch.ops.aten.lerp.Scalar, buffer, new, momentum)
-            self.replaced[id(buffer)] = mixed
+            if isinstance(momentum, torch.Tensor):  # the cumulative average's 1 / num_batches_tracked
+                share = self.emit("to", torch.ops.aten.to.dtype, momentum, buffer.dtype)
+                mixed = self.emit("lerp", torch.ops.aten.lerp.Tensor, buffer, new, share)
+            else:
+                mixed = self.emit("lerp", torch.ops.aten.lerp.Scalar, buffer, new, momentum)
+            self.buffer_updates.append((index, mixed))
         self.no_grad = old
         return y
 
     # -- graphs ------------------------------------------------------------------------------------------------------
-    replaced: dict[int, torch.Tensor]
-
-    def current(self, item: Any) -> Any:
-        """The latest value of a handle that was changed in place."""
-        if isinstance(item, torch.Tensor):
-            seen = item
-            while id(seen) in self.replaced:
-                seen = self.replaced[id(seen)]
-            return seen
-        if isinstance(item, list | tuple):
-            return type(item)(self.current(i) for i in item)
-        if isinstance(item, dict):
-            return {k: self.current(v) for k, v in item.items()}
-        return item
-
     def run(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:
-        """Inlines an fx graph; returns its outputs (flattened in order)."""
+        """Inlines an fx graph on handles (`Aliases`); returns the handles of its outputs, flattened in order."""
         env: dict[torch.fx.Node, Any] = {}
         feed = iter(inputs)
         for fx_node in gm.graph.nodes:
@@ -312,36 +313,73 @@ class Importer:
             elif fx_node.op == "get_attr":
                 env[fx_node] = _get_attr(gm, fx_node.target)
             elif fx_node.op == "output":
-                return [self.current(a) for a in _leaves(torch.fx.node.map_arg(fx_node.args[0], lambda n: env[n]))]
+                return _leaves(torch.fx.node.map_arg(fx_node.args[0], lambda n: env[n]))
             else:
-                args = self.current(torch.fx.node.map_arg(fx_node.args, lambda n: env[n]))
-                kwargs = self.current(dict(torch.fx.node.map_arg(fx_node.kwargs, lambda n: env[n])))
+                args = torch.fx.node.map_arg(fx_node.args, lambda n: env[n])
+                kwargs = dict(torch.fx.node.map_arg(fx_node.kwargs, lambda n: env[n]))
                 stack = fx_node.meta.get("nn_module_stack")
                 if stack:
                     self.path = clean_path(list(stack.values())[-1][0])
                 self.source = last_line(fx_node.meta.get("stack_trace"))
-                env[fx_node] = self.dispatch(fx_node, args, kwargs)
+                try:
+                    env[fx_node] = self.step(fx_node, args, kwargs)
+                except CaptureError as error:
+                    raise error.at(self.path)
+                except Exception as error:  # fake tensors raise many types for what depends on data
+                    text = str(error).strip().splitlines() or [type(error).__name__]
+                    raise CaptureError(f"{self.source}: {fx_node.target}: {text[0]}", self.path) from error
         return []
 
-    def dispatch(self, fx_node: torch.fx.Node, args: Any, kwargs: dict[str, Any]) -> Any:
+    def step(self, fx_node: torch.fx.Node, args: Any, kwargs: dict[str, Any]) -> Any:
+        """One call: handles in, handles out."""
         target = fx_node.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            name = target.__name__
-            if name == "wrap_with_set_grad_enabled":
-                old, self.no_grad = self.no_grad, not args[0]
-                out = self.run(args[1], list(args[2:]))
-                self.no_grad = old
-                return tuple(out)
-            if name == "wrap_with_autocast":
-                device, dtype, enabled, _cache, body = args[:5]
-                old_autocast, self.autocast = self.autocast, (device, dtype, enabled)
-                out = self.run(body, list(args[5:]))
-                self.autocast = old_autocast
-                return tuple(out)
-            raise CaptureError(f"{self.source}: higher-order operator {name}")
-        if target is operator.getitem:
+        if target is operator.getitem and isinstance(args[0], list | tuple):
             return args[0][args[1]]
-        return self.call(fx_node, target, args, kwargs)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self.region(target, args)
+        self.buffer_updates = []
+        result = self.call(fx_node, target, self.aliases.read(args), self.aliases.read(kwargs))
+        for index, value in self.buffer_updates:
+            self.aliases.write(args[index], value)
+        if not isinstance(target, torch._ops.OpOverload):
+            return self.aliases.fresh(result)
+        written = [i for i, a in enumerate(target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        if written and not self.buffer_updates and isinstance(result, torch.Tensor):
+            self.aliases.write(args[0], result)
+            return args[0]
+        if any(r.alias_info is not None for r in target._schema.returns):
+            return self.views(target, args, kwargs, result)
+        return self.aliases.fresh(result)
+
+    def views(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: Any) -> Any:
+        """Handles of a view's results; an operator that may also copy says by its storage what it did."""
+        with torch.no_grad(), self.mode:
+            made = target(*args, **kwargs)
+        several = isinstance(made, list | tuple)
+        handles, results = (list(made), list(values)) if several else ([made], [values])
+        out = []
+        for i, (handle, value) in enumerate(zip(handles, results, strict=True)):
+            if handle.untyped_storage()._cdata != args[0].untyped_storage()._cdata:
+                out.append(self.aliases.fresh(value))
+                continue
+            entry = View(args[0], op_name(target), target, tuple(args[1:]), kwargs, i if several else None, 0, [tuple(h.shape) for h in handles])
+            out.append(self.aliases.bind_view(handle, value, entry))
+        return out if several else out[0]
+
+    def region(self, target: Any, args: tuple[Any, ...]) -> list[Any]:
+        """Inlines a higher-order operator that only sets a mode."""
+        if target.__name__ == "wrap_with_set_grad_enabled":
+            old, self.no_grad = self.no_grad, not args[0]
+            out = self.run(args[1], list(args[2:]))
+            self.no_grad = old
+            return out
+        if target.__name__ == "wrap_with_autocast":
+            device, dtype, enabled, _cache, body = args[:5]
+            before, self.autocast = self.autocast, (device, dtype or torch.get_autocast_dtype(device), enabled)
+            out = self.run(body, list(args[5:]))
+            self.autocast = before
+            return out
+        raise CaptureError(f"{self.source}: higher-order operator {target.__name__}")
 
     def finish(self) -> Graph:
         prune(self.graph)
@@ -368,49 +406,6 @@ def _leaves(tree: Any) -> list[Any]:
     if isinstance(tree, dict):
         return [leaf for item in tree.values() for leaf in _leaves(item)]
     return [tree]
-
-
-def clean_path(path: str) -> str:
-    """A module path of the user's, without the wrapper's prefix and export's call counters."""
-    path = re.sub(r"@\d+", "", path)
-    return path.removeprefix("L['self']").removeprefix("model.").removeprefix("model") if path in ("model",) or path.startswith("model.") else path
-
-
-def last_line(trace: str | None) -> str:
-    lines = [line.strip() for line in (trace or "").splitlines() if line.strip().startswith("File ")]
-    return lines[-1] if lines else ""
-
-
-def prune(graph: Graph) -> None:
-    """Drops operators that nothing reads; random ones stay, so that their numbering does."""
-    used: set[int] = set()
-    kept = []
-    for node in reversed(graph.nodes):
-        if node.kind == "op" and not used & set(node.outputs):
-            continue
-        used |= set(node.inputs)
-        kept.append(node)
-    graph.nodes = kept[::-1]
-
-
-def name_nodes(graph: Graph) -> None:
-    """Names: the module's path for its only real operator, `<path>/<target>` (`.1`, `.2` on repetition) for others."""
-    buffers = {n.outputs[0] for n in graph.nodes if n.kind == "buffer"}
-    light = {id(n) for n in graph.nodes if n.target in LIGHT or (n.inputs and buffers.issuperset(n.inputs))}
-    real = Counter(n.module_path for n in graph.nodes if n.kind == "op" and id(n) not in light)
-    first_real: set[str] = set()
-    seen: Counter[str] = Counter()
-    for node in graph.nodes:
-        if node.kind != "op":
-            continue
-        path = node.module_path
-        if path and real[path] == 1 and id(node) not in light and path not in first_real:
-            first_real.add(path)
-            node.name = path
-            continue
-        base = f"{path}/{node.target}"
-        seen[base] += 1
-        node.name = base if seen[base] == 1 else f"{base}.{seen[base] - 1}"
 
 
 def fake_like(mode: FakeTensorMode, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> FakeTensor:
