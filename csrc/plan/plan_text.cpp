@@ -263,7 +263,7 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
       OpConfig config = line.config;
       if (line.is_pattern()) {  // takes what the operator has
         std::erase_if(config.cuts, [&](const FactorCut& c) {
-          if (c.cut.fed) return false;
+          if (c.cut.fed || c.factor == "n") return false;
           const int f = rule.factor(c.factor);
           return f < 0 || rule.factors[f].cut == Cuttable::kWhole;
         });
@@ -273,7 +273,7 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
         if (line.has_config || line.has_devices || node.kind == NodeKind::kParam) {
           // Legal but for what only the whole graph shows (the fed rows).
           OpConfig probe = config;
-          std::erase_if(probe.cuts, [](const FactorCut& c) { return c.cut.fed; });
+          std::erase_if(probe.cuts, [&](const FactorCut& c) { return c.cut.fed || (c.factor == "n" && rule.factor("n") < 0); });
           if (probe.cuts.size() == config.cuts.size()) make_tiling(node, rule, probe, std::nullopt, world_size);
           strategy.nodes[node.name] = config;
         }

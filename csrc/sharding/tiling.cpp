@@ -144,7 +144,7 @@ std::vector<int64_t> cut_points(const Node& node, const Factor& factor, const Cu
 }
 
 FactorParts make_parts(const Node& node, const Rule& rule, const FactorCut& fc, const std::optional<FedFactor>& fed) {
-  const int f = rule.factor(fc.factor);
+  const int f = rule.factor(fc.factor) < 0 && fc.factor == "n" && fed ? fed->factor : rule.factor(fc.factor);
   const Cut& cut = fc.cut;
   if (f < 0 && !(cut.fed && fed)) {
     user_error("[plan] {} ({}): no factor \"{}\"; it has {}", node.name, node.target, fc.factor, legal_factors(rule));
@@ -205,10 +205,12 @@ FactorParts make_parts(const Node& node, const Rule& rule, const FactorCut& fc, 
 Tiling make_tiling(const Node& node, const Rule& rule, const OpConfig& config, const std::optional<FedFactor>& fed, int world_size) {
   Tiling out;
   out.replicas = config.replicas;
+  bool sampleless = false;
   for (const FactorCut& fc : config.cuts) {
-    // "n=fed" where the processes' rows can't be seen (a weight, a constant) is the same on every process.
-    if (fc.cut.fed && !fed) {
+    // A cut of the sample where no sample can be seen (of a weight, a constant) means the same on each of its devices.
+    if ((fc.cut.fed || (fc.factor == "n" && rule.factor("n") < 0)) && !fed) {
       out.replicas *= fc.cut.tiles;
+      sampleless = true;
       continue;
     }
     FactorParts parts = make_parts(node, rule, fc, fed);
@@ -246,6 +248,11 @@ Tiling make_tiling(const Node& node, const Rule& rule, const OpConfig& config, c
   }
   for (int d : out.devices) {
     if (d < 0 || d >= world_size) user_error("[plan] {}: there is no device {}; devices are 0..{}", node.name, d, world_size - 1);
+  }
+  if (sampleless && out.tiles() == 1) {
+    std::sort(out.devices.begin(), out.devices.end());
+    out.devices.erase(std::unique(out.devices.begin(), out.devices.end()), out.devices.end());
+    out.replicas = static_cast<int>(out.devices.size());
   }
   for (int t = 0; t < out.tiles(); ++t) {
     std::vector<int> own(out.devices_of(t).begin(), out.devices_of(t).end());

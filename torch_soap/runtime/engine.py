@@ -27,6 +27,8 @@ class StepState:
     leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
     outputs: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    copies: dict[int, torch.Tensor] = field(default_factory=dict)  # gathered parameters whose storage is given back until backward
+    stored: list[torch.Tensor] = field(default_factory=list)
     random: CounterState | None = None
     position: int = 0  # next instruction
 
@@ -70,6 +72,20 @@ class Engine:
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
             self.num_forward = len(self.kinds)
+        self.released = self._released()
+
+    def _released(self) -> dict[int, list[int]]:
+        """Instruction -> gathered copies (Keep.use) that forward has used for the last time there."""
+        kinds = _C.InstructionKind
+        self.refilled = {v for p, k in zip(self.planned, self.kinds, strict=True) if p is not None and k == kinds.refill for t in p.transfers for v, _ in t.results}
+        last: dict[int, int] = {}
+        for position, kind in enumerate(self.kinds):
+            if kind == kinds.segment:
+                last |= {v: position for v in self.inputs[self.segment_of[position]] if v in self.refilled}
+        out: dict[int, list[int]] = {}
+        for value, position in last.items():
+            out.setdefault(position, []).append(value)
+        return out
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(self, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], *, grad: bool, random: CounterState | None = None, seeds: dict[str, torch.Tensor] | None = None) -> StepState:
@@ -86,6 +102,7 @@ class Engine:
         for node in self.stores:
             if self.value_of_store[node] >= 0:
                 state.values[self.value_of_store[node]] = stored[self.names[node]].detach()
+                state.stored.append(state.values[self.value_of_store[node]])
         if seeds is not None:
             self.seed(state, seeds)
         self._run(state, self.num_forward, grad)
@@ -142,6 +159,10 @@ class Engine:
                 self._refill(state, position)
             for value in self.frees[position]:
                 state.values.pop(value, None)
+            if kind == kinds.segment and grad:
+                for value in self.released.get(position, []):
+                    state.copies[value] = state.values.pop(value)
+                    state.copies[value].untyped_storage().resize_(0)
         state.position = end
 
     def _segment(self, state: StepState, segment: int, grad: bool) -> None:
@@ -182,10 +203,21 @@ class Engine:
         step = self.planned[position]
         if step is None:
             raise RuntimeError("[engine] a fill without its plan")
-        state.values.update(execute(step, self.comm, lambda value, dtype: state.values[value]))
+        for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v]):
+            # A copy that is given back and gathered again must not share storage with the parameter itself.
+            shared = value in self.refilled and any(tensor.untyped_storage().data_ptr() == s.untyped_storage().data_ptr() for s in state.stored)
+            state.values[value] = tensor.clone() if shared else tensor
 
     def _refill(self, state: StepState, position: int) -> None:
-        raise RuntimeError("[engine] refill")
+        """Gathers a parameter's copy again, into the storage that the segments' graphs saved."""
+        step = self.planned[position]
+        if step is None:
+            raise RuntimeError("[engine] a refill without its plan")
+        for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v]):
+            copy = state.copies[value]
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(copy):
+                copy.untyped_storage().resize_(copy.numel() * copy.element_size())  # made dense by its fill
+                copy.copy_(tensor)
 
     def _grad_fill(self, state: StepState, position: int) -> None:
         step = self.planned[position]
@@ -196,5 +228,5 @@ class Engine:
             grad = state.grads.get(value)
             return torch.zeros(self.shapes[value], dtype=dtype) if grad is None else grad
 
-        for value, grad in execute(step, self.comm, read).items():
+        for value, grad in execute(step, self.comm, read):
             self._accumulate(state, value, grad)

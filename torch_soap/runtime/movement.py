@@ -123,12 +123,13 @@ def plan_step(program: _C.Program, rank_program: _C.RankProgram, instruction: _C
     return PlannedStep(ranks=list(instruction.ranks), transfers=transfers)
 
 
-def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Runs the movements. `read(value)` gives a source; returns the completed destinations by value.
+def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+    """Runs the movements. `read(value)` gives a source; returns the completed destinations: (value, tensor), transfer by transfer (a
+    gradient may be completed by several).
 
     Every replica of a destination combines the same pieces in the same order, so replicas stay bitwise equal.
     """
-    out: dict[int, torch.Tensor] = {}
+    out: list[tuple[int, torch.Tensor]] = []
     received: dict[int, torch.Tensor] = {}
     if step.ranks:
         sends: dict[int, list[torch.Tensor]] = {}
@@ -145,20 +146,33 @@ def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], to
         packed = {peer: parts[0] if len(parts) == 1 else torch.cat(parts) for peer, parts in sends.items()}
         received = comm.exchange(packed, expected, step.ranks)
     offsets = dict.fromkeys(received, 0)
+    buckets: dict[tuple[Any, ...], list[PlannedTransfer]] = {}
     for t in step.transfers:
         if t.all_reduce:
-            mine = next(m.src for m in t.moves if m.src >= 0)
-            result = comm.all_reduce(read(mine, t.dtype).clone(), t.ranks, t.maximum)
-            for m in t.moves:
-                if m.dst >= 0:
-                    out[m.dst] = result
-            continue
-        combine(t, read, received, offsets, out)
+            buckets.setdefault((tuple(t.ranks), t.dtype, t.maximum), []).append(t)
+        else:
+            combine(t, read, received, offsets, out)
+    for (ranks, dtype, maximum), transfers in buckets.items():
+        out += reduce_bucket(transfers, ranks, dtype, maximum, comm, read)
+    return out
+
+
+def reduce_bucket(
+    transfers: list[PlannedTransfer], ranks: tuple[int, ...], dtype: torch.dtype, maximum: bool, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor]
+) -> list[tuple[int, torch.Tensor]]:
+    """All-reduces of one step among the same ranks, as one flat tensor."""
+    sources = [read(next(m.src for m in t.moves if m.src >= 0), dtype) for t in transfers]
+    flat = torch.cat([s.reshape(-1) for s in sources]) if len(sources) > 1 else sources[0].clone().reshape(-1)
+    parts = comm.all_reduce(flat, ranks, maximum).split([s.numel() for s in sources])
+    out = []
+    for t, source, part in zip(transfers, sources, parts, strict=True):
+        result = part.reshape(source.shape)
+        out += [(dst, result) for dst in dict.fromkeys(m.dst for m in t.moves if m.dst >= 0)]
     return out
 
 
 def combine(
-    t: PlannedTransfer, read: Callable[[int, torch.dtype], torch.Tensor], received: dict[int, torch.Tensor], offsets: dict[int, int], out: dict[int, torch.Tensor]
+    t: PlannedTransfer, read: Callable[[int, torch.dtype], torch.Tensor], received: dict[int, torch.Tensor], offsets: dict[int, int], out: list[tuple[int, torch.Tensor]]
 ) -> None:
     arriving: dict[int, list[PlannedMove]] = {}
     for m in t.moves:
@@ -186,4 +200,4 @@ def combine(
             put(target, m.dst_index, piece, how)
         if target is None:
             target = torch.full(shape, identity(t.reduce, t.dtype), dtype=t.dtype)
-        out[value] = target
+        out.append((value, target))
