@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,21 +60,33 @@ def alexnet() -> Example:
 
 
 def vgg11() -> Example:
-    model = tv.vgg11(num_classes=10)
-    model.classifier[0], model.classifier[3], model.classifier[6] = nn.Linear(25088, 16), nn.Linear(16, 24), nn.Linear(24, 10)
-    return image_example(model, 32)
+    widths = [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"]  # an eighth of configuration A
+    model = tv.VGG(tv.vgg.make_layers(widths), num_classes=10)
+    model.classifier[0], model.classifier[3], model.classifier[6] = nn.Linear(64 * 49, 16), nn.Linear(16, 24), nn.Linear(24, 10)
+    return image_example(model, 64)
 
 
 def resnet18() -> Example:
-    return image_example(tv.ResNet(tv.resnet.BasicBlock, [2, 2, 2, 2], num_classes=10), 48)
+    return image_example(tv.ResNet(tv.resnet.BasicBlock, [2, 2, 2, 2], num_classes=10), 64)
+
+
+class SlimConv(tv.inception.BasicConv2d):
+    """Inception's unit with an eighth of the channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, **kwargs: Any) -> None:
+        super().__init__(in_channels // 8 if in_channels > 3 else in_channels, out_channels // 8, **kwargs)
 
 
 def inception() -> Example:
-    return image_example(tv.Inception3(num_classes=10, aux_logits=False, init_weights=False), 75)
+    names = ["InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE"]
+    blocks = [functools.partial(getattr(tv.inception, n), conv_block=SlimConv) for n in names]
+    model = tv.Inception3(num_classes=10, aux_logits=False, init_weights=False, inception_blocks=[SlimConv, *blocks, tv.inception.InceptionAux])
+    model.fc = nn.Linear(256, 10)
+    return image_example(model, 107)  # 2x2 before the last pool: a batch norm over 4 values would be ill-conditioned
 
 
 def mobilenet() -> Example:
-    return image_example(tv.mobilenet_v3_small(num_classes=10), 48)
+    return image_example(tv.mobilenet_v3_small(num_classes=10, width_mult=0.25), 64)
 
 
 def vit() -> Example:
@@ -130,23 +143,181 @@ def moe() -> Example:
     return Example(MoE(), (torch.randn(4, 5, 8), torch.randint(3, (4, 5))), by_token)
 
 
+# One hybrid plan for 2 devices each, which reaches what is special about the model.
+ALEXNET = """
+features.0    n=2
+features.3    h=2
+features.6    h=[0,1,3]
+features.8    k=2 store=k
+classifier.1  o=2 store=o
+classifier.4  i=2 store=i
+classifier.6  n=2x2t @ [1,0]
+*             n=fed
+"""
+VGG = """
+features.0    h=2
+features.3    w=2
+features.6    h=[0,5,16]
+features.8    k=2 store=k
+features.11   c=2
+features.16   n=2 @ [1,0]
+classifier.0  i=2 store=i
+classifier.3  o=2 store=o
+*             n=fed
+"""
+RESNET = """
+conv1             h=2
+maxpool           h=2
+bn1               c=2
+layer1.0.conv1    k=2 store=k
+layer1.0.bn1      n=2
+layer2.0.conv1    n=2 store=shard
+layer3.0.downsample.0  @ [1]
+layer3.0.conv1    @ [0]
+layer4.1.bn2      h=2
+fc                o=2 store=o
+*                 n=fed
+"""
+INCEPTION = """
+Conv2d_1a_3x3.conv     h=2
+Mixed_5b.branch1x1*    @ [0]
+Mixed_5b.branch5x5*    @ [1]
+Mixed_5b.branch3x3*    @ [0]
+Mixed_5b.branch_pool*  @ [1]
+Mixed_6c.branch7x7_*   w=2
+Mixed_7b.branch3x3*    k=2
+fc                     i=2
+*                      n=fed
+"""
+MOBILENET = """
+features.0.0           h=2
+features.1.block.0.0   g=2 store=g
+features.2.block.1.0   w=2
+features.4.block.1.1   c=2
+features.4.block.2.*   @ [1]
+classifier.0           o=2 store=o
+classifier.3           i=2 store=i
+*                      n=fed
+"""
+VIT = """
+conv_proj                                          k=2 store=k
+encoder.layers.encoder_layer_0.ln_1                d=2
+encoder.layers.encoder_layer_0*scaled_dot_product* h=2
+encoder.layers.encoder_layer_1*scaled_dot_product* s=2
+encoder.layers.encoder_layer_0.mlp.0               o=2 store=o
+encoder.layers.encoder_layer_0.mlp.3               i=2 store=i
+encoder.layers.encoder_layer_1.mlp.0               n=2x2t @ [1,0]
+*                                                  n=fed
+"""
+UNET = """
+down1.0   h=2
+down1.1   h=2
+down2.3   w=[0,3,8]
+up2       h=2
+/cat      d1=2
+join2.0   c=2
+up1       k=2 store=k
+join1.0   n=2 @ [1,0]
+out       h=[0,13,20]
+*         n=fed
+"""
+GPT_MEGATRON = """
+tokens         v=2 store=v
+blocks.0.qkv   o=2 store=o
+blocks.0/scaled_dot_product_attention  h=2
+blocks.0.proj  i=2 store=i
+blocks.0.up    o=2 store=o
+blocks.0.down  i=2 store=i
+blocks.1/scaled_dot_product_attention  s=[0,5,12]
+blocks.1.up    s=2
+head           o=2
+*              n=fed
+"""
+GPT_KEYS = """
+tokens         d=2
+blocks.0/scaled_dot_product_attention  t=2
+blocks.0.norm2 d=2
+blocks.0.up    n=2x2t store=shard
+blocks.1/scaled_dot_product_attention  s=2z
+blocks.1*      @ [1]
+/ce_rows       n=2
+*              n=fed
+"""
+BERT = """
+words                           v=2 store=v
+layers.0*scaled_dot_product*    s=2
+layers.1*scaled_dot_product*    t=2
+layers.0.norm1                  d=2
+layers.0.linear1                o=2 store=o
+layers.0.linear2                i=2 store=i
+layers.1.linear1                s=2
+layers.1.linear2                n=2 @ [1,0]
+*                               n=fed
+"""
+T5_PLAN = """
+shared                     v=2 store=v
+encoder.0.attention.q      o=2 store=o
+encoder.0.attention.o      i=2 store=i
+encoder.1*                 @ [1]
+decoder.0.cross/softmax    d3=2
+decoder.0.cross/matmul     o=2
+decoder.1.attention/matmul.1  i=2
+decoder.1.up               n=2x2t
+*                          n=fed
+"""
+LSTM_PLAN = """
+words              d=2
+lstm/lstm_layer    t=2
+lstm/lstm_layer.1  o=2 store=shard
+head               o=2 store=o
+*                  n=fed
+"""
+NMT = """
+source                v=2
+encoder/lstm_layer    @ [0]
+encoder/lstm_layer.1  t=3 @ [1,0,1]
+decoder/lstm_layer    t=2 @ [1,0]
+decoder/lstm_layer.1  n=2
+/softmax              d2=2
+head                  o=2 store=o
+*                     n=fed
+"""
+DLRM_PLAN = """
+bags.0   v=2 store=v
+bags.1   d=2 store=d
+bags.2   @ [1] store=whole
+bottom.0 o=2 store=o
+bottom.2 i=2 store=i
+top.0    n=[0,2,6] @ [1,0]
+*        n=fed
+"""
+MOE_PLAN = """
+experts.0.*  @ [0]
+experts.1.*  @ [1]
+experts.2.*  n=2x2t
+experts.3.0  o=2 store=o
+experts.3.2  i=2 store=i
+gate         i=2
+*            n=fed
+"""
+
 CASES = [
-    Case("alexnet", alexnet),
-    Case("vgg11", vgg11),
-    Case("resnet18", resnet18),
-    Case("inception", inception),
-    Case("mobilenet", mobilenet),
-    Case("vit", vit),
-    Case("unet", unet),
-    Case("gpt_inside", gpt_inside),
-    Case("gpt_loss", gpt_loss),
-    Case("gpt_outside", gpt_outside),
-    Case("bert", bert),
-    Case("t5", t5),
-    Case("lstm", lstm),
-    Case("nmt", nmt),
-    Case("dlrm", dlrm),
-    Case("moe", moe),
+    Case("alexnet", alexnet, [ALEXNET]),
+    Case("vgg11", vgg11, [VGG]),
+    Case("resnet18", resnet18, [RESNET]),
+    Case("inception", inception, [INCEPTION]),
+    Case("mobilenet", mobilenet, [MOBILENET]),
+    Case("vit", vit, [VIT]),
+    Case("unet", unet, [UNET]),
+    Case("gpt_inside", gpt_inside, [GPT_MEGATRON]),
+    Case("gpt_loss", gpt_loss, [GPT_KEYS]),
+    Case("gpt_outside", gpt_outside, [GPT_MEGATRON]),
+    Case("bert", bert, [BERT]),
+    Case("t5", t5, [T5_PLAN]),
+    Case("lstm", lstm, [LSTM_PLAN]),
+    Case("nmt", nmt, [NMT]),
+    Case("dlrm", dlrm, [DLRM_PLAN]),
+    Case("moe", moe, [MOE_PLAN]),
 ]
 
 

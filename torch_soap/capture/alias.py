@@ -70,6 +70,12 @@ class Aliases:
         self.handles[id(handle)] = handle
         return handle
 
+    def copied(self, handle: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """A handle with the operator's own strides (`contiguous`), which the value may not have: later views need them."""
+        self.handles[id(handle)] = handle
+        self.now[id(handle)] = value
+        return handle
+
     def bind_view(self, handle: torch.Tensor, value: torch.Tensor, entry: View) -> torch.Tensor:
         if id(handle) in self.handles:  # the operator had nothing to do and gave its argument
             return self.handles[id(handle)]

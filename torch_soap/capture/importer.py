@@ -360,7 +360,7 @@ class Importer:
         out = []
         for i, (handle, value) in enumerate(zip(handles, results, strict=True)):
             if handle.untyped_storage()._cdata != args[0].untyped_storage()._cdata:
-                out.append(self.aliases.fresh(value))
+                out.append(self.aliases.copied(handle, value))
                 continue
             entry = View(args[0], op_name(target), target, tuple(args[1:]), kwargs, i if several else None, 0, [tuple(h.shape) for h in handles])
             out.append(self.aliases.bind_view(handle, value, entry))
