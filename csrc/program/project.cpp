@@ -260,7 +260,9 @@ struct Projector {
     for (const Instruction& i : out.instructions) {
       for (const Transfer& t : i.transfers) {
         for (const Move& m : t.moves) {
-          if (m.src >= 0 && i.kind != InstructionKind::kGradFill) moved.insert(m.src);
+          // A tile whose value nobody reads here still gets a gradient where it is a replica of one that is read.
+          const int used = i.kind == InstructionKind::kGradFill ? m.dst : m.src;
+          if (used >= 0) moved.insert(used);
         }
       }
     }
