@@ -18,11 +18,15 @@ from tests.architectures import DLRM, Bert, LSTMLanguageModel, MoE, T5, Translat
 
 @dataclass
 class Example:
-    """`inputs` is the global batch; with a loss its last ones are the targets."""
+    """`inputs` is the global batch; with a loss its last one is the target.
+
+    `outside` is a loss that each process computes itself, of its own rows: outside(output, *inputs).
+    """
 
     module: nn.Module
     inputs: tuple[Any, ...]
     loss: Callable[..., Any] | None = None
+    outside: Callable[..., Any] | None = None
 
 
 @dataclass
@@ -112,7 +116,7 @@ def gpt_loss() -> Example:
 
 
 def gpt_outside() -> Example:
-    return Example(tiny_gpt(), (torch.randint(32, (4, 12)),))
+    return Example(tiny_gpt(), (torch.randint(32, (4, 12)),), outside=lambda logits, tokens: next_byte_loss(logits[:, :-1], tokens[:, 1:]))
 
 
 def bert() -> Example:
@@ -255,7 +259,8 @@ layers.1.linear2                n=2 @ [1,0]
 *                               n=fed
 """
 T5_PLAN = """
-shared                     v=2 store=v
+shared/embedding           v=2 store=v
+shared/embedding.1         d=2
 encoder.0.attention.q      o=2 store=o
 encoder.0.attention.o      i=2 store=i
 encoder.1*                 @ [1]

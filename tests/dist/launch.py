@@ -1,0 +1,46 @@
+"""Runs a script on N real processes under torchrun and collects what each rank wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Outcome:
+    """results[rank] is what the rank handed to `report`, None when it didn't come that far."""
+
+    returncode: int
+    output: str
+    results: list[Any]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+    return {k: v for k, v in env.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+
+
+def torchrun(nproc: int, module: str, *arguments: str, timeout_s: float = 600.0, options: tuple[str, ...] = ("--standalone",), env: dict[str, str] | None = None) -> Outcome:
+    """`torchrun -m module arguments` on `nproc` processes of this machine, one torch thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={nproc}", "-m", module, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment(SOAP_TEST_OUT=folder, **(env or {})), capture_output=True, text=True, timeout=timeout_s)
+        return Outcome(done.returncode, done.stdout[-6000:] + done.stderr[-12000:], read_results(folder, nproc))
+
+
+def read_results(folder: str, nproc: int) -> list[Any]:
+    files = [Path(folder) / f"{rank}.json" for rank in range(nproc)]
+    return [json.loads(f.read_text()) if f.exists() else None for f in files]
+
+
+def report(result: Any) -> None:
+    """On a rank: hands a result to the launcher; the last one counts."""
+    (Path(os.environ["SOAP_TEST_OUT"]) / f"{os.environ['RANK']}.json").write_text(json.dumps(result))

@@ -1,0 +1,33 @@
+"""Every model on 2 real processes under torchrun with gloo: one hybrid plan, float64, 3 steps, against one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist.launch import torchrun
+from tests.models import CASES
+
+# Several models share a launch: starting processes and importing torch costs more than most of them.
+GROUPS = [
+    ["alexnet", "vgg11", "unet"],
+    ["resnet18", "mobilenet"],
+    ["inception"],
+    ["gpt_inside", "gpt_loss", "gpt_outside", "bert", "t5", "vit"],
+    ["lstm", "nmt", "dlrm", "moe"],
+]
+
+
+def test_every_model_is_in_a_group() -> None:
+    assert sorted(n for g in GROUPS for n in g) == sorted(c.name for c in CASES)
+
+
+@pytest.mark.parametrize("names", GROUPS, ids=lambda names: "-".join(names))
+def test_same_as_one_process(names: list[str]) -> None:
+    outcome = torchrun(2, "tests.dist.worker_models", *names)
+    for rank, results in enumerate(outcome.results):
+        for name in names:
+            result = (results or {}).get(name)
+            assert result is not None and "error" in result, f"{name} on rank {rank}: {(result or {}).get('failure', outcome.output)}"
+            assert result["error"] <= 1e-10, f"{name} on rank {rank}: {result['where']} differs by {result['error']:.2e}"
+            assert result["losses"][-1] != result["losses"][0]
+    assert outcome.returncode == 0, outcome.output
