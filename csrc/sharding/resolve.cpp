@@ -38,6 +38,10 @@ struct ExpandPass {
   // The factor that carries the processes' rows, by following them through the first operand that shows them.
   FedFactor fed_factor(const Node& node, const Rule& rule) const {
     if (node.kind == NodeKind::kFeed) return fed_rows(rule);
+    if (node.kind == NodeKind::kReturn && node.sample_dim >= 0) {
+      FedFactor fed = fed_rows(rule);  // each process gets its own rows back, wherever they have been
+      if (fed.factor >= 0) return fed;
+    }
     for (size_t i = 0; i < node.inputs.size(); ++i) {
       const auto& s = shadow[node.inputs[i]];
       if (!s) continue;
@@ -47,7 +51,6 @@ struct ExpandPass {
       for (auto& tile : t.cuts[0].parts) fed.parts.push_back(tile[0]);
       return fed;
     }
-    if (node.kind == NodeKind::kReturn && node.sample_dim >= 0) return fed_rows(rule);
     return {};
   }
 
