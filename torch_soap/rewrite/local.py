@@ -99,10 +99,15 @@ def local(*targets: str) -> Callable[[Local], Local]:
     return register
 
 
-def call_in_region(fn: Callable[..., Any], no_grad: bool, autocast: Any, args: Any, kwargs: Any) -> Any:
-    """A call inside the autocast or no_grad region that it was captured in."""
-    with region(Node(name="", kind="op", no_grad=no_grad, autocast=autocast)):
-        return fn(*args, **kwargs)
+def in_region(fn: Callable[..., Any], no_grad: bool, autocast: Any) -> Callable[..., Any]:
+    """`fn` inside the autocast or no_grad region that it was captured in. A function of its own: fx can't print functions as arguments."""
+    mode = Node(name="", kind="op", no_grad=no_grad, autocast=autocast)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with region(mode):
+            return fn(*args, **kwargs)
+
+    return call
 
 
 def captured_call(e: Emit, call: Call, fn: Callable[..., Any] | None = None) -> list[fx.Node]:
@@ -114,7 +119,7 @@ def captured_call(e: Emit, call: Call, fn: Callable[..., Any] | None = None) -> 
     args = substitute(node.args, lambda _: next(feed))
     kwargs = substitute(node.kwargs, lambda _: next(feed))
     if node.no_grad or node.autocast is not None:
-        result = e(call_in_region, fn or node.fn, node.no_grad, node.autocast, args, kwargs)
+        result = e(in_region(fn or node.fn, node.no_grad, node.autocast), *args, **kwargs)
     else:
         result = e(fn or node.fn, *args, **kwargs)
     if len(call.shapes) == 1 and not returns_list(node):

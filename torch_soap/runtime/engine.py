@@ -6,6 +6,7 @@ segment has a small autograd graph of its own, and backward walks the instructio
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,6 +70,7 @@ class Engine:
         self.value_of_store = list(self.rank_program.params)
         self.value_of_return = list(self.rank_program.returns)
         backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
+        self.trace: list[tuple[int, int, int]] | None = None  # when asked: (instruction, start, end) in ns of the monotonic clock
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
             self.num_forward = len(self.kinds)
@@ -147,6 +149,7 @@ class Engine:
         kinds = _C.InstructionKind
         for position in range(state.position, end):
             kind = self.kinds[position]
+            start_ns = time.perf_counter_ns() if self.trace is not None else 0
             if kind == kinds.segment:
                 self._segment(state, self.segment_of[position], grad)
             elif kind == kinds.segment_backward:
@@ -163,6 +166,8 @@ class Engine:
                 for value in self.released.get(position, []):
                     state.copies[value] = state.values.pop(value)
                     state.copies[value].untyped_storage().resize_(0)
+            if self.trace is not None:
+                self.trace.append((position, start_ns, time.perf_counter_ns()))
         state.position = end
 
     def _segment(self, state: StepState, segment: int, grad: bool) -> None:
