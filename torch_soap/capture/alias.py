@@ -23,6 +23,9 @@ PARTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
 
 
 class Functional(Protocol):
+    mode: Any
+    ids: dict[int, int]
+
     def emit(self, target: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
 
     def functional(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
@@ -64,23 +67,26 @@ class Aliases:
             return value
         handle = value
         if id(value) in self.handles:
-            with torch.no_grad():
+            with torch.no_grad(), self.graph.mode:
                 handle = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             self.now[id(handle)] = value
         self.handles[id(handle)] = handle
         return handle
 
     def copied(self, handle: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """A handle with the operator's own strides (`contiguous`), which the value may not have: later views need them."""
+        """A handle with the operator's own strides (`contiguous`), which the value may not have: later views need them. Where
+        gradients allow, the handle becomes the value's own tensor, so that what follows has eager's strides too."""
         self.handles[id(handle)] = handle
-        self.now[id(handle)] = value
+        if handle.requires_grad == value.requires_grad:
+            self.graph.ids[id(handle)] = self.graph.ids[id(value)]
+        else:
+            self.now[id(handle)] = value
         return handle
 
     def bind_view(self, handle: torch.Tensor, value: torch.Tensor, entry: View) -> torch.Tensor:
         if id(handle) in self.handles:  # the operator had nothing to do and gave its argument
             return self.handles[id(handle)]
-        self.handles[id(handle)] = handle
-        self.now[id(handle)] = value
+        self.copied(handle, value)
         entry.seen = self.writes.get(id(self.root(entry.parent)), 0)
         self.views[id(handle)] = entry
         return handle

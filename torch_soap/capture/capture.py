@@ -3,8 +3,9 @@ operators; the whole module as one. A rung is left with a reason, and each captu
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_soap.capture import check as eager_check
 from torch_soap.capture.graph import Graph
-from torch_soap.capture.importer import CaptureError, Importer, fake_like
+from torch_soap.capture.importer import CUMULATIVE, CaptureError, Importer, fake_like
 from torch_soap.capture.interpret import run_graph
 from torch_soap.capture.names import clean_path, unique
 from torch_soap.capture.objective import FlatCall, Objective
-from torch_soap.capture.opaque import ModuleCall, OpaqueOps, Recording, mode_of, split_leaves
+from torch_soap.capture.opaque import ModuleCall, OpaqueOps, Recording, mode_of, split_leaves, transparent_checkpoints
 from torch_soap.capture.signature import Signature, batch_dim_choices, example_rows, moved_dims, scaled, signature_of
 from torch_soap.capture.structure import flatten, input_names, leaf_names
 from torch_soap.capture.watch import Watch, first_line, user_line
@@ -130,18 +131,24 @@ class Captured:
         examples = []
         for (shape, dtype), known in zip(signature, self.inputs, strict=True):
             same = tuple(known.shape) == shape and known.dtype == dtype
-            examples.append(known if same else torch.zeros(shape, dtype=dtype, device=known.device).requires_grad_(known.requires_grad))
+            # One tensor given twice (labels=ids) would be one input of the trace: copies.
+            example = known.detach().clone() if same else torch.zeros(shape, dtype=dtype, device=known.device)
+            examples.append(example.requires_grad_(known.requires_grad))
         shapes = None
         if dims is not None:
             shapes = {"tensors": tuple({d: torch.export.Dim.AUTO} if d is not None else None for d in dims)}
         ops = OpaqueOps()
         watch = Watch(self.module)
-        with self._mode(), eager_check.preserved(self.module), ops.functions(), ops.modules(self.module, self.recordings, self.train), watch:
+        with self._mode(), eager_check.preserved(self.module), ops.functions(), ops.modules(self.module, self.recordings, self.train), cumulative_averages(self.module), watch:
             try:
                 program = torch.export.export(flat, tuple(examples), strict=False, dynamic_shapes=shapes)
             except Exception as error:  # torch.export documents no exception type for untraceable code
                 reason = f"{user_line(error)}: {first_line(error)}"
                 raise CaptureError(reason, watch.running[-1] if watch.running else None) from error
+        if dims is not None:
+            values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"][-len(dims) :]
+            if any(d is not None and not isinstance(v.shape[d], torch.SymInt) for v, d in zip(values, dims, strict=True)):
+                raise CaptureError("the code asks for the number of rows: a trace holds for the example's only")
         if watch.drew:
             raise CaptureError(f"{watch.drew[0] or type(self.module).__name__} draws from Python's or NumPy's random numbers, which a trace would bake", watch.drew[0])
         result = flat.result
@@ -198,7 +205,7 @@ class Captured:
         spec = trace.program.graph_signature
         handles: list[Any] = []
         shared: dict[int, Any] = {}
-        buffers: dict[str, torch.Tensor] = {}
+        buffers = importer.buffers
         feeds = iter(self._feeds(importer, signature))
         for item in spec.input_specs:
             kind = item.kind.name
@@ -298,6 +305,19 @@ class FlatCallPath:
         return self.objective.get_submodule(path.removeprefix("objective").removeprefix("."))
 
 
+@contextlib.contextmanager
+def cumulative_averages(module: nn.Module) -> Iterator[None]:
+    """Batch norms with momentum=None are traced with a number that stands for it."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None]
+    for m in norms:
+        m.momentum = CUMULATIVE
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.momentum = None
+
+
 def prefixed(prefix: str, items: Any) -> Any:
     return ((prefix + n, t) for n, t in items)
 
@@ -333,12 +353,11 @@ def capture(
     choices = [list(sample_dims)] if sample_dims is not None else batch_dim_choices(signature_of(captured.inputs))
     if on_meta:
         captured.reasons.append("not checked against eager: on the meta device")
+    checked = check and not on_meta
     while True:
         try:
-            trace(captured, choices)
-            if check and not on_meta:
-                check_against_eager(captured)
-                captured.checked = True
+            trace(captured, choices, checked)
+            captured.checked = checked
             return captured
         except CaptureError as error:
             captured.reasons.append(f"{f'module {error.path}' if error.path else type(module).__name__} is opaque: {error}")
@@ -353,38 +372,42 @@ def capture(
             record_opaque(captured, choices)
 
 
-def trace(captured: Captured, choices: list[list[int | None]]) -> None:
+def trace(captured: Captured, choices: list[list[int | None]], checked: bool) -> None:
     """The first two rungs: a dynamic batch, else the example's signature. Raises CaptureError when neither is possible."""
-    captured.traces.clear()
-    captured.graphs.clear()
-    captured.return_dims = None
-    captured.dynamic = False
     base = signature_of(captured.inputs)
-    captured.batch_dims = list(choices[0])
+
+    def start(dims: list[int | None], dynamic: bool) -> None:
+        captured.traces.clear()
+        captured.graphs.clear()
+        captured.return_dims = None
+        captured.batch_dims, captured.dynamic = list(dims), dynamic
+
     if captured.opaque == [""]:
-        captured.dynamic = captured.recordings[""][0][0].inputs != captured.recordings[""][0][-1].inputs
+        first, *_, last = (*captured.recordings[""][0], captured.recordings[""][0][-1])
+        start(choices[0], first.inputs != last.inputs)
+        if checked:
+            check_against_eager(captured, captured.inputs)
         return
     reasons = []
     for dims in choices:
         if all(d is None for d in dims):
             continue
-        captured.batch_dims = list(dims)
-        rows = example_rows(base, dims)
+        start(dims, dynamic=True)
         try:
-            captured.dynamic = True
             # Export specialises the sizes 0 and 1, so it sees more rows.
-            captured.traces[None] = captured.export(base if rows > 1 else scaled(base, dims, 4), dims)
+            captured.traces[None] = captured.export(base if example_rows(base, dims) > 1 else scaled(base, dims, 4), dims)
             captured.instantiate(scaled(base, dims, 3))
+            if checked:
+                check_against_eager(captured, doubled(captured.inputs, dims), grad=False)
+                check_against_eager(captured, captured.inputs)
             return
         except CaptureError as error:
             reasons.append(f"dynamic batch {dims}: {error}")
-            captured.traces.clear()
-            captured.graphs.clear()
-            captured.return_dims = None
-    captured.dynamic = False
-    captured.batch_dims = list(choices[0])
+    start(choices[0], dynamic=False)
     captured.traces[base] = captured.export(base, None)
     captured.instantiate(base)
+    if checked:
+        check_against_eager(captured, captured.inputs)
     captured.reasons += reasons
 
 
@@ -412,8 +435,8 @@ def doubled(tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> list
     return [t if d is None else torch.cat([t, t], d).detach().requires_grad_(t.requires_grad) for t, d in zip(tensors, dims, strict=True)]
 
 
-def check_against_eager(captured: Captured) -> None:
-    """Raises CaptureError where the graph on the example, or on twice its rows, isn't what the module computes."""
+def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad: bool = True) -> None:
+    """Raises CaptureError where the graph on these inputs isn't what the module computes."""
     objective, module = captured.objective, captured.module
 
     def eager(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -429,21 +452,18 @@ def check_against_eager(captured: Captured) -> None:
         outputs, writes = run_graph(graph, captured.stored_tensors(graph) | dict(zip(captured.input_names(), tensors, strict=True)))
         return outputs, {n: writes.get(n, b) for n, b in captured.buffers.items()}
 
-    def both(inputs: Sequence[torch.Tensor], grad: bool) -> None:
-        captured.instantiate(signature_of(list(inputs)))
-        with eager_check.preserved(objective):
-            expected = eager_check.run(module, eager, inputs, grad)
-        with eager_check.preserved(objective):
-            eager_check.compare(expected, eager_check.run(module, traced, inputs, grad))
-
-    both(captured.inputs, grad=True)
-    if captured.dynamic and captured.opaque != [""]:
-        more = doubled(captured.inputs, captured.batch_dims)
+    captured.instantiate(signature_of(list(inputs)))
+    with eager_check.preserved(objective), transparent_checkpoints():
         try:
-            both(more, grad=False)
-        except CaptureError as error:
-            captured.reasons.append(f"dynamic batch {captured.batch_dims}: at another batch size {error}")
+            expected = eager_check.run(module, eager, inputs, grad)
+        except CaptureError:
             raise
+        except Exception as error:
+            if inputs is captured.inputs or grad:
+                raise
+            raise CaptureError(f"the module doesn't run on {signature_of(list(inputs))}: {first_line(error)}") from error
+    with eager_check.preserved(objective):
+        eager_check.compare(expected, eager_check.run(module, traced, inputs, grad))
 
 
 __all__ = ["CaptureError", "Captured", "capture"]

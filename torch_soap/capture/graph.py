@@ -71,7 +71,7 @@ class Graph:
 
     @property
     def sample_dims(self) -> dict[str, int | None]:
-        return {n.name: n.sample_dim for n in self.nodes if n.kind in ("feed", "return")}
+        return {n.name: n.sample_dim for n in self.nodes if n.kind in ("feed", "return") and n.target != "buffer_write"}
 
     @property
     def buffer_writes(self) -> list[tuple[str, int]]:

@@ -40,6 +40,10 @@ SCALAR_OPERATORS = {
 }  # fmt: skip
 
 
+# Stands in a trace for batch norm's momentum=None, which torch computes from a number that a trace can't read.
+CUMULATIVE = -1.0
+
+
 class CaptureError(RuntimeError):
     """The graph can't be brought into functional form; the capture falls a rung. `path`: the module to blame, None if unknown."""
 
@@ -69,6 +73,7 @@ class Importer:
         self.keep: list[Any] = []  # handles stay alive so that their id() stays theirs
         self.aliases = Aliases(self)
         self.buffer_updates: list[tuple[int, torch.Tensor]] = []  # (argument, new value) of the call at hand
+        self.buffers: dict[str, torch.Tensor] = {}  # handles by name
         self.opaques: dict[str, Callable[..., Any]] = {}  # by name of the operator that stands for it in the trace
         self.path = ""
         self.source = ""
@@ -293,8 +298,9 @@ class Importer:
         for index, buffer, new in ((3, mean, batch_mean), (4, var, batch_var)):
             if new.dtype != buffer.dtype:
                 new = self.emit("to", torch.ops.aten.to.dtype, new, buffer.dtype)
-            if isinstance(momentum, torch.Tensor):  # the cumulative average's 1 / num_batches_tracked
-                share = self.emit("to", torch.ops.aten.to.dtype, momentum, buffer.dtype)
+            if momentum == CUMULATIVE:
+                count = self.aliases.read(self.buffers[f"{self.path}.num_batches_tracked".removeprefix(".")])
+                share = self.emit("reciprocal", torch.ops.aten.reciprocal.default, self.emit("to", torch.ops.aten.to.dtype, count, buffer.dtype))
                 mixed = self.emit("lerp", torch.ops.aten.lerp.Tensor, buffer, new, share)
             else:
                 mixed = self.emit("lerp", torch.ops.aten.lerp.Scalar, buffer, new, momentum)
@@ -353,7 +359,7 @@ class Importer:
 
     def views(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: Any) -> Any:
         """Handles of a view's results; an operator that may also copy says by its storage what it did."""
-        with torch.no_grad(), self.mode:
+        with self.context(), self.mode:
             made = target(*args, **kwargs)
         several = isinstance(made, list | tuple)
         handles, results = (list(made), list(values)) if several else ([made], [values])

@@ -15,9 +15,8 @@ def clean_path(path: str) -> str:
     """A module path (or parameter name) of the user's: without the wrappers' prefixes and export's call counters."""
     path = re.sub(r"@\d+", "", path).removeprefix("L['self']").lstrip(".")
     for prefix in ("objective", "model"):
-        if path != prefix and not path.startswith(prefix + "."):
-            break
-        path = path.removeprefix(prefix).removeprefix(".")
+        if path == prefix or path.startswith(prefix + "."):
+            path = path.removeprefix(prefix).removeprefix(".")
     return path
 
 

@@ -50,6 +50,19 @@ def num_targets(loss: Callable[..., Any] | None) -> int:
     return len(required) - 1
 
 
+def keep_buffers(owned: list[tuple[nn.Module, str, torch.Tensor]]) -> None:
+    """`self.buffer = x` becomes a write into the buffer: export loses the assignment, but for the root module's."""
+    for owner, name, buffer in owned:
+        new = owner._buffers[name]
+        if new is buffer:
+            continue
+        if new is None or new.shape != buffer.shape or new.dtype != buffer.dtype:
+            raise RuntimeError(f"buffer {name} of {type(owner).__name__} is assigned another shape or type")
+        with torch.no_grad():
+            buffer.copy_(new)
+        owner._buffers[name] = buffer
+
+
 @dataclass
 class Result:
     """The structure of the last output."""
@@ -76,7 +89,9 @@ class FlatCall(nn.Module):
         for slot, tensor in zip(self.slots, tensors, strict=True):
             leaves[slot] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        owned = [(m, n, b) for m in self.objective.modules() for n, b in m._buffers.items() if b is not None]
         output = self.objective(*args, **kwargs)
+        keep_buffers(owned)
         made, self.result.spec = flatten(output)
         names = unique(leaf_names(output))
         self.result.constants, self.result.slots = split_leaves(made)

@@ -155,6 +155,20 @@ def mode_of(module: nn.Module, train: bool) -> Iterator[None]:
             m.training = t
 
 
+@contextlib.contextmanager
+def transparent_checkpoints() -> Iterator[None]:
+    """The reentrant checkpoint only works in `.backward()`: here what it would recompute is kept."""
+    original = CheckpointFunction.__dict__.get("apply")
+    CheckpointFunction.apply = classmethod(lambda _cls, run, _preserve, *args: run(*args))  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        if original is None:
+            del CheckpointFunction.apply
+        else:
+            CheckpointFunction.apply = original  # type: ignore[method-assign]
+
+
 class OpaqueOps:
     """Operators defined for one trace: each stands for one opaque call."""
 
@@ -184,13 +198,16 @@ class OpaqueOps:
         The reentrant checkpoint is a Function too: what it recomputes is simply computed."""
         original = torch.autograd.Function.__dict__["apply"]
 
+        def torch_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+            return original.__get__(None, cls)(*args, **kwargs)
+
         def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
             if cls is CheckpointFunction:
                 return args[0](*args[2:])
             tensors = [a for a in pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
             if self.inside or kwargs or not tensors or cls.__module__.split(".")[0] == "torch":
-                return original.__func__(cls, *args, **kwargs)
-            call = FunctionCall(cls, args, original.__func__)
+                return torch_apply(cls, *args, **kwargs)
+            call = FunctionCall(cls, args, torch_apply)
             return call.unflatten(self.define(call)(tensors))
 
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
