@@ -295,6 +295,7 @@ struct Projector {
             if (m.src >= 0) last[m.src] = i;
             if (m.dst >= 0) last[m.dst] = std::max(last[m.dst], i);
           }
+          for (int v : t.results) last[v] = std::max(last[v], i);  // also those that nothing reaches
         }
       }
     }
