@@ -1,0 +1,72 @@
+# Two commands do everything: `make demo` and `make test`. Both create the environment (.venv) and build first.
+SHELL := /bin/bash
+.DEFAULT_GOAL := build
+
+VENV ?= .venv
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+PY := $(VENV)/bin/python
+BUILD ?= build
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --timeout=600
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: env build demo tiny test test-cpp test-python test-processes test-long test-min-torch lint format golden-update benchmark clean
+
+env: $(VENV)/.ready
+$(VENV)/.ready: requirements-dev.txt
+	@test -x $(PY) || python3 -m venv $(VENV)
+	@$(PY) -m pip install --quiet $(TORCH)
+	@$(PY) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+# Ninja decides what is out of date; nothing to do takes under a second.
+build: env
+	@$(PY) tools/build.py --build-dir $(BUILD)
+
+demo: build
+	$(PY) examples/demo.py
+
+tiny: build
+	$(PYTEST) tests/tiny
+
+test: lint test-cpp test-python
+
+test-python: build
+	$(PYTEST) tests/tiny tests/unit tests/golden tests/lint tests/property tests/dist
+
+test-cpp: env
+	@dpkg -s libgtest-dev > /dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq libgtest-dev > /dev/null; } || \
+	  { echo "make test-cpp needs GoogleTest: apt-get install libgtest-dev"; exit 1; }
+	@$(PY) tools/build.py --build-dir build-tests --tests
+	build-tests/soap_tests --gtest_brief=1
+
+test-processes: build
+	$(PY) tests/dist/sweep.py
+
+test-long: build
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/property --cases 10000
+
+# The oldest torch that we support: build and the tiny suite, in an environment of its own.
+test-min-torch:
+	$(MAKE) tiny VENV=.venv-min BUILD=build-min TORCH=torch==2.13.0
+
+lint: build
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	$(PY) -m mypy torch_soap
+	$(PYTEST) tests/lint
+
+format:
+	$(VENV)/bin/ruff check --fix-only .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+golden-update: build
+	UPDATE_GOLDEN=1 $(PYTEST) tests/golden
+
+benchmark: build
+	$(PYTEST) benchmarks -s
+
+clean:
+	rm -rf build build-tests build-min out torch_soap/*.so
