@@ -29,7 +29,6 @@ class StepState:
     outputs: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
     copies: dict[int, torch.Tensor] = field(default_factory=dict)  # gathered parameters whose storage is given back until backward
-    stored: list[torch.Tensor] = field(default_factory=list)
     random: CounterState | None = None
     position: int = 0  # next instruction
 
@@ -104,7 +103,6 @@ class Engine:
         for node in self.stores:
             if self.value_of_store[node] >= 0:
                 state.values[self.value_of_store[node]] = stored[self.names[node]].detach()
-                state.stored.append(state.values[self.value_of_store[node]])
         if seeds is not None:
             self.seed(state, seeds)
         self._run(state, self.num_forward, grad)
@@ -209,9 +207,9 @@ class Engine:
         if step is None:
             raise RuntimeError("[engine] a fill without its plan")
         for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v]):
-            # A copy that is given back and gathered again must not share storage with the parameter itself.
-            shared = value in self.refilled and any(tensor.untyped_storage().data_ptr() == s.untyped_storage().data_ptr() for s in state.stored)
-            state.values[value] = tensor.clone() if shared else tensor
+            # A copy that is given back and gathered again needs a storage of its own: pieces are views of parameters, of other
+            # values, or of what a peer sent.
+            state.values[value] = tensor.clone(memory_format=torch.contiguous_format) if value in self.refilled else tensor
 
     def _refill(self, state: StepState, position: int) -> None:
         """Gathers a parameter's copy again, into the storage that the segments' graphs saved."""
