@@ -55,8 +55,16 @@ class Header:
                         raise RankMismatchError(f"[forward] ranks disagree on {key}: rank {rank} has {value}, rank 0 has {everyone[0][key]}.{hint}")
             raise RankMismatchError("[forward] ranks disagree on their inputs")
 
-    def rows(self, tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> tuple[list[int], tuple[tuple[tuple[int, ...], torch.dtype], ...]]:
-        """Rows that each process feeds, and the global signature. Call after `check`."""
+    def explain_failure(self, tensors: Sequence[torch.Tensor], error: Exception) -> None:
+        """After a capture failed on this rank: raises when the ranks' inputs differ in more than their rows, which then is the reason."""
+        shapes = self._shapes(tensors)
+        for i in range(len(tensors)):
+            for rank, other in enumerate(shapes):
+                if other[i][1:] != shapes[0][i][1:]:
+                    raise RankMismatchError(f"[forward] input {i}: rank {rank} has shape {list(other[i])}, rank 0 {list(shapes[0][i])}") from error
+
+    def _shapes(self, tensors: Sequence[torch.Tensor]) -> list[list[tuple[int, ...]]]:
+        """Of each rank, of each input, as gathered by `check`."""
         per_rank = []
         for g in self.gathered:
             sizes, shapes = g[2:], []
@@ -64,6 +72,11 @@ class Header:
                 shapes.append(tuple(sizes[: t.dim()]))
                 sizes = sizes[t.dim() :]
             per_rank.append(shapes)
+        return per_rank
+
+    def rows(self, tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> tuple[list[int], tuple[tuple[tuple[int, ...], torch.dtype], ...]]:
+        """Rows that each process feeds, and the global signature. Call after `check`."""
+        per_rank = self._shapes(tensors)
         signature = []
         rows: list[int] | None = None
         for i, (t, dim) in enumerate(zip(tensors, dims, strict=True)):

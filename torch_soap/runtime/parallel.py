@@ -60,7 +60,11 @@ class Parallel:
         key = (self.module.training, structure_key(args, kwargs))
         if key not in self.captures:
             with self.whole_parameters(), self.capture_mode():
-                self.captures[key] = capture(self.module, args, kwargs, train=self.module.training, loss=self.loss)
+                try:
+                    self.captures[key] = capture(self.module, args, kwargs, train=self.module.training, loss=self.loss)
+                except Exception as error:  # whatever the user's forward raises on shapes that only this rank has
+                    self.header.explain_failure(input_tensors(args, kwargs), error)
+                    raise
         return self.captures[key]
 
     @contextlib.contextmanager
