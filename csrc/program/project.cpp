@@ -56,14 +56,14 @@ struct Projector {
     for (size_t j = 0; j < group.copies.coords.size(); ++j) {
       const Coord& c = group.copies.coords[j];
       if (!holds(c, rank())) continue;
+      if (volume(c.box) == 0) return std::nullopt;  // nothing orders it after the tile that looks like it
       int found = -1, overlaps = 0;
       for (size_t k = 0; k < tiles.coords.size(); ++k) {
-        if (volume(c.box) > 0 && volume(intersect(tiles.coords[k].box, c.box)) == 0) continue;
-        if (volume(c.box) == 0 && tiles.coords[k].box != c.box) continue;
+        if (volume(intersect(tiles.coords[k].box, c.box)) == 0) continue;
         ++overlaps;
         if (tiles.coords[k].box == c.box && holds(tiles.coords[k], rank())) found = static_cast<int>(k);
       }
-      if (found < 0 || (volume(c.box) > 0 && overlaps != 1) || !used.insert(found).second) return std::nullopt;
+      if (found < 0 || overlaps != 1 || !used.insert(found).second) return std::nullopt;
       alias[static_cast<int>(j)] = found;
     }
     if (!group.grad) return alias;
@@ -135,9 +135,10 @@ struct Projector {
         std::erase_if(t.moves, [](const Move& m) { return m.peer < 0; });
         t.results.clear();
       }
+      // One exchange per step, so all of its ranks must see the same union, also of items that don't concern this one.
+      if (t.pattern == Pattern::kExchange) ranks.insert(t.ranks.begin(), t.ranks.end());
       const bool takes_part = t.pattern != Pattern::kLocal && std::count(t.ranks.begin(), t.ranks.end(), rank());
       if (!takes_part && t.moves.empty() && t.results.empty()) continue;
-      if (t.pattern == Pattern::kExchange) ranks.insert(t.ranks.begin(), t.ranks.end());
       out.transfers.push_back(std::move(t));
     }
     if (ranks.count(rank())) out.ranks.assign(ranks.begin(), ranks.end());
