@@ -34,6 +34,7 @@ class Plan:
     stats: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
     explanation: str = ""
+    cost: _C.CostModel | None = None  # what it was priced with, in the process that planned
 
     @property
     def world_size(self) -> int:

@@ -7,4 +7,5 @@ PYBIND11_MODULE(_C, m) {
   soap::bind_sharding(m);
   soap::bind_program(m);
   soap::bind_plan(m);
+  soap::bind_search(m);
 }

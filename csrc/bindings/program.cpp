@@ -2,6 +2,9 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "program/project.h"
 
 namespace py = pybind11;
@@ -96,6 +99,28 @@ void bind_program(py::module_& m) {
       .def_readonly("params", &RankProgram::params)
       .def_readonly("returns", &RankProgram::returns)
       .def("describe", [](const RankProgram& r, const Program& p) { return to_string(p, r); }, py::arg("program"));
+  // One tile by itself: its factors' sets and the boxes of what it reads (None where anchored elsewhere) and makes.
+  struct TileBoxes {
+    std::vector<IndexSet> sets;
+    std::vector<std::optional<Box>> operand_boxes;
+    std::vector<Box> result_boxes;
+  };
+  py::class_<TileBoxes>(m, "TileBoxes")
+      .def_readonly("sets", &TileBoxes::sets)
+      .def_readonly("operand_boxes", &TileBoxes::operand_boxes)
+      .def_readonly("result_boxes", &TileBoxes::result_boxes);
+  m.def("compute_item", [](const Program& p, NodeId node, int tile, int chunk) {
+    const Rule& rule = p.rules.at(node);
+    const Node& n = p.graph.nodes.at(node);
+    TileBoxes out{.sets = factor_sets(rule, p.tilings[node], tile, chunk)};
+    for (size_t i = 0; i < n.inputs.size(); ++i) {
+      const Operand& o = rule.operands[i];
+      const bool here = std::all_of(o.anchors.begin(), o.anchors.end(), [&](int f) { return out.sets[f].contains(0); });
+      out.operand_boxes.push_back(here ? std::optional(box_of(o.dims, rule, p.graph.input(n, static_cast<int>(i)).shape, out.sets)) : std::nullopt);
+    }
+    for (size_t r = 0; r < n.outputs.size(); ++r) out.result_boxes.push_back(box_of(rule.results[r].dims, rule, p.graph.output(n, static_cast<int>(r)).shape, out.sets));
+    return out;
+  }, py::arg("program"), py::arg("node"), py::arg("tile"), py::arg("chunk"));
   m.def("project", &project, py::arg("program"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
 }
 

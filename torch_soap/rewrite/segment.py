@@ -66,3 +66,33 @@ def build_segment(program: _C.Program, rank_program: _C.RankProgram, segment: _C
             env[value] = result
     fx_graph.output(tuple(env[v] for v in segment.outputs))
     return fx.GraphModule(nn.Module(), fx_graph)
+
+
+def build_item(
+    program: _C.Program, node_id: int, tile: int, chunk: int, graph: Graph
+) -> tuple[fx.GraphModule, list[list[int]], list[str], list[bool]]:
+    """One tile of one operator by itself, to be timed: the submodule, and shape, dtype and need of a gradient of each input."""
+    item = _C.compute_item(program, node_id, tile, chunk)
+    fx_graph = fx.Graph()
+    e = Emit(fx_graph)
+    node, rule = program.graph.nodes[node_id], program.rules[node_id]
+    tensors = program.graph.tensors
+    present = [i for i, box in enumerate(item.operand_boxes) if box is not None]
+    inputs = {i: fx_graph.placeholder(f"x{i}") for i in present}
+    e.random = fx_graph.placeholder("random", default_value=None)
+    call = Call(
+        program=program,
+        node=node,
+        captured=graph.nodes[node.origin] if node.origin >= 0 else None,
+        operands=[inputs.get(i) for i in range(len(node.inputs))],
+        sets={f.name: s for f, s in zip(rule.factors, item.sets, strict=True)},
+        sizes={f.name: f.size for f in rule.factors},
+        boxes=list(item.operand_boxes),
+        results=list(item.result_boxes),
+        shapes=[[len(s) for s in box] for box in item.result_boxes],
+        dtypes=[DTYPES[tensors[t].dtype] for t in node.outputs],
+    )
+    fx_graph.output(tuple(emit_local(e, call)))
+    shapes = [[len(s) for s in item.operand_boxes[i]] for i in present]
+    values = [tensors[node.inputs[i]] for i in present]
+    return fx.GraphModule(nn.Module(), fx_graph), shapes, [t.dtype for t in values], [t.requires_grad for t in values]

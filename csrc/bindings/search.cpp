@@ -1,0 +1,77 @@
+#include "bindings/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include "report/explain.h"
+#include "search/search.h"
+
+namespace py = pybind11;
+
+namespace soap {
+
+void bind_search(py::module_& m) {
+  py::class_<Link>(m, "Link").def(py::init<double, double>(), py::arg("latency_ns"), py::arg("bytes_per_s")).def_readwrite("latency_ns", &Link::latency_ns).def_readwrite("bytes_per_s", &Link::bytes_per_s);
+  py::class_<Machine>(m, "Machine", "Devices, hosts and links, and what was measured on them.")
+      .def(py::init(&make_machine), py::arg("num_devices"), py::arg("num_hosts") = 1)
+      .def_readwrite("name", &Machine::name)
+      .def_readwrite("host_of", &Machine::host_of)
+      .def_readwrite("flops_per_s", &Machine::flops_per_s)
+      .def_readwrite("memory_bytes_per_s", &Machine::memory_bytes_per_s)
+      .def_readwrite("op_overhead_ns", &Machine::op_overhead_ns)
+      .def_readwrite("memory_bytes", &Machine::memory_bytes)
+      .def_readwrite("overlap", &Machine::overlap)
+      .def_readwrite("intra", &Machine::intra)
+      .def_readwrite("inter", &Machine::inter)
+      .def_readwrite("tables", &Machine::tables)
+      .def_property_readonly("num_devices", &Machine::num_devices);
+  m.def("movement_ns", &movement_ns, py::arg("machine"), py::arg("kind"), py::arg("ranks"), py::arg("num_bytes"));
+  py::class_<OpSample>(m, "OpSample").def_readonly("key", &OpSample::key).def_readonly("node", &OpSample::node).def_readonly("tile", &OpSample::tile).def_readonly("chunk", &OpSample::chunk);
+  py::class_<CostModel>(m, "CostModel")
+      .def(py::init<Machine>(), py::arg("machine"))
+      .def_property_readonly("machine", &CostModel::machine)
+      .def("time", [](const CostModel& c, const Program& p, int node, int tile, int chunk) { const OpTime t = c.time(p, node, tile, chunk); return std::pair(t.forward_ns, t.backward_ns); },
+           py::arg("program"), py::arg("node"), py::arg("tile") = 0, py::arg("chunk") = 0)
+      .def("measure", [](CostModel& c, const Program& p, const OpSample& s, int64_t forward, int64_t backward) { c.measure(p, s, {forward, backward}); },
+           py::arg("program"), py::arg("sample"), py::arg("forward_ns"), py::arg("backward_ns"))
+      .def("missing", &CostModel::missing, py::arg("program"));
+  py::class_<Event>(m, "Event")
+      .def_readonly("step", &Event::step)
+      .def_readonly("device", &Event::device)
+      .def_readonly("communication", &Event::communication)
+      .def_readonly("begin_ns", &Event::begin_ns)
+      .def_readonly("end_ns", &Event::end_ns);
+  py::class_<Simulation>(m, "Simulation")
+      .def_readonly("step_ns", &Simulation::step_ns)
+      .def_readonly("compute_ns", &Simulation::compute_ns)
+      .def_readonly("communication_ns", &Simulation::communication_ns)
+      .def_readonly("memory_bytes", &Simulation::memory_bytes)
+      .def_readonly("node_ns", &Simulation::node_ns)
+      .def_readonly("moved_bytes", &Simulation::moved_bytes)
+      .def_readonly("events", &Simulation::events);
+  m.def("simulate", &simulate, py::arg("program"), py::arg("cost"), py::arg("record") = false, py::call_guard<py::gil_scoped_release>());
+  m.def("step_name", &step_name, py::arg("program"), py::arg("step"));
+  py::class_<SearchOptions>(m, "SearchOptions")
+      .def(py::init<>())
+      .def_readwrite("seed", &SearchOptions::seed)
+      .def_readwrite("descent_simulations", &SearchOptions::descent_simulations)
+      .def_readwrite("mcmc_simulations", &SearchOptions::mcmc_simulations)
+      .def_readwrite("temperature", &SearchOptions::temperature)
+      .def_readwrite("memory_limit_bytes", &SearchOptions::memory_limit_bytes);
+  py::class_<Candidate>(m, "Candidate")
+      .def_readonly("name", &Candidate::name)
+      .def_readonly("strategy", &Candidate::strategy)
+      .def_readonly("step_ns", &Candidate::step_ns)
+      .def_readonly("memory_bytes", &Candidate::memory_bytes)
+      .def_readonly("fits", &Candidate::fits);
+  py::class_<SearchResult>(m, "SearchResult")
+      .def_readonly("candidates", &SearchResult::candidates)
+      .def_readonly("best", &SearchResult::best)
+      .def_readonly("simulations", &SearchResult::simulations)
+      .def_readonly("illegal", &SearchResult::illegal);
+  m.def("seeds", &seeds, py::arg("graph"), py::arg("world_size"));
+  m.def("search", &search, py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options"), py::call_guard<py::gil_scoped_release>());
+  m.def("explain", &explain, py::arg("program"), py::arg("simulation"));
+  m.def("candidates_table", &candidates_table, py::arg("candidates"));
+}
+
+}  // namespace soap

@@ -1,0 +1,114 @@
+#include "cost/cost.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "fmt/ranges.h"
+
+namespace soap {
+namespace {
+
+Box local_box(const Program& p, const Node& n, size_t operand, const std::vector<IndexSet>& sets) {
+  return box_of(p.rules[n.id].operands[operand].dims, p.rules[n.id], p.graph.input(n, static_cast<int>(operand)).shape, sets);
+}
+
+std::string digest(const AttrMap& attrs) {
+  std::string out;
+  for (const auto& [name, value] : attrs) {
+    if (name == "size" || name == "start" || name == "begins") continue;
+    out += std::visit(
+        [&](const auto& v) -> std::string {
+          using T = std::decay_t<decltype(v)>;
+          if constexpr (std::is_same_v<T, std::monostate>) return "";
+          else if constexpr (std::is_same_v<T, std::vector<int64_t>> || std::is_same_v<T, std::vector<double>>) return fmt::format("{}={} ", name, fmt::join(v, ","));
+          else return fmt::format("{}={} ", name, v);
+        },
+        value);
+  }
+  return out;
+}
+
+}  // namespace
+
+std::string CostModel::key(const Program& p, NodeId node, int tile, int chunk) {
+  const Node& n = p.graph.nodes[node];
+  const auto sets = factor_sets(p.rules[node], p.tilings[node], tile, chunk);
+  std::string out = n.target + "(";
+  for (size_t i = 0; i < n.inputs.size(); ++i) {
+    const Tensor& t = p.graph.input(n, static_cast<int>(i));
+    out += fmt::format("{}[{}]{} ", t.dtype, fmt::join(shape(local_box(p, n, i, sets)), ","), t.requires_grad ? "'" : "");
+  }
+  for (size_t r = 0; r < n.outputs.size(); ++r) {
+    const Tensor& t = p.graph.output(n, static_cast<int>(r));
+    out += fmt::format(">[{}]", fmt::join(shape(box_of(p.rules[node].results[r].dims, p.rules[node], t.shape, sets)), ","));
+  }
+  return out + ") " + digest(n.attrs);
+}
+
+OpTime CostModel::roofline(const Program& p, NodeId node, int tile, int chunk) const {
+  const Node& n = p.graph.nodes[node];
+  const Rule& rule = p.rules[node];
+  const auto sets = factor_sets(rule, p.tilings[node], tile, chunk);
+  double flops = 0, bytes = 0;
+  bool contraction = false;
+  double volume_all = 1;
+  for (size_t f = 0; f < sets.size(); ++f) {
+    volume_all *= static_cast<double>(sets[f].size());
+    contraction = contraction || rule.factors[f].kind == FactorKind::kReduction;
+  }
+  for (size_t i = 0; i < n.inputs.size(); ++i) {
+    const Box box = local_box(p, n, i, sets);
+    bytes += static_cast<double>(volume(box) * p.graph.input(n, static_cast<int>(i)).element_bytes);
+    if (i == 1) {
+      for (size_t d = 0; d < box.size(); ++d) {
+        if (rule.operands[1].dims[d].factors.empty()) volume_all *= static_cast<double>(box[d].size());
+      }
+    }
+  }
+  for (size_t r = 0; r < n.outputs.size(); ++r) {
+    const Tensor& t = p.graph.output(n, static_cast<int>(r));
+    bytes += static_cast<double>(volume(box_of(rule.results[r].dims, rule, t.shape, sets)) * t.element_bytes);
+  }
+  if (contraction && n.inputs.size() > 1) flops = 2 * volume_all;
+  const double ns = machine_.op_overhead_ns + std::max(flops / machine_.flops_per_s, bytes / machine_.memory_bytes_per_s) * 1e9;
+  return {.forward_ns = static_cast<int64_t>(ns), .backward_ns = p.differentiable[node] ? static_cast<int64_t>(2 * ns) : 0};
+}
+
+OpTime CostModel::time(const Program& p, NodeId node, int tile, int chunk) const {
+  const auto it = measured_.find(key(p, node, tile, chunk));
+  if (it != measured_.end()) return {it->second.forward_ns, p.differentiable[node] ? it->second.backward_ns : 0};
+  OpTime t = roofline(p, node, tile, chunk);
+  const auto ratio = ratios_.find(p.graph.nodes[node].target);
+  if (ratio != ratios_.end()) {
+    t.forward_ns = static_cast<int64_t>(static_cast<double>(t.forward_ns) * ratio->second.forward / ratio->second.count);
+    t.backward_ns = static_cast<int64_t>(static_cast<double>(t.backward_ns) * ratio->second.backward / ratio->second.count);
+  }
+  return t;
+}
+
+void CostModel::measure(const Program& p, const OpSample& sample, OpTime time) {
+  measured_[sample.key] = time;
+  const OpTime model = roofline(p, sample.node, sample.tile, sample.chunk);
+  Ratio& r = ratios_[p.graph.nodes[sample.node].target];
+  r.forward += static_cast<double>(time.forward_ns) / static_cast<double>(std::max<int64_t>(model.forward_ns, 1));
+  r.backward += model.backward_ns > 0 ? static_cast<double>(time.backward_ns) / static_cast<double>(model.backward_ns) : 0.0;
+  ++r.count;
+}
+
+std::vector<OpSample> CostModel::missing(const Program& p) const {
+  std::map<std::string, OpSample> out;
+  for (const Node& n : p.graph.nodes) {
+    if (n.kind != NodeKind::kOp) continue;
+    for (int tile = 0; tile < p.tilings[n.id].tiles(); ++tile) {
+      for (int chunk = 0; chunk < p.tilings[n.id].chunks(); ++chunk) {
+        std::string k = key(p, n.id, tile, chunk);
+        if (!measured_.count(k)) out.emplace(k, OpSample{k, n.id, tile, chunk});
+      }
+    }
+  }
+  std::vector<OpSample> list;
+  for (auto& [k, sample] : out) list.push_back(std::move(sample));
+  return list;
+}
+
+}  // namespace soap

@@ -1,0 +1,54 @@
+// Cost: the time of one tile of one operator, measured where it is known, else a roofline scaled by what was measured of its operator.
+//
+//   roofline(tile) = overhead + max(flops / F, bytes / B);  flops = 2 * prod(local factor sizes) * prod(whole dims of operand 1)
+//   estimate(tile) = roofline(tile) * mean over measured tiles m of the same operator of (measured(m) / roofline(m))
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "machine/machine.h"
+#include "program/program.h"
+
+namespace soap {
+
+struct OpTime {
+  int64_t forward_ns = 0;
+  int64_t backward_ns = 0;
+};
+
+// One tile of one operator, for measuring it.
+struct OpSample {
+  std::string key;
+  NodeId node = -1;
+  int tile = 0, chunk = 0;
+};
+
+class CostModel {
+ public:
+  explicit CostModel(Machine machine) : machine_(std::move(machine)) {}
+  const Machine& machine() const { return machine_; }
+
+  // Operator, local shapes and attributes: equal keys take equal time.
+  static std::string key(const Program& program, NodeId node, int tile, int chunk);
+  OpTime time(const Program& program, NodeId node, int tile, int chunk) const;
+  void measure(const Program& program, const OpSample& sample, OpTime time);
+  void set(const std::string& key, OpTime time) { measured_[key] = time; }
+  const std::map<std::string, OpTime>& measured() const { return measured_; }
+  // What a program needs and nobody has measured, one sample for each key.
+  std::vector<OpSample> missing(const Program& program) const;
+
+ private:
+  struct Ratio {
+    double forward = 0, backward = 0;
+    int count = 0;
+  };
+  OpTime roofline(const Program& program, NodeId node, int tile, int chunk) const;
+  Machine machine_;
+  std::map<std::string, OpTime> measured_;
+  std::map<std::string, Ratio> ratios_;  // by operator
+};
+
+}  // namespace soap

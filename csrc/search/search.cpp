@@ -1,0 +1,211 @@
+#include "search/search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <set>
+
+#include "base/error.h"
+
+namespace soap {
+namespace {
+
+constexpr int64_t kIllegal = -1;
+
+struct Searcher {
+  const OpGraph& graph;
+  const FedRows& rows;
+  const CostModel& cost;
+  const SearchOptions& options;
+  SearchResult result;
+  std::mt19937_64 random;
+  std::vector<const Node*> operators;  // with work, largest parameters first
+  std::vector<Rule> rules;
+
+  int64_t memory_limit() const { return options.memory_limit_bytes.value_or(cost.machine().memory_bytes); }
+  int world() const { return static_cast<int>(rows.size()); }
+
+  // Simulated time of a strategy; a candidate's score is the time, plus a penalty that no time reaches when it doesn't fit.
+  Candidate price(std::string name, const Strategy& s) {
+    Candidate c{.name = std::move(name), .strategy = s};
+    try {
+      const Simulation sim = simulate(lower(graph, s, rows), cost);
+      c.step_ns = sim.step_ns;
+      c.memory_bytes = *std::max_element(sim.memory_bytes.begin(), sim.memory_bytes.end());
+      c.fits = c.memory_bytes <= memory_limit();
+    } catch (const std::invalid_argument&) {  // not legal for this graph: a proposal, not a mistake
+      c.step_ns = kIllegal;
+      ++result.illegal;
+    }
+    ++result.simulations;
+    return c;
+  }
+
+  static bool better(const Candidate& a, const Candidate& b) {
+    if (a.step_ns == kIllegal) return false;
+    if (b.step_ns == kIllegal) return true;
+    if (a.fits != b.fits) return a.fits;
+    return a.fits ? a.step_ns < b.step_ns : a.memory_bytes < b.memory_bytes;
+  }
+
+  void rank_operators() {
+    for (const Node& n : graph.nodes) rules.push_back(make_rule(graph, n, world()));
+    std::vector<std::pair<int64_t, const Node*>> sized;
+    for (const Node& n : graph.nodes) {
+      if (n.kind != NodeKind::kOp) continue;
+      int64_t parameters = 0, activations = 0;
+      for (TensorId t : n.inputs) {
+        const int64_t bytes = numel(graph.tensors[t].shape) * graph.tensors[t].element_bytes;
+        (graph.nodes[graph.tensors[t].producer].kind == NodeKind::kParam ? parameters : activations) += bytes;
+      }
+      sized.emplace_back(parameters * 4 + activations, &n);
+    }
+    std::stable_sort(sized.begin(), sized.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+    for (const auto& [bytes, node] : sized) operators.push_back(node);
+  }
+
+  std::vector<std::optional<OpConfig>> usual_configs(const Node& n) const {
+    std::vector<std::optional<OpConfig>> out{std::nullopt, OpConfig{.cuts = {{"n", {.tiles = world(), .fed = true}}}}};
+    for (const Factor& f : rules[n.id].factors) {
+      if (f.cut != Cuttable::kWhole && f.size / f.unit >= world()) out.push_back(OpConfig{.cuts = {{f.name, {.tiles = world()}}}});
+    }
+    return out;
+  }
+
+  Candidate descend(Candidate start) {
+    int left = options.descent_simulations;
+    bool improved = true;
+    Candidate best = std::move(start);
+    while (improved && left > 0) {
+      improved = false;
+      for (const Node* n : operators) {
+        for (const auto& config : usual_configs(*n)) {
+          if (left-- <= 0) return best;
+          Strategy s = best.strategy;
+          const auto it = s.nodes.find(n->name);
+          if (config ? it != s.nodes.end() && it->second == *config : it == s.nodes.end()) continue;
+          if (config) s.nodes[n->name] = *config;
+          else s.nodes.erase(n->name);
+          Candidate c = price("descent", s);
+          // A tie is no reason to leave what a person would write.
+          if (better(c, best) && (!best.fits || c.step_ns < best.step_ns - best.step_ns / 500)) {
+            best = std::move(c);
+            improved = true;
+          }
+        }
+      }
+    }
+    return best;
+  }
+
+  template <class T>
+  T draw(T n) {
+    return static_cast<T>(random() % static_cast<uint64_t>(n));
+  }
+
+  // Any legal configuration: up to two factors, degrees up to the world, sometimes chunks, uneven parts, any devices.
+  OpConfig random_config(const Node& n) {
+    OpConfig c;
+    std::vector<const Factor*> factors;
+    for (const Factor& f : rules[n.id].factors) {
+      if (f.cut != Cuttable::kWhole && f.size >= 2) factors.push_back(&f);
+    }
+    int tiles = 1;
+    for (int cuts = 1 + draw(4) / 3; cuts > 0 && !factors.empty(); --cuts) {
+      const size_t at = draw(factors.size());
+      const Factor& f = *factors[at];
+      factors.erase(factors.begin() + static_cast<int64_t>(at));
+      const int degree = std::min<int>(world() / tiles, static_cast<int>(f.size / f.unit));
+      if (degree < 2) continue;
+      Cut cut{.tiles = 2 + draw(degree - 1)};
+      if (draw(16) == 0 && f.size / f.unit >= cut.tiles * 2) cut.chunks = 2;
+      if (draw(8) == 0 && cut.tiles == 2 && f.size > 2 && f.unit == 1) cut.bounds = {0, 1 + draw(f.size - 1), f.size};
+      tiles *= cut.tiles;
+      c.cuts.push_back({f.name, cut});
+    }
+    if (draw(4) == 0 && world() / tiles >= 2) c.replicas = world() / tiles;
+    c.devices.resize(world());
+    std::iota(c.devices.begin(), c.devices.end(), 0);
+    if (draw(4) == 0) std::shuffle(c.devices.begin(), c.devices.end(), random);
+    c.devices.resize(static_cast<size_t>(tiles) * c.replicas);
+    return c;
+  }
+
+  Strategy propose(const Strategy& from) {
+    Strategy s = from;
+    const Node& n = *operators[draw(std::min<size_t>(operators.size(), 8 + operators.size() / 2))];
+    switch (draw(8)) {
+      case 0: s.nodes.erase(n.name); break;
+      case 1: s.nodes[n.name] = {.cuts = {{"n", {.tiles = world(), .fed = true}}}}; break;
+      case 2: {  // an operator's parameters stored in parts, or where they are used
+        for (TensorId t : n.inputs) {
+          const Node& producer = graph.nodes[graph.tensors[t].producer];
+          if (producer.kind != NodeKind::kParam || graph.tensors[t].shape.empty()) continue;
+          if (s.nodes.erase(producer.name) == 0) s.nodes[producer.name] = {.cuts = {{"d0", {.tiles = world()}}}, .keep = draw(2) ? Keep::kUse : Keep::kUntilBackward};
+        }
+        break;
+      }
+      default: s.nodes[n.name] = random_config(n);
+    }
+    return s;
+  }
+
+  Candidate anneal(Candidate start) {
+    Candidate best = start, current = std::move(start);
+    int since = 0;
+    for (int i = 0; i < options.mcmc_simulations; ++i) {
+      Candidate next = price("mcmc", propose(current.strategy));
+      if (++since > options.mcmc_simulations / 2) break;
+      if (next.step_ns == kIllegal || (current.fits && !next.fits)) continue;
+      const double loss = static_cast<double>(next.step_ns - current.step_ns) / static_cast<double>(std::max<int64_t>(current.step_ns, 1));
+      const double luck = static_cast<double>(random() >> 11) * 0x1p-53;
+      if (!better(next, current) && luck >= std::exp(-std::max(loss, 0.0) / options.temperature)) continue;
+      current = std::move(next);
+      if (better(current, best)) {
+        best = current;
+        since = 0;
+      }
+    }
+    return best;
+  }
+
+  void run() {
+    rank_operators();
+    for (auto& [name, strategy] : seeds(graph, world())) result.candidates.push_back(price(name, strategy));
+    const auto best_so_far = [&] {
+      size_t best = 0;
+      for (size_t i = 1; i < result.candidates.size(); ++i) {
+        if (better(result.candidates[i], result.candidates[best])) best = i;
+      }
+      return best;
+    };
+    SOAP_CHECK(result.candidates[best_so_far()].step_ns != kIllegal, "[search] no seed is legal");
+    if (world() > 1) {
+      std::vector<Candidate> starts{result.candidates[0]};
+      if (best_so_far() != 0) starts.push_back(result.candidates[best_so_far()]);
+      for (Candidate& s : starts) {
+        if (s.step_ns == kIllegal) continue;
+        Candidate found = descend(s);
+        if (better(found, s)) result.candidates.push_back(std::move(found));
+      }
+      Candidate found = anneal(result.candidates[best_so_far()]);
+      if (better(found, result.candidates[best_so_far()])) result.candidates.push_back(std::move(found));
+    }
+    result.best = static_cast<int>(best_so_far());
+    if (!result.candidates[result.best].fits) {
+      user_error("[plan] nothing fits: the smallest plan found ({}) needs {} MiB on a device, the limit is {} MiB; give more devices, a smaller batch or a higher memory_limit",
+                 result.candidates[result.best].name, result.candidates[result.best].memory_bytes >> 20, memory_limit() >> 20);
+    }
+  }
+};
+
+}  // namespace
+
+SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options) {
+  Searcher s{.graph = graph, .rows = rows, .cost = cost, .options = options, .random = std::mt19937_64(options.seed)};
+  s.run();
+  return std::move(s.result);
+}
+
+}  // namespace soap

@@ -1,0 +1,49 @@
+// Search: the Strategy with the smallest simulated step time that fits in memory.
+//
+// 1. Seeds: what a person would write. One device; DDP (every operator cut at the processes' rows); ZeRO-3 (parameters stored in parts,
+//    gathered for use, Rajbhandari et al. 2020); Megatron (linears cut o, then i, attention by heads, Shoeybi et al. 2019); OWT
+//    (convolutions data parallel, linears by channel, Krizhevsky 2014).
+// 2. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
+//    try (follow, fed, every factor cut over all devices). The hybrids come from here.
+// 3. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.
+//
+// Same seed, same plan: budgets are numbers of simulations, never seconds.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sim/simulate.h"
+
+namespace soap {
+
+struct SearchOptions {
+  uint64_t seed = 0;
+  int descent_simulations = 400;
+  int mcmc_simulations = 400;
+  double temperature = 0.02;                   // accepted with exp(-relative loss / temperature)
+  std::optional<int64_t> memory_limit_bytes;   // per device; default: the machine's
+};
+
+struct Candidate {
+  std::string name;  // "ddp", "megatron", ..., "descent", "mcmc"
+  Strategy strategy;
+  int64_t step_ns = 0;
+  int64_t memory_bytes = 0;  // largest device
+  bool fits = true;
+};
+
+struct SearchResult {
+  std::vector<Candidate> candidates;  // seeds in order, then what was found; the best is `candidates[best]`
+  int best = 0;
+  int simulations = 0;
+  int illegal = 0;  // proposals that lowering refused
+};
+
+std::vector<std::pair<std::string, Strategy>> seeds(const OpGraph& graph, int world_size);
+SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options);
+
+}  // namespace soap

@@ -1,0 +1,167 @@
+"""Measures this machine: operators at their local shapes and movements by size, with all local ranks at once.
+
+Ranks on one host share caches and memory bandwidth, so a rank timed alone is not what runs. Results are kept on disk, keyed by all
+that changes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_soap import _C
+from torch_soap.capture.graph import Graph
+from torch_soap.random import CounterState
+from torch_soap.rewrite.segment import DTYPES, build_item
+from torch_soap.runtime.comm import Comm
+
+SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
+REPEATS = 3
+
+
+def cache_file(num_ranks: int) -> Path:
+    """One file per (host, torch, threads, ranks)."""
+    root = Path(os.environ.get("TORCH_SOAP_CACHE", Path.home() / ".cache" / "torch_soap"))
+    key = f"{platform.processor()}|{platform.machine()}|{os.cpu_count()}|{torch.__version__}|{torch.get_num_threads()}|{num_ranks}"
+    return root / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+
+
+def load(num_ranks: int) -> dict[str, Any]:
+    path = cache_file(num_ranks)
+    if path.exists():
+        try:
+            return dict(json.loads(path.read_text()))
+        except json.JSONDecodeError:  # cut short by a killed run: measure again
+            path.unlink()
+    return {"operators": {}, "tables": {}}
+
+
+def save(num_ranks: int, data: dict[str, Any]) -> None:
+    path = cache_file(num_ranks)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data))
+    temporary.replace(path)
+
+
+def time_ns(fn: Any, repeats: int = REPEATS) -> int:
+    """Median of a few runs after one to warm up."""
+    fn()
+    out = []
+    for _ in range(repeats):
+        begin = time.perf_counter_ns()
+        fn()
+        out.append(time.perf_counter_ns() - begin)
+    return int(statistics.median(out))
+
+
+def barrier(comm: Comm | None) -> None:
+    if comm is not None:
+        comm.gather_ints([0])
+
+
+def detect(world_size: int, comm: Comm | None, known: dict[str, Any]) -> _C.Machine:
+    """The machine that this job runs on; its tables are measured unless they are known."""
+    machine = _C.Machine(world_size, 1)
+    machine.name = platform.node()
+    hosts = comm.gather_objects(socket.gethostname() + os.environ.get("GROUP_RANK", "")) if comm is not None else []
+    names = list(dict.fromkeys(hosts))
+    if hosts:
+        machine.host_of = [names.index(h) for h in hosts]
+    num_local = max(machine.host_of.count(h) for h in set(machine.host_of))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine.memory_bytes = int(memory * 0.8 / num_local)
+    rates = known.get("rates")
+    if rates is None:
+        a, b = torch.randn(512, 512), torch.randn(512, 512)
+        x = torch.randn(1 << 21)
+        barrier(comm)
+        gemm, wave = time_ns(lambda: a @ b), time_ns(lambda: torch.add(x, 1.0))
+        small = time_ns(lambda: [torch.add(a[0], 1.0) for _ in range(20)]) // 20
+        rates = [2 * 512**3 / gemm * 1e9, 2 * x.numel() * 4 / wave * 1e9, small * 2.0]
+        known["rates"] = rates
+    machine.flops_per_s, machine.memory_bytes_per_s, machine.op_overhead_ns = rates
+    if comm is not None and world_size > 1:
+        measure_movements(machine, comm, known)
+    return machine
+
+
+def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> None:
+    """Exchange and all-reduce over the world, by size."""
+    num_hosts = len(set(machine.host_of))
+    tables = dict(machine.tables)
+    ranks = list(range(comm.world_size))
+    for kind in ("exchange", "all_reduce"):
+        key = f"{kind}/{comm.world_size}/{num_hosts}"
+        have = comm.gather_ints([int(key in known["tables"])])
+        if not all(h[0] for h in have):
+            known["tables"][key] = [[size, time_movement(comm, kind, ranks, size)] for size in SIZES]
+        tables[key] = [tuple(p) for p in known["tables"][key]]
+    machine.tables = tables
+
+
+def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> int:
+    """An exchange in which every rank sends `size` bytes in all, or an all-reduce of a tensor of `size` bytes."""
+    if kind == "all_reduce":
+        tensor = torch.zeros(size // 4)
+        return max(v[0] for v in comm.gather_ints([time_ns(lambda: comm.all_reduce(tensor, ranks, False))]))
+    others = [r for r in ranks if r != comm.rank]
+    part = torch.zeros(size // len(others), dtype=torch.uint8)
+    expected = {r: part.numel() for r in others}
+    return max(v[0] for v in comm.gather_ints([time_ns(lambda: comm.exchange(dict.fromkeys(others, part), expected, ranks))]))
+
+
+def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
+    """Times what the program needs and the cost model lacks, the same list in the same order on every rank. Returns how many."""
+    count = 0
+    for sample in cost.missing(program):
+        if sample.key in known["operators"]:
+            forward, backward = known["operators"][sample.key]
+            cost.measure(program, sample, forward, backward)
+            continue
+        if count >= limit:
+            break
+        count += 1
+        forward, backward = time_operator(program, graph, sample)
+        known["operators"][sample.key] = [forward, backward]
+        cost.measure(program, sample, forward, backward)
+    return count
+
+
+def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tuple[int, int]:
+    """Forward and backward of one tile of one operator, in ns."""
+    module, shapes, dtypes, needs = build_item(program, sample.node, sample.tile, sample.chunk, graph)
+    node = program.graph.nodes[sample.node]
+    inputs = []
+    for shape, dtype, need in zip(shapes, dtypes, needs, strict=True):
+        if DTYPES[dtype].is_floating_point:
+            inputs.append(torch.rand(shape, dtype=DTYPES[dtype]).requires_grad_(need))
+        else:
+            inputs.append(torch.zeros(shape, dtype=DTYPES[dtype]))
+    random = CounterState(0, 1)
+    differentiable = any(program.graph.tensors[t].requires_grad for t in node.outputs)
+
+    def forward() -> Any:
+        with torch.set_grad_enabled(differentiable):
+            return module(*inputs, random)
+
+    def both() -> None:
+        results = [r for r in forward() if r.requires_grad]
+        leaves = [x for x in inputs if x.requires_grad]
+        if results and leaves:
+            torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results], allow_unused=True)
+
+    begin = time.perf_counter_ns()
+    forward()
+    repeats = 1 if time.perf_counter_ns() - begin > 100_000_000 else REPEATS
+    forward_ns = time_ns(forward, repeats)
+    return forward_ns, max(time_ns(both, repeats) - forward_ns, 0) if differentiable else 0
