@@ -609,3 +609,44 @@ def test_loss_module_with_a_buffer() -> None:
     captured = capture(nn.Linear(4, 3), (torch.randn(2, 4), torch.tensor([0, 2])), loss=loss)
     graph = agrees(captured, torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0]))
     assert [n.name for n in graph.of_kind("buffer")] == ["buffer:loss.weight"]
+
+
+def test_another_length_is_another_trace() -> None:
+    """Only rows are dynamic; what a trace has baked for one length never serves another."""
+    captured = capture(Gpt().eval(), (torch.randint(0, 17, (3, 12)),))
+    for rows, length in ((2, 7), (5, 7), (4, 12), (1, 9)):
+        graph = agrees(captured, torch.randint(0, 17, (rows, length)))
+        assert graph.values[-1].shape[:2] == (rows, length)
+    assert len(captured.traces) == 3
+
+
+def test_rows_must_agree() -> None:
+    captured = capture(nn.Linear(4, 3), (torch.randn(2, 4), torch.tensor([0, 2])), loss=cross_entropy)
+    with pytest.raises(ValueError, match="different numbers of rows"):
+        captured.instantiate((torch.randn(3, 4), torch.tensor([0, 2])))
+
+
+def test_parametrizations_are_traced() -> None:
+    """spectral_norm writes its vectors with `out=`."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.utils.parametrizations.weight_norm(nn.Linear(5, 2)))
+    captured = capture(model, (torch.randn(3, 4),))
+    assert captured.opaque == [], captured.reasons
+    graph = agrees(captured, torch.randn(6, 4))
+    assert sorted(n.rpartition(".")[2] for n, _ in graph.buffer_writes) == ["_u", "_v"]
+
+
+def test_what_cannot_be_repeated_is_opaque_and_runs() -> None:
+    class Clock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.linear(x) * self.calls
+
+    captured = capture(Clock(), (torch.randn(3, 4),))
+    assert captured.opaque == [""]
+    assert not captured.checked
+    assert captured.instantiate((torch.randn(3, 4),)).values[-1].shape == (3, 4)

@@ -144,7 +144,8 @@ class Aliases:
             part = view(e, new, [*old.shape[:dim], 1, *old.shape[dim + 1 :]])
             return put(e, old, part, dim, index)
         if name in ("slice", "narrow"):
-            dim, start, end, step = (*entry.args, *(0, None, None, 1)[len(entry.args) :])
+            given: tuple[Any, ...] = (*entry.args, *(0, None, None, 1)[len(entry.args) :])
+            dim, start, end, step = given
             dim %= old.dim()
             if name == "narrow":
                 return put(e, old, new, dim, start % old.shape[dim])

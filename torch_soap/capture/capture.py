@@ -20,8 +20,8 @@ from torch_soap.capture.importer import CUMULATIVE, CaptureError, Importer, fake
 from torch_soap.capture.interpret import run_graph
 from torch_soap.capture.names import clean_path, unique
 from torch_soap.capture.objective import FlatCall, Objective
-from torch_soap.capture.opaque import ModuleCall, OpaqueOps, Recording, mode_of, split_leaves, transparent_checkpoints
-from torch_soap.capture.signature import Signature, batch_dim_choices, example_rows, moved_dims, scaled, signature_of
+from torch_soap.capture.opaque import ModuleCall, OpaqueOps, Recording, fill, mode_of, split_leaves, transparent_checkpoints
+from torch_soap.capture.signature import Signature, batch_dim_choices, example_rows, moved_dims, scaled, signature_of, without_rows
 from torch_soap.capture.structure import flatten, input_names, leaf_names
 from torch_soap.capture.watch import Watch, first_line, user_line
 
@@ -38,6 +38,7 @@ class Trace:
     out_slots: list[int] = field(default_factory=list)
     out_spec: pytree.TreeSpec | None = None
     out_names: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # Python attributes that the forward changed: the trace has baked them
 
 
 class Captured:
@@ -63,7 +64,8 @@ class Captured:
         self.tensor_slots = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
         self._names = [input_names(args, kwargs)[i] for i in self.tensor_slots]
         self.batch_dims: list[int | None] = [None] * len(self.tensor_slots)
-        self.traces: dict[Signature | None, Trace] = {}
+        self.traces: dict[Any, Trace] = {}  # by what they are baked for: everything but the rows, or the whole signature
+        self.constants: dict[str, torch.Tensor] = {}
         self.graphs: dict[Any, Graph] = {}
         self.recordings: dict[str, list[list[Recording]]] = {}
         self.return_dims: list[tuple[int | None, int]] | None = None
@@ -94,10 +96,9 @@ class Captured:
 
     def unflatten_outputs(self, tensors: list[torch.Tensor]) -> Any:
         trace = self._last()
-        leaves = list(trace.out_constants)
-        for slot, tensor in zip(trace.out_slots, tensors, strict=True):
-            leaves[slot] = tensor
-        return pytree.tree_unflatten(leaves, trace.out_spec)
+        if trace.out_spec is None:
+            raise RuntimeError("[capture] the trace gave no structure")
+        return pytree.tree_unflatten(fill(trace.out_constants, trace.out_slots, tensors), trace.out_spec)
 
     def input_names(self) -> list[str]:
         return [f"in:{n}" for n in self._names]
@@ -139,7 +140,10 @@ class Captured:
             shapes = {"tensors": tuple({d: torch.export.Dim.AUTO} if d is not None else None for d in dims)}
         ops = OpaqueOps()
         watch = Watch(self.module)
-        with self._mode(), eager_check.preserved(self.module), ops.functions(), ops.modules(self.module, self.recordings, self.train), cumulative_averages(self.module), watch:
+        stack = contextlib.ExitStack()
+        for context in (self._mode(), eager_check.preserved(self.module), ops.functions(), cumulative_averages(self.module)):
+            stack.enter_context(context)
+        with stack, ops.modules(self.module, self.recordings, self.train), watch:
             try:
                 program = torch.export.export(flat, tuple(examples), strict=False, dynamic_shapes=shapes)
             except Exception as error:  # torch.export documents no exception type for untraceable code
@@ -150,9 +154,9 @@ class Captured:
             if any(d is not None and not isinstance(v.shape[d], torch.SymInt) for v, d in zip(values, dims, strict=True)):
                 raise CaptureError("the code asks for the number of rows: a trace holds for the example's only")
         if watch.drew:
-            raise CaptureError(f"{watch.drew[0] or type(self.module).__name__} draws from Python's or NumPy's random numbers, which a trace would bake", watch.drew[0])
+            raise CaptureError("it draws from Python's or NumPy's random numbers, which a trace would bake", watch.drew[0])
         result = flat.result
-        return Trace(program, ops, result.constants, result.slots, result.spec, result.names)
+        return Trace(program, ops, result.constants, result.slots, result.spec, result.names, result.changed)
 
     def instantiate(self, inputs: Any) -> Graph:
         """The graph at the global shapes of these inputs (tensors of any kind in the structure of a call, or a
@@ -186,11 +190,16 @@ class Captured:
         return self.return_dims
 
     def _trace(self, signature: Signature) -> Trace:
-        if None in self.traces:
-            return self.traces[None]
-        if signature not in self.traces:
-            self.traces[signature] = self.export(signature, None)
-        return self.traces[signature]
+        if not self.dynamic:
+            if signature not in self.traces:
+                self.traces[signature] = self.export(signature, None)
+            return self.traces[signature]
+        key = without_rows(signature, self.batch_dims)
+        if key not in self.traces:
+            # Export specialises the sizes 0 and 1, so it sees more rows.
+            rows = example_rows(signature, self.batch_dims)
+            self.traces[key] = self.export(signature if rows > 1 else scaled(signature, self.batch_dims, 4), self.batch_dims)
+        return self.traces[key]
 
     # -- import --------------------------------------------------------------------------------------------------------
     def _import(self, signature: Signature) -> Graph:
@@ -267,13 +276,23 @@ class Captured:
         name = clean_path(target)
         tables = {"PARAMETER": ("param", self.module.named_parameters), "BUFFER": ("buffer", self.module.named_buffers)}
         if kind == "CONSTANT_TENSOR":
-            return program.constants[target], "const", name
+            return self._constant(name, program.constants[target])
         if kind not in tables:
             raise CaptureError(f"[capture] input of kind {kind}")
         group = tables[kind][0]
         owner, _, leaf = target.rpartition(".")
         tensor = getattr(FlatCallPath(self.objective).get(owner), leaf)
         return tensor, group, self.names_of.get(id(tensor), name)
+
+    def _constant(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, str, str]:
+        """Constants of several traces may have one name and different values."""
+        candidate, k = name, 0
+        known = self.constants.setdefault(candidate, tensor)
+        while known is not tensor and not (known.dtype == tensor.dtype and not known.is_meta and torch.equal(known, tensor)):
+            k += 1
+            candidate = f"{name}.{k}"
+            known = self.constants.setdefault(candidate, tensor)
+        return known, "const", candidate
 
     # -- stored tensors ------------------------------------------------------------------------------------------------
     def stored_tensor(self, kind: str, qualname: str) -> torch.Tensor:
@@ -282,11 +301,7 @@ class Captured:
             return self.parameters[qualname]
         if kind == "buffer":
             return self.buffers[qualname]
-        for trace in self.traces.values():
-            for name, tensor in trace.program.constants.items():
-                if clean_path(name) == qualname:
-                    return tensor
-        raise KeyError(qualname)
+        return self.constants[qualname]
 
     def param(self, qualname: str) -> nn.Parameter:
         return self.parameters[qualname]
@@ -360,10 +375,11 @@ def capture(
             captured.checked = checked
             return captured
         except CaptureError as error:
+            if captured.opaque == [""]:  # what can't be repeated can't be compared
+                captured.reasons.append(f"not equal to eager, though eager itself: {error}")
+                return captured
             captured.reasons.append(f"{f'module {error.path}' if error.path else type(module).__name__} is opaque: {error}")
             path = error.path
-            if captured.opaque == [""]:
-                raise
             known = path is None or any(path == p or path.startswith(p + ".") for p in captured.opaque)
             if not path or known or len(captured.opaque) == MAX_OPAQUE:
                 captured.opaque = [""]
@@ -394,21 +410,31 @@ def trace(captured: Captured, choices: list[list[int | None]], checked: bool) ->
             continue
         start(dims, dynamic=True)
         try:
-            # Export specialises the sizes 0 and 1, so it sees more rows.
-            captured.traces[None] = captured.export(base if example_rows(base, dims) > 1 else scaled(base, dims, 4), dims)
+            captured.instantiate(base)
             captured.instantiate(scaled(base, dims, 3))
             if checked:
                 check_against_eager(captured, doubled(captured.inputs, dims), grad=False)
                 check_against_eager(captured, captured.inputs)
+                check_next_call(captured)
             return
         except CaptureError as error:
             reasons.append(f"dynamic batch {dims}: {error}")
     start(choices[0], dynamic=False)
-    captured.traces[base] = captured.export(base, None)
     captured.instantiate(base)
     if checked:
         check_against_eager(captured, captured.inputs)
+        check_next_call(captured)
     captured.reasons += reasons
+
+
+def check_next_call(captured: Captured) -> None:
+    """Where the forward changes Python attributes, the call after the one that was compared may be another one."""
+    for name in captured._last().changed:
+        try:
+            check_against_eager(captured, captured.inputs, grad=False)
+        except CaptureError as error:
+            path, _, attribute = name.removeprefix("model").removeprefix(".").rpartition(".")
+            raise CaptureError(f"its attribute {attribute} changes with each call: {error}", path) from error
 
 
 def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
@@ -417,7 +443,8 @@ def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
     inputs = captured.inputs
     whole = captured.opaque == [""]
     for tensors in (inputs, doubled(inputs, choices[0])):
-        with eager_check.preserved(captured.module), eager_check.recorded(captured.objective if whole else captured.module, captured.opaque) as calls, torch.enable_grad():
+        watched = captured.objective if whole else captured.module
+        with eager_check.preserved(captured.module), eager_check.recorded(watched, captured.opaque) as calls, torch.enable_grad():
             try:
                 captured.call([t.detach().requires_grad_(t.requires_grad) for t in tensors])
                 runs.append(calls)
@@ -449,7 +476,10 @@ def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad
 
     def traced(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         graph = captured.instantiate(signature_of(tensors))
-        outputs, writes = run_graph(graph, captured.stored_tensors(graph) | dict(zip(captured.input_names(), tensors, strict=True)))
+        try:
+            outputs, writes = run_graph(graph, captured.stored_tensors(graph) | dict(zip(captured.input_names(), tensors, strict=True)))
+        except Exception as error:
+            raise CaptureError(f"the trace doesn't run: {first_line(error)}") from error
         return outputs, {n: writes.get(n, b) for n, b in captured.buffers.items()}
 
     captured.instantiate(signature_of(list(inputs)))

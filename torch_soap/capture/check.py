@@ -83,14 +83,17 @@ def record(args: Any, result: Any, written: list[str]) -> Recording:
     return Recording(inputs, [tuple(t.shape) for t in made], [t.dtype for t in made], [t.requires_grad for t in made], constants, slots, spec, written)
 
 
-def run(module: nn.Module, compute: Callable[[list[torch.Tensor]], tuple[list[torch.Tensor], dict[str, torch.Tensor]]], inputs: Sequence[torch.Tensor], grad: bool) -> Run:
+Compute = Callable[[list[torch.Tensor]], tuple[list[torch.Tensor], dict[str, torch.Tensor]]]
+
+
+def run(module: nn.Module, compute: Compute, inputs: Sequence[torch.Tensor], grad: bool) -> Run:
     """One forward of `compute` (outputs, buffers) and the gradients for seeded cotangents."""
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
     with torch.set_grad_enabled(grad):
         outputs, buffers = compute(leaves)
     result = Run({f"output {i}": o for i, o in enumerate(outputs)}, {}, {f"buffer {n}": b.detach().clone() for n, b in buffers.items()})
     wanted = [o for o in outputs if o.requires_grad] if grad else []
-    sources = {f"gradient of {n}": p for n, p in module.named_parameters() if p.requires_grad}
+    sources: dict[str, torch.Tensor] = {f"gradient of {n}": p for n, p in module.named_parameters() if p.requires_grad}
     sources |= {f"gradient of input {i}": t for i, t in enumerate(leaves) if t.requires_grad}
     if wanted and sources:
         generator = torch.Generator().manual_seed(0)

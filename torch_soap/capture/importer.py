@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_soap import functional
 from torch_soap.capture.alias import Aliases, View
@@ -51,9 +51,8 @@ class CaptureError(RuntimeError):
         super().__init__(reason)
         self.path = path
 
-    def at(self, path: str) -> CaptureError:
+    def at(self, path: str) -> None:
         self.path = path if self.path is None else self.path
-        return self
 
 
 def op_name(target: Any) -> str:
@@ -241,6 +240,8 @@ class Importer:
         return result
 
     def inplace(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mutated: list[int]) -> Any:
+        if "out" in kwargs and len(mutated) == 1:
+            return self.into(name, target, args, dict(kwargs))
         base = name.removesuffix("_")
         if mutated != [0] or not name.endswith("_"):
             raise CaptureError(f"{self.source}: {target} writes its arguments")
@@ -256,6 +257,17 @@ class Importer:
             if new.dtype != old.dtype:
                 new = self.emit("to", torch.ops.aten.to.dtype, new, old.dtype)
         return new
+
+    def into(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`out=`: the overload without it, and its result written."""
+        out = kwargs.pop("out")
+        wanted = [(a.name, str(a.type)) for a in target._schema.arguments if a.name != "out"]
+        packet = getattr(torch.ops.aten, name)
+        twins = [getattr(packet, o) for o in packet.overloads()]
+        twin = next((t for t in twins if [(a.name, str(a.type)) for a in t._schema.arguments] == wanted), None)
+        if twin is None:
+            raise CaptureError(f"{self.source}: {target} has no functional twin")
+        return INPLACE["copy"](self, out, self.functional(name, twin, args, kwargs))
 
     def made_by(self, tensor: torch.Tensor) -> Node | None:
         value = self.ids[id(tensor)]
@@ -287,11 +299,12 @@ class Importer:
     def batch_norm(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Training: y from x alone, and the running statistics as buffer values of their own."""
         names = [a.name for a in target._schema.arguments]
-        x, weight, bias, mean, var, training, momentum, eps = [(dict(zip(names, args, strict=False)) | kwargs).get(n) for n in names[:8]]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        x, weight, bias, mean, var, training, momentum, eps = (given.get(n) for n in names[:8])
         if not training:
             return self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, mean, var, False, 0.0, eps, False)
         y = self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, None, None, True, 0.0, eps, False)
-        if mean is None:
+        if mean is None or var is None:
             return y
         old, self.no_grad = self.no_grad, True
         batch_mean, batch_var = self.emit("batch_norm_stats", batch_norm_stats, x)
@@ -330,7 +343,8 @@ class Importer:
                 try:
                     env[fx_node] = self.step(fx_node, args, kwargs)
                 except CaptureError as error:
-                    raise error.at(self.path)
+                    error.at(self.path)
+                    raise
                 except Exception as error:  # fake tensors raise many types for what depends on data
                     text = str(error).strip().splitlines() or [type(error).__name__]
                     raise CaptureError(f"{self.source}: {fx_node.target}: {text[0]}", self.path) from error
@@ -351,8 +365,9 @@ class Importer:
             return self.aliases.fresh(result)
         written = [i for i, a in enumerate(target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         if written and not self.buffer_updates and isinstance(result, torch.Tensor):
-            self.aliases.write(args[0], result)
-            return args[0]
+            handle = kwargs["out"] if "out" in kwargs else args[0]
+            self.aliases.write(handle, result)
+            return handle
         if any(r.alias_info is not None for r in target._schema.returns):
             return self.views(target, args, kwargs, result)
         return self.aliases.fresh(result)
@@ -414,7 +429,7 @@ def _leaves(tree: Any) -> list[Any]:
     return [tree]
 
 
-def fake_like(mode: FakeTensorMode, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> FakeTensor:
+def fake_like(mode: FakeTensorMode, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> torch.Tensor:
     with mode:
         tensor = torch.empty(shape, dtype=dtype)
     return tensor.requires_grad_(requires_grad) if dtype.is_floating_point or dtype.is_complex else tensor

@@ -67,6 +67,6 @@ def run_graph(graph: Graph, tensors: dict[str, torch.Tensor], random: CounterSta
             with region(node):
                 result = call(node, fn, substitute(node.args, env.__getitem__), substitute(node.kwargs, env.__getitem__), random)
             results = list(result) if isinstance(result, list | tuple) else [result]
-            for value, tensor in zip(node.outputs, results, strict=True):
-                env[value] = tensor
+            for output, tensor in zip(node.outputs, results, strict=True):
+                env[output] = tensor
     return outputs, writes

@@ -63,6 +63,15 @@ def keep_buffers(owned: list[tuple[nn.Module, str, torch.Tensor]]) -> None:
         owner._buffers[name] = buffer
 
 
+def python_attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        f"{path}.{name}": value
+        for path, m in module.named_modules()
+        for name, value in vars(m).items()
+        if isinstance(value, bool | int | float | str) and name != "training"
+    }
+
+
 @dataclass
 class Result:
     """The structure of the last output."""
@@ -71,6 +80,7 @@ class Result:
     slots: list[int] = field(default_factory=list)
     spec: pytree.TreeSpec | None = None
     names: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # "path.attribute" of Python values that the forward changed
 
 
 class FlatCall(nn.Module):
@@ -90,8 +100,11 @@ class FlatCall(nn.Module):
             leaves[slot] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         owned = [(m, n, b) for m in self.objective.modules() for n, b in m._buffers.items() if b is not None]
+        before = python_attributes(self.objective)
         output = self.objective(*args, **kwargs)
         keep_buffers(owned)
+        after = python_attributes(self.objective)
+        self.result.changed = [name for name, value in after.items() if before.get(name, value) != value]
         made, self.result.spec = flatten(output)
         names = unique(leaf_names(output))
         self.result.constants, self.result.slots = split_leaves(made)

@@ -111,7 +111,8 @@ class ModuleCall:
             return [list(s) for s in first.outputs]
         i, d = moved
         a, b, now = first.inputs[i][d], last.inputs[i][d], inputs[i][d]
-        return [[x if x == y else x + (y - x) * (now - a) // (b - a) for x, y in zip(s, t, strict=True)] for s, t in zip(first.outputs, last.outputs, strict=True)]
+        pairs = zip(first.outputs, last.outputs, strict=True)
+        return [[x if x == y else x + (y - x) * (now - a) // (b - a) for x, y in zip(s, t, strict=True)] for s, t in pairs]
 
     def fake(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         n = len(self.slots)

@@ -54,6 +54,18 @@ def scaled(signature: Signature, dims: Sequence[int | None], factor: int, add: i
     return tuple(out)
 
 
+def without_rows(signature: Signature, dims: Sequence[int | None]) -> tuple[tuple[tuple[int | None, ...], torch.dtype], ...]:
+    """What a trace with dynamic rows is baked for.
+
+    Raises:
+        ValueError: the inputs have different numbers of rows.
+    """
+    rows = {shape[d] for (shape, _), d in zip(signature, dims, strict=True) if d is not None}
+    if len(rows) > 1:
+        raise ValueError(f"[capture] the inputs have different numbers of rows: {[list(s) for s, _ in signature]}, rows in dims {list(dims)}")
+    return tuple((tuple(None if d == dim else s for d, s in enumerate(shape)), dtype) for (shape, dtype), dim in zip(signature, dims, strict=True))
+
+
 def moved_dims(shape: Shape, with_one_row_more: Shape) -> tuple[int | None, int]:
     """The dim that moved with the batch and how far; (None, 1) if none did."""
     for d, (a, b) in enumerate(zip(shape, with_one_row_more, strict=True)):
