@@ -19,7 +19,7 @@ from torch_soap.capture.graph import Graph
 from torch_soap.capture.importer import CUMULATIVE, CaptureError, Importer, fake_like
 from torch_soap.capture.interpret import run_graph
 from torch_soap.capture.names import clean_path, unique
-from torch_soap.capture.objective import FlatCall, Objective
+from torch_soap.capture.objective import FlatCall, Objective, num_targets
 from torch_soap.capture.opaque import ModuleCall, OpaqueOps, Recording, fill, mode_of, split_leaves, transparent_checkpoints
 from torch_soap.capture.signature import Signature, batch_dim_choices, example_rows, moved_dims, scaled, signature_of, without_rows
 from torch_soap.capture.structure import flatten, input_names, leaf_names
@@ -496,4 +496,4 @@ def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad
         eager_check.compare(expected, eager_check.run(module, traced, inputs, grad))
 
 
-__all__ = ["CaptureError", "Captured", "capture"]
+__all__ = ["CaptureError", "Captured", "capture", "num_targets"]
