@@ -61,6 +61,7 @@ class Engine:
         self.wants_grad = [v.grad for v in self.values]
         kinds = _C.NodeKind
         nodes = program.graph.nodes
+        self.with_grad = {g.tensor for g in program.groups if g.grad}
         self.feeds = [n.id for n in nodes if n.kind == kinds.feed]
         self.stores = [n.id for n in nodes if n.kind in (kinds.param, kinds.buffer, kinds.const)]
         self.returns = [n.id for n in nodes if n.kind == kinds.return_ and n.target != "buffer_write"]
@@ -139,8 +140,14 @@ class Engine:
         self._run(state, len(self.instructions), True)
 
     def gradient(self, state: StepState, node: int) -> torch.Tensor | None:
+        """Of this rank's part of a parameter or feed; None where it isn't used. An empty part's is empty (GradScaler insists)."""
         value = self.value_of_store[node]
-        return state.grads.get(value) if value >= 0 else None
+        if value < 0:
+            return None
+        grad = state.grads.get(value)
+        if grad is None and 0 in self.shapes[value] and self.program.graph.nodes[node].outputs[0] in self.with_grad:
+            return torch.empty(self.shapes[value], dtype=self.dtype_of(node))
+        return grad
 
     # -- instructions ------------------------------------------------------------------------------------------------
     def _run(self, state: StepState, end: int, grad: bool) -> None:
