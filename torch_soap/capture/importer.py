@@ -30,7 +30,8 @@ SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_co
 POINTWISE = {
     "__and__", "__or__", "__xor__", "multiply", "divide", "subtract", "floor_divide", "real", "imag", "log_sigmoid", "hardswish", "clone", "to",
     "type_as", "_to_copy", "detach", "softplus", "logit", "masked_fill", "where", "true_divide", "not_equal", "greater", "less", "dropout_mask",
-    "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu",
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "relu6", "mish", "hardtanh", "leaky_relu", "elu", "rrelu", "fill", "addcmul", "addcdiv", "lerp", "sigmoid", "tanh",
 }  # fmt: skip
 NOT_POINTWISE = {"bernoulli", "dropout", "rand_like", "randn_like", "randint_like", "native_dropout", "rrelu"}
@@ -108,9 +109,7 @@ class Importer:
 
     def return_node(self, name: str, tensor: torch.Tensor, qualname: str, target: str = "", sample_dim: int | None = None) -> None:
         r = self.ref(tensor)
-        self.graph.nodes.append(
-            Node(name=name, kind="return", target=target, args=(r,), inputs=(r.value,), qualname=qualname, sample_dim=sample_dim)
-        )
+        self.graph.nodes.append(Node(name=name, kind="return", target=target, args=(r,), inputs=(r.value,), qualname=qualname, sample_dim=sample_dim))
 
     # -- operators ---------------------------------------------------------------------------------------------------
     def context(self) -> contextlib.AbstractContextManager[Any]:
@@ -127,6 +126,10 @@ class Importer:
             result = fn(*args, **kwargs)
         if not isinstance(result, torch.Tensor | list | tuple):
             return result
+        return self.append(target, fn, args, kwargs, result)
+
+    def append(self, target: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """The node of a call with this result."""
         results = list(result) if isinstance(result, list | tuple) else [result]
         if any(r is a for r in results for a in args):  # the operator had nothing to do
             results = [r.view_as(r) if any(r is a for a in args) else r for r in results]
@@ -300,10 +303,17 @@ class Importer:
         """Training: y from x alone, and the running statistics as buffer values of their own."""
         names = [a.name for a in target._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
-        x, weight, bias, mean, var, training, momentum, eps = (given.get(n) for n in names[:8])
+        x: Any = given[names[0]]
+        weight, bias, mean, var, training, momentum, eps = (given.get(n) for n in names[1:8])
         if not training:
             return self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, mean, var, False, 0.0, eps, False)
-        y = self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, None, None, True, 0.0, eps, False)
+        fn, call = torch.ops.aten.batch_norm.default, (x, weight, bias, None, None, True, 0.0, eps, False)
+        if self.autocast is None:  # what fake tensors take 10 ms for: y is like x
+            with self.mode:
+                y = torch.empty_like(x).requires_grad_(not self.no_grad and any(t is not None and t.requires_grad for t in (x, weight, bias)))
+            y = self.append("batch_norm", fn, call, {}, y)
+        else:
+            y = self.emit("batch_norm", fn, *call)
         if mean is None or var is None:
             return y
         old, self.no_grad = self.no_grad, True

@@ -1,0 +1,175 @@
+"""The capture ladder: torch.export with a dynamic batch; one export for each signature; untraceable children as opaque
+operators; the whole module as one. A rung is left with a reason, and each capture is checked against eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_soap.capture import check as eager_check
+from torch_soap.capture.capture import Captured
+from torch_soap.capture.importer import CaptureError
+from torch_soap.capture.interpret import run_graph
+from torch_soap.capture.opaque import split_leaves, transparent_checkpoints
+from torch_soap.capture.signature import batch_dim_choices, scaled, signature_of
+from torch_soap.capture.structure import flatten
+from torch_soap.capture.watch import first_line
+
+MAX_OPAQUE = 16  # children given up on before the whole module is
+
+
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    train: bool | None = None,
+    loss: Callable[..., Any] | None = None,
+    sample_dims: Sequence[int | None] | None = None,
+    check: bool = True,
+) -> Captured:
+    """Captures `module` (with `loss`, when given) and checks the capture once against eager.
+
+    Args:
+        args, kwargs: an example call of the module, followed by the loss' targets when `loss` is given.
+        train: the mode to capture; default: the module's own.
+        sample_dims: of each input tensor the dim that holds the rows; default: found by size and replay.
+        check: compare outputs and gradients with eager on the example (never on the meta device).
+
+    Returns:
+        Never fails for a module that runs: what can't be traced is opaque, at worst all of it (`opaque`, `reasons`).
+    """
+    captured = Captured(module, args, kwargs or {}, train=module.training if train is None else train, loss=loss)
+    on_meta = any(t.is_meta for t in (*module.parameters(), *captured.inputs))
+    choices = [list(sample_dims)] if sample_dims is not None else batch_dim_choices(signature_of(captured.inputs))
+    if on_meta:
+        captured.reasons.append("not checked against eager: on the meta device")
+    checked = check and not on_meta
+    while True:
+        try:
+            trace(captured, choices, checked)
+            captured.checked = checked
+            return captured
+        except CaptureError as error:
+            if captured.opaque == [""]:  # what can't be repeated can't be compared
+                captured.reasons.append(f"not equal to eager, though eager itself: {error}")
+                return captured
+            captured.reasons.append(f"{f'module {error.path}' if error.path else type(module).__name__} is opaque: {error}")
+            path = error.path
+            known = path is None or any(path == p or path.startswith(p + ".") for p in captured.opaque)
+            if not path or known or len(captured.opaque) == MAX_OPAQUE:
+                captured.opaque = [""]
+            else:
+                captured.opaque = [p for p in captured.opaque if not p.startswith(path + ".")] + [path]
+            record_opaque(captured, choices)
+
+
+def trace(captured: Captured, choices: list[list[int | None]], checked: bool) -> None:
+    """The first two rungs: a dynamic batch, else the example's signature. Raises CaptureError when neither is possible."""
+    base = signature_of(captured.inputs)
+
+    def start(dims: list[int | None], dynamic: bool) -> None:
+        captured.traces.clear()
+        captured.graphs.clear()
+        captured.return_dims = None
+        captured.batch_dims, captured.dynamic = list(dims), dynamic
+
+    if captured.opaque == [""]:
+        first, *_, last = (*captured.recordings[""][0], captured.recordings[""][0][-1])
+        start(choices[0], first.inputs != last.inputs)
+        if checked:
+            check_against_eager(captured, captured.inputs)
+        return
+    reasons = []
+    for dims in choices:
+        if all(d is None for d in dims):
+            continue
+        start(dims, dynamic=True)
+        try:
+            captured.instantiate(base)
+            captured.instantiate(scaled(base, dims, 3))
+            if checked:
+                check_against_eager(captured, doubled(captured.inputs, dims), grad=False)
+                check_against_eager(captured, captured.inputs)
+                check_next_call(captured)
+            return
+        except CaptureError as error:
+            reasons.append(f"dynamic batch {dims}: {error}")
+    start(choices[0], dynamic=False)
+    captured.instantiate(base)
+    if checked:
+        check_against_eager(captured, captured.inputs)
+        check_next_call(captured)
+    captured.reasons += reasons
+
+
+def check_next_call(captured: Captured) -> None:
+    """Where the forward changes Python attributes, the call after the one that was compared may be another one."""
+    for name in captured._last().changed:
+        try:
+            check_against_eager(captured, captured.inputs, grad=False)
+        except CaptureError as error:
+            path, _, attribute = name.removeprefix("model").removeprefix(".").rpartition(".")
+            raise CaptureError(f"its attribute {attribute} changes with each call: {error}", path) from error
+
+
+def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
+    """Runs the module on the example and on the example twice over, noting the shapes at the opaque modules."""
+    runs = []
+    inputs = captured.inputs
+    whole = captured.opaque == [""]
+    for tensors in (inputs, doubled(inputs, choices[0])):
+        watched = captured.objective if whole else captured.module
+        with eager_check.preserved(captured.module), eager_check.recorded(watched, captured.opaque) as calls, torch.enable_grad():
+            try:
+                captured.call([t.detach().requires_grad_(t.requires_grad) for t in tensors])
+                runs.append(calls)
+            except Exception as error:
+                if not runs:
+                    raise
+                captured.reasons.append(f"twice the example's rows don't run, so only the captured sizes do: {first_line(error)}")
+    captured.recordings = {}
+    for path in captured.opaque:
+        counts = {len(r[path]) for r in runs}
+        captured.recordings[path] = [list(call) for call in zip(*(r[path] for r in runs[: 1 if len(counts) > 1 else 2]), strict=True)]
+
+
+def doubled(tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> list[torch.Tensor]:
+    return [t if d is None else torch.cat([t, t], d).detach().requires_grad_(t.requires_grad) for t, d in zip(tensors, dims, strict=True)]
+
+
+def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad: bool = True) -> None:
+    """Raises CaptureError where the graph on these inputs isn't what the module computes."""
+    objective, module = captured.objective, captured.module
+
+    def eager(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        leaves, _ = flatten(captured.call(tensors))
+        constants, slots = split_leaves(leaves)
+        known = captured._last().out_constants
+        if len(constants) != len(known) or any(type(a) is not type(b) or (a is not None and a != b) for a, b in zip(constants, known, strict=True)):
+            raise CaptureError(f"the module returned the constants {constants}, the trace {known}")
+        return [leaves[i] for i in slots], captured.buffers
+
+    def traced(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        graph = captured.instantiate(signature_of(tensors))
+        try:
+            outputs, writes = run_graph(graph, captured.stored_tensors(graph) | dict(zip(captured.input_names(), tensors, strict=True)))
+        except Exception as error:
+            raise CaptureError(f"the trace doesn't run: {first_line(error)}") from error
+        return outputs, {n: writes.get(n, b) for n, b in captured.buffers.items()}
+
+    captured.instantiate(signature_of(list(inputs)))
+    with eager_check.preserved(objective), transparent_checkpoints():
+        try:
+            expected = eager_check.run(module, eager, inputs, grad)
+        except CaptureError:
+            raise
+        except Exception as error:
+            if inputs is captured.inputs or grad:
+                raise
+            raise CaptureError(f"the module doesn't run on {signature_of(list(inputs))}: {first_line(error)}") from error
+    with eager_check.preserved(objective):
+        eager_check.compare(expected, eager_check.run(module, traced, inputs, grad))
