@@ -53,27 +53,10 @@ class ParallelModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A plain copy with whole parameters. Collective where anything is cut."""
-        return plain_copy(self, memo)
+        return self._soap.plain_copy(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return copy.copy, (plain_copy(self, {}),)
-
-
-def plain_copy(module: ParallelModule, memo: dict[int, Any]) -> nn.Module:
-    parallel = module._soap
-    with parallel.whole_parameters():
-        twin = module.__class__.__mro__[2].__new__(module.__class__.__mro__[2])
-        memo[id(module)] = twin
-        skipped = ("_soap", "_state_dict_hooks", "_load_state_dict_pre_hooks")
-        state = {k: v for k, v in module.__dict__.items() if k not in skipped}
-        twin.__dict__.update(copy.deepcopy(state, memo))
-        plain = nn.Module()
-        for k in skipped[1:]:
-            twin.__dict__[k] = plain.__dict__[k]
-    for child in twin.modules():
-        for key in [k for k, hook in child._forward_pre_hooks.items() if getattr(hook, "torch_soap", False)]:
-            del child._forward_pre_hooks[key]
-    return twin
+        return copy.copy, (self._soap.plain_copy({}),)
 
 
 class WithLoss:
@@ -125,6 +108,8 @@ def parallelize(
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     comm = TorchComm()
+    if plan is not None and not isinstance(plan, Plan) and "\n" not in str(plan) and str(plan).endswith(".json"):
+        plan = Path(plan)
     same_module(comm, module, plan)
     broadcast_state(comm, module)
 
@@ -152,7 +137,7 @@ def guard_submodules(module: nn.Module, parallel: Parallel) -> None:
     """A submodule with cut parameters, called on its own, would compute on parts: an error instead."""
 
     def hook(child: nn.Module, _args: Any) -> None:
-        if parallel.capturing or not any(parallel.is_cut(n) for n, p in parallel.parameters() if any(p is q for q in child.parameters())):
+        if not any(parallel.is_cut(n) for n, p in parallel.parameters() if any(p is q for q in child.parameters())):
             return
         raise RuntimeError(
             f"[torch_soap] {type(child).__name__} was called on its own, but its parameters are cut over ranks; call the whole model, or load its state_dict() into a plain one"
@@ -171,7 +156,7 @@ def same_module(comm: TorchComm, module: nn.Module, plan: Any) -> None:
         "class": type(module).__qualname__,
         **{f"parameter {n}": (tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()},
         **{f"buffer {n}": (tuple(b.shape), str(b.dtype)) for n, b in module.named_buffers()},
-        "plan": plan.text if isinstance(plan, Plan) else str(plan),
+        "plan": plan.text if isinstance(plan, Plan) else plan.read_text() if isinstance(plan, Path) else str(plan),
     }
     everyone = comm.gather_objects(mine)
     for rank, other in enumerate(everyone):

@@ -7,6 +7,7 @@ nothing): that is `param.data`, and `.grad` has the same shape. What an operator
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ class Parallel:
         self.loss = loss
         self.planner = planner
         self.plan: Plan | None = None
+        self.planned: set[str] = set()  # nodes of the graph that the plan was made for
         self.captures: dict[Any, Captured] = {}
         self.engines: dict[Any, tuple[Engine, Graph]] = {}
         self.boxes: dict[str, list[Any] | None] = {}  # by parameter name, once planned
@@ -52,32 +54,54 @@ class Parallel:
         self.random = CounterState.from_torch()
         self.header = Header(comm)
         self.calls = 0
-        self.capturing = False
 
     # -- planning ------------------------------------------------------------------------------------------------------
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
-        """The capture of the module's present mode; made with whole parameters at the first call in that mode."""
+        """The capture of the module's present mode; made at the first call in that mode.
+
+        It is made of a plain twin with whole parameters, so that tracing and checking never touch the user's Parameters. What the
+        twin's parameters hold is given back afterwards: later traces need their shapes only.
+        """
         key = (self.module.training, structure_key(args, kwargs))
         if key not in self.captures:
-            with self.whole_parameters(), self.capture_mode():
-                try:
-                    self.captures[key] = capture(self.module, args, kwargs, train=self.module.training, loss=self.loss)
-                except Exception as error:  # whatever the user's forward raises on shapes that only this rank has
-                    self.header.explain_failure(input_tensors(args, kwargs), error)
-                    raise
-        return self.captures[key]
+            twin = self.plain_copy({})
+            self.captures[key] = capture(twin, args, kwargs, train=self.module.training, loss=self.loss)
+            for p in twin.parameters():
+                p.grad = None
+                p.data = torch.empty_like(p.data)
+        captured = self.captures[key]
+        for mine, theirs in zip(self.module.parameters(), captured.module.parameters(), strict=True):
+            theirs.requires_grad_(mine.requires_grad)
+        return captured
 
-    @contextlib.contextmanager
-    def capture_mode(self) -> Iterator[None]:
-        """The module is the user's own again, so that its forward can be traced."""
-        own, self.capturing = type(self.module), True
-        plain = own.__mro__[2] if "_soap" in self.module.__dict__ else own
-        self.module.__class__ = plain
-        try:
-            yield
-        finally:
-            self.module.__class__ = own
-            self.capturing = False
+    def plain_copy(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy of the module that knows nothing of us, with whole parameters. Collective where anything is cut."""
+        module = self.module
+        with self.whole_parameters():
+            if "_soap" not in module.__dict__:
+                return copy.deepcopy(module, memo)
+            plain = type(module).__mro__[2]
+            twin = plain.__new__(plain)
+            memo[id(module)] = twin
+            ours = ("_soap", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+            twin.__dict__.update(copy.deepcopy({k: v for k, v in module.__dict__.items() if k not in ours}, memo))
+            fresh = nn.Module()
+            twin.__dict__.update({k: fresh.__dict__[k] for k in ours[1:]})
+        for child in twin.modules():
+            for key in [k for k, hook in child._forward_pre_hooks.items() if getattr(hook, "torch_soap", False)]:
+                del child._forward_pre_hooks[key]
+        return twin
+
+    def stored(self, captured: Captured, graph: Graph) -> dict[str, torch.Tensor]:
+        """By node name: the user's own Parameters (this rank's parts) and buffers, and the trace's constants."""
+        params = dict(self.module.named_parameters(remove_duplicate=False))
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        tables = {"param": params, "buffer": buffers, "const": {}}
+        return {
+            n.name: tables[n.kind][n.qualname] if n.qualname in tables[n.kind] else captured.stored_tensor(n.kind, n.qualname)
+            for n in graph.nodes
+            if n.kind in tables
+        }
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures and plans for this process' example inputs, without running."""
@@ -95,12 +119,12 @@ class Parallel:
         op_graph = to_op_graph(graph)
         if self.plan is None:
             self.plan = self.planner(op_graph, graph, list(rows))
+            self.planned = {n.name for n in op_graph.nodes}
         strategy = self.plan.strategy.copy()
         if self.storage:
             names = {n.name for n in op_graph.nodes}
-            for name in strategy.names:
-                if name not in names and name.rsplit("/", 1)[0] not in names:
-                    strategy.remove(name)
+            for name in self.planned - names:  # operators that this mode doesn't have
+                strategy.remove(name)
             for name, sharding in self.storage.items():
                 strategy.keep_storage(name, sharding)
         program = _C.lower(op_graph, strategy, list(rows))
@@ -180,7 +204,7 @@ class Parallel:
         self.random.next_call()
         names = [n.name for n in graph.nodes if n.kind == "feed"]
         feeds = dict(zip(names, tensors, strict=True))
-        stored = {n.name: captured.stored_tensor(n.kind, n.qualname) for n in graph.nodes if n.kind in ("param", "buffer", "const")}
+        stored = self.stored(captured, graph)
         params = [(n.name, stored[n.name]) for n in graph.nodes if n.kind == "param"]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in itertools.chain(tensors, (p for _, p in params)))
         if grad:
