@@ -217,7 +217,8 @@ def modes() -> float:
         reference.eval()
         model.eval()
         with torch.no_grad():
-            worst = max(worst, float((model(own(x, rows)) - own(reference(x), rows)).abs().amax()) if own(x, rows).numel() else 0.0)
+            apart = (model(own(x, rows)) - own(reference(x), rows)).abs()
+            worst = max(worst, float(apart.amax()) if apart.numel() else 0.0)
             for m in (reference, model):
                 for p in m.parameters():
                     p -= 0.05 * p.grad
