@@ -33,7 +33,7 @@ struct Projector {
     transparent.resize(p.groups.size());
     for (size_t g = 0; g < p.groups.size(); ++g) {
       const CopyGroup& group = p.groups[g];
-      const auto alias = aliases(group);
+      const auto alias = agreed_aliases(group);
       transparent[g] = alias.has_value();
       for (size_t j = 0; j < group.copies.coords.size(); ++j) {
         const Coord& c = group.copies.coords[j];
@@ -49,19 +49,19 @@ struct Projector {
   }
 
   // Copy coord -> tile coord when every copy here is one whole tile here and no tile here gets gradients from elsewhere.
-  std::optional<std::map<int, int>> aliases(const CopyGroup& group) const {
+  std::optional<std::map<int, int>> aliases(const CopyGroup& group, int device) const {
     const Sharding& tiles = p.tiles[group.tensor];
     std::map<int, int> alias;
     std::set<int> used;
     for (size_t j = 0; j < group.copies.coords.size(); ++j) {
       const Coord& c = group.copies.coords[j];
-      if (!holds(c, rank())) continue;
+      if (!holds(c, device)) continue;
       if (volume(c.box) == 0) return std::nullopt;  // nothing orders it after the tile that looks like it
       int found = -1, overlaps = 0;
       for (size_t k = 0; k < tiles.coords.size(); ++k) {
         if (volume(intersect(tiles.coords[k].box, c.box)) == 0) continue;
         ++overlaps;
-        if (tiles.coords[k].box == c.box && holds(tiles.coords[k], rank())) found = static_cast<int>(k);
+        if (tiles.coords[k].box == c.box && holds(tiles.coords[k], device)) found = static_cast<int>(k);
       }
       if (found < 0 || overlaps != 1 || !used.insert(found).second) return std::nullopt;
       alias[static_cast<int>(j)] = found;
@@ -72,9 +72,9 @@ struct Projector {
     for (int chunk : chunks) {
       std::map<int, int> arrivals;
       for (const Piece& x : grad_pieces(tiles, group.copies, chunk)) {
-        if (x.to == rank()) {
+        if (x.to == device) {
           ++arrivals[x.dst];
-          if (x.from != rank()) return std::nullopt;
+          if (x.from != device) return std::nullopt;
         }
       }
       for (const auto& [tile, n] : arrivals) {
@@ -83,6 +83,21 @@ struct Projector {
     }
     // A parameter's gradient is the Parameter's own: it is brought there by a grad fill, transparent or not.
     return alias;
+  }
+
+  // Replicas of a tile add their gradients in the same order, so they must agree: aliases on all of their devices or on none.
+  std::optional<std::map<int, int>> agreed_aliases(const CopyGroup& group) const {
+    auto own = aliases(group, rank());
+    if (!own || !group.grad) return own;
+    std::set<int> together;
+    for (const Coord& c : p.tiles[group.tensor].coords) {
+      if (c.devices.size() > 1) together.insert(c.devices.begin(), c.devices.end());
+    }
+    if (!together.count(rank())) return own;
+    for (int d : together) {
+      if (d != rank() && !aliases(group, d)) return std::nullopt;
+    }
+    return own;
   }
 
   // The part of one item that concerns this rank.

@@ -190,8 +190,10 @@ class Engine:
         if record:
             state.leaves[segment] = leaves
             state.outputs[segment] = outputs
+        gathered = [state.values[v].untyped_storage().data_ptr() for v in self.inputs[segment] if v in self.refilled]
         for value, tensor in outputs.items():
-            state.values[value] = tensor.detach()
+            view = bool(gathered) and tensor.untyped_storage().data_ptr() in gathered  # of a copy whose storage is given back
+            state.values[value] = tensor.detach().clone() if view else tensor.detach()
 
     def _segment_backward(self, state: StepState, segment: int) -> None:
         leaves = state.leaves.pop(segment)

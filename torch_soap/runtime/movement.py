@@ -88,6 +88,12 @@ def put(target: torch.Tensor, index: list[tuple[int, Any]], piece: torch.Tensor,
     view[tuple(where)] = piece if how is None or current is None else how(current, piece)
 
 
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """1-D uint8. One element counts as contiguous whatever its stride, but is only viewed as bytes with stride 1."""
+    flat = tensor.contiguous().reshape(-1)
+    return (flat if flat.stride(0) == 1 else flat.clone().as_strided((flat.numel(),), (1,))).view(torch.uint8)
+
+
 def plan_step(program: _C.Program, rank_program: _C.RankProgram, instruction: _C.Instruction, dtypes: dict[str, torch.dtype]) -> PlannedStep:
     values = rank_program.values
     transfers = []
@@ -139,8 +145,7 @@ def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], to
                 continue
             for m in t.moves:
                 if m.send:
-                    piece = take(read(m.src, t.dtype), m.src_index).contiguous().reshape(-1)
-                    sends.setdefault(m.peer, []).append(piece.view(torch.uint8))
+                    sends.setdefault(m.peer, []).append(bytes_of(take(read(m.src, t.dtype), m.src_index)))
                 elif m.peer >= 0:
                     expected[m.peer] = expected.get(m.peer, 0) + m.num_elements * t.dtype.itemsize
         packed = {peer: parts[0] if len(parts) == 1 else torch.cat(parts) for peer, parts in sends.items()}
@@ -191,6 +196,8 @@ def combine(
                 offsets[m.peer] += num_bytes
                 piece = (raw if raw.storage_offset() % t.dtype.itemsize == 0 else raw.clone()).view(t.dtype).reshape(m.src_shape)
             if not m.dst_index and (target is None or how is not None):
+                # Contiguous, as what comes by wire is: kernels sum in an order that depends on strides, and replicas must agree.
+                piece = piece.contiguous()
                 target = piece if target is None else how(target, piece) if how is not None else piece
                 continue
             if target is None:
