@@ -437,6 +437,7 @@ def test_python_randomness_is_not_baked() -> None:
     captured = capture(module, (torch.randn(3, 4),))
     assert random.getstate() == state
     assert captured.opaque == ["child"]
+    assert not captured.exact
     x = torch.randn(3, 4)
     graph = captured.instantiate((x,))
     feeds = captured.stored_tensors(graph) | {"in:0": x}
@@ -650,3 +651,18 @@ def test_what_cannot_be_repeated_is_opaque_and_runs() -> None:
     assert captured.opaque == [""]
     assert not captured.checked
     assert captured.instantiate((torch.randn(3, 4),)).values[-1].shape == (3, 4)
+
+
+def test_randomness_in_an_opaque_child_is_told_and_counted() -> None:
+    class Drops(Branches):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.dropout(super().forward(x), 0.5)
+
+    captured = capture(nn.Sequential(nn.Dropout(0.1), around(Drops()), nn.Dropout(0.2)), (torch.randn(4, 4),))
+    assert captured.opaque == ["1.child"]
+    assert not captured.exact
+    assert any("draws random numbers" in r for r in captured.reasons), captured.reasons
+    graph = captured.instantiate(captured.inputs)
+    assert [n.rng_index for n in graph.nodes if n.target == "dropout"] == [0, 2]
+    assert [n.arg_names["random"] for n in graph.nodes if n.target == "opaque"] == [True]
+    assert capture(around(Branches()), (torch.randn(4, 4),)).exact

@@ -76,6 +76,12 @@ class Captured:
         return dict(itertools.chain(self.module.named_buffers(), prefixed("loss.", self.objective.loss_buffers())))
 
     @property
+    def exact(self) -> bool:
+        """False where a plan can't compute what one process does: all of it opaque, or something opaque draws random
+        numbers, each rank its own."""
+        return self.opaque != [""] and not any(r.random for calls in self.recordings.values() for call in calls for r in call)
+
+    @property
     def inputs(self) -> list[torch.Tensor]:
         """The tensors of the example."""
         return [self.leaves[i] for i in self.tensor_slots]
@@ -242,7 +248,9 @@ class Captured:
         handles = self._feeds(importer, signature)
         handles += [self._source(importer, "param", self.names_of[id(t)], t) for _, t in self.objective.named_parameters()]
         handles += [self._source(importer, "buffer", self.names_of.get(id(t), clean_path(n)), t) for n, t in self.objective.named_buffers()]
-        results = importer.emit("opaque", call, *handles)
+        made = importer.emit("opaque", call, *handles)
+        importer.graph.nodes[-1].arg_names["random"] = call.random
+        results = [made] if isinstance(made, torch.Tensor) else made
         outputs, written = results[: len(r.out_slots)], results[len(r.out_slots) :]
         return self._finish(importer, outputs, {clean_path(n): v for n, v in zip(r.written, written, strict=True)})
 

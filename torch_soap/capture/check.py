@@ -15,6 +15,7 @@ from torch import nn
 from torch_soap.capture.importer import CaptureError
 from torch_soap.capture.opaque import Recording, mode_of, split_leaves
 from torch_soap.capture.structure import flatten
+from torch_soap.capture.watch import python_random_state
 
 # Largest difference, relative to the largest magnitude; operators may be summed in another order (batch norm, losses).
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -51,21 +52,24 @@ def preserved(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded(root: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[Recording]]]:
-    """Shapes at each call of the modules at `paths`."""
+def recorded(root: nn.Module, paths: Sequence[str], drawn: Callable[[], int]) -> Iterator[dict[str, list[Recording]]]:
+    """Shapes at each call of the modules at `paths`. `drawn`: random operators so far."""
     calls: dict[str, list[Recording]] = {p: [] for p in paths}
     hooks = []
     for path in paths:
         module = root.get_submodule(path)
-        before: list[dict[str, torch.Tensor]] = []
+        before: list[tuple[dict[str, torch.Tensor], int, Any]] = []
 
-        def enter(m: nn.Module, _args: Any, _kwargs: Any, before: list[dict[str, torch.Tensor]] = before) -> None:
-            before.append({n: b.detach().clone() for n, b in m.named_buffers()})
+        def enter(m: nn.Module, _args: Any, _kwargs: Any, before: Any = before) -> None:
+            before.append(({n: b.detach().clone() for n, b in m.named_buffers()}, drawn(), all_random_states()))
 
-        def leave(m: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path, before: list[dict[str, torch.Tensor]] = before) -> None:
-            old = before.pop()
+        def leave(m: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path, before: Any = before) -> None:
+            old, count, states = before.pop()
             written = [n for n, b in m.named_buffers() if not b.is_meta and not torch.equal(b, old[n])]
-            calls[path].append(record((args, kwargs), result, written))
+            made = record((args, kwargs), result, written)
+            made.num_random = drawn() - count
+            made.random = made.num_random > 0 or all_random_states() != states
+            calls[path].append(made)
 
         hooks += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave, with_kwargs=True)]
     try:
@@ -73,6 +77,10 @@ def recorded(root: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[R
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def all_random_states() -> tuple[Any, ...]:
+    return (*python_random_state(), torch.get_rng_state().numpy().tobytes())
 
 
 def record(args: Any, result: Any, written: list[str]) -> Recording:

@@ -21,7 +21,7 @@ from torch_soap.capture.alias import Aliases, View
 from torch_soap.capture.canonical import INPLACE, REWRITES
 from torch_soap.capture.graph import Graph, Node, Ref, refs
 from torch_soap.capture.names import clean_path, last_line, name_nodes, prune
-from torch_soap.capture.opaque import OPAQUE_NAMESPACE
+from torch_soap.capture.opaque import OPAQUE_NAMESPACE, FunctionCall, ModuleCall
 from torch_soap.random_ops import is_random
 
 SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn"}
@@ -74,7 +74,7 @@ class Importer:
         self.aliases = Aliases(self)
         self.buffer_updates: list[tuple[int, torch.Tensor]] = []  # (argument, new value) of the call at hand
         self.buffers: dict[str, torch.Tensor] = {}  # handles by name
-        self.opaques: dict[str, Callable[..., Any]] = {}  # by name of the operator that stands for it in the trace
+        self.opaques: dict[str, FunctionCall | ModuleCall] = {}  # by name of the operator that stands for it in the trace
         self.path = ""
         self.source = ""
         self.no_grad = False
@@ -206,7 +206,11 @@ class Importer:
                 return target(*args, **kwargs)
             return self.scalar(name, args, fx_node)
         if target.namespace == OPAQUE_NAMESPACE:
-            return self.emit("opaque", self.opaques[target._opname], *args[0])
+            opaque = self.opaques[target._opname]
+            made = self.emit("opaque", opaque, *args[0])
+            self.graph.nodes[-1].arg_names["random"] = opaque.random
+            self.num_random += opaque.num_random  # so that what follows has the numbers that counter_rng gives it
+            return [made] if isinstance(made, torch.Tensor) else made
         if name == "item":
             return args[0]
         if name.startswith("sym_"):

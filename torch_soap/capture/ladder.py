@@ -13,10 +13,11 @@ from torch_soap.capture import check as eager_check
 from torch_soap.capture.capture import Captured
 from torch_soap.capture.importer import CaptureError
 from torch_soap.capture.interpret import run_graph
-from torch_soap.capture.opaque import split_leaves, transparent_checkpoints
+from torch_soap.capture.opaque import Recording, split_leaves, transparent_checkpoints
 from torch_soap.capture.signature import batch_dim_choices, scaled, signature_of
 from torch_soap.capture.structure import flatten
 from torch_soap.capture.watch import first_line
+from torch_soap.random_ops import counter_rng
 
 MAX_OPAQUE = 16  # children given up on before the whole module is
 
@@ -118,23 +119,36 @@ def check_next_call(captured: Captured) -> None:
 
 def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
     """Runs the module on the example and on the example twice over, noting the shapes at the opaque modules."""
-    runs = []
-    inputs = captured.inputs
-    whole = captured.opaque == [""]
-    for tensors in (inputs, doubled(inputs, choices[0])):
-        watched = captured.objective if whole else captured.module
-        with eager_check.preserved(captured.module), eager_check.recorded(watched, captured.opaque) as calls, torch.enable_grad():
-            try:
-                captured.call([t.detach().requires_grad_(t.requires_grad) for t in tensors])
-                runs.append(calls)
-            except Exception as error:
-                if not runs:
-                    raise
-                captured.reasons.append(f"twice the example's rows don't run, so only the captured sizes do: {first_line(error)}")
+    runs: list[dict[str, list[Recording]]] = []
+    for tensors in (captured.inputs, doubled(captured.inputs, choices[0])):
+        try:
+            runs.append(record_run(captured, tensors))
+        except Exception as error:
+            if not runs:
+                raise
+            captured.reasons.append(f"twice the example's rows don't run, so only the captured sizes do: {first_line(error)}")
     captured.recordings = {}
     for path in captured.opaque:
         counts = {len(r[path]) for r in runs}
         captured.recordings[path] = [list(call) for call in zip(*(r[path] for r in runs[: 1 if len(counts) > 1 else 2]), strict=True)]
+        if any(r.random for call in captured.recordings[path] for r in call):
+            captured.reasons.append(f"not exact: {path or type(captured.module).__name__} is opaque and draws random numbers, each rank its own")
+
+
+def record_run(captured: Captured, tensors: list[torch.Tensor]) -> dict[str, list[Recording]]:
+    module = captured.objective if captured.opaque == [""] else captured.module
+
+    def record(drawn: Callable[[], int]) -> dict[str, list[Recording]]:
+        with eager_check.preserved(captured.objective), eager_check.recorded(module, captured.opaque, drawn) as calls, torch.enable_grad():
+            captured.call([t.detach().clone().requires_grad_(t.requires_grad) for t in tensors])
+        return calls
+
+    try:
+        with counter_rng(seed=0) as rng:
+            rng.next_call()
+            return record(lambda: rng.op_index)
+    except NotImplementedError:  # an operator without a counter-based form: torch's generator will move
+        return record(lambda: 0)
 
 
 def doubled(tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> list[torch.Tensor]:

@@ -37,10 +37,20 @@ def fill(constants: list[Any], slots: list[int], tensors: Any) -> list[Any]:
     return leaves
 
 
+def one_or_list(results: list[torch.Tensor]) -> Any:
+    """As ATen's operators give them."""
+    return results[0] if len(results) == 1 else results
+
+
 class FunctionCall:
-    """One call of a custom autograd.Function: tensors in, tensors out; the other arguments are as traced."""
+    """One call of a custom autograd.Function: tensors in, tensors out; the other arguments are as traced. Taken not to
+    draw random numbers."""
+
+    num_random = 0
+    random = False
 
     def __init__(self, cls: type, args: Any, apply: Callable[..., Any]) -> None:
+        self.__name__ = f"opaque_{cls.__name__}"  # what fx asks of anything that it calls
         leaves, self.spec = pytree.tree_flatten(args)
         self.constants, self.slots = split_leaves(leaves)
         self.apply = apply  # torch's own, called with the class first
@@ -49,14 +59,17 @@ class FunctionCall:
         self.out_constants: list[Any] = []
         self.out_slots: list[int] = []
 
-    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        return one_or_list(self.compute(list(tensors)))
+
+    def compute(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         args = pytree.tree_unflatten(fill(self.constants, self.slots, tensors), self.spec)
         leaves, self.out_spec = pytree.tree_flatten(self.apply(self.cls, *args))
         self.out_constants, self.out_slots = split_leaves(leaves)
         return [leaves[i] for i in self.out_slots]
 
     def fake(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.empty_like(t) for t in self(*tensors)]
+        return [torch.empty_like(t) for t in self.compute(tensors)]
 
     def unflatten(self, tensors: list[torch.Tensor]) -> Any:
         if self.out_spec is None:
@@ -76,6 +89,8 @@ class Recording:
     out_slots: list[int]
     out_spec: pytree.TreeSpec
     written: list[str] = field(default_factory=list)  # buffers
+    num_random: int = 0  # operators that took a number of counter_rng's
+    random: bool = False  # it draws: from torch, Python or NumPy
 
 
 class ModuleCall:
@@ -86,6 +101,7 @@ class ModuleCall:
     """
 
     def __init__(self, module: nn.Module, args: Any, train: bool, recordings: list[Recording]) -> None:
+        self.__name__ = f"opaque_{type(module).__name__}"
         leaves, self.spec = flatten(args)
         self.constants, self.slots = split_leaves(leaves)
         self.module = module
@@ -94,6 +110,14 @@ class ModuleCall:
         self.params = [n for n, _ in module.named_parameters()]
         self.buffers = [n for n, _ in module.named_buffers()]
         self.lock = threading.Lock()
+
+    @property
+    def num_random(self) -> int:
+        return self.recording.num_random
+
+    @property
+    def random(self) -> bool:
+        return self.recording.random
 
     @property
     def recording(self) -> Recording:
@@ -122,9 +146,12 @@ class ModuleCall:
         buffers = dict(zip(self.buffers, tensors[n + len(self.params) :], strict=True))
         return out + [torch.empty_like(buffers[name]) for name in self.recording.written]
 
-    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        return one_or_list(self.compute(list(tensors)))
+
+    def compute(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         if any(isinstance(t, FakeTensor) for t in tensors):
-            out = self.fake(list(tensors))
+            out = self.fake(tensors)
             grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
             for t, wanted in zip(out, self.recording.requires_grad, strict=False):
                 t.requires_grad_(grad and wanted)
