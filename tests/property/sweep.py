@@ -27,8 +27,11 @@ HOSTILE = {
     "zeros": torch.zeros_like,
     "ties": lambda t: torch.round(t),
 }
-# exp(-900 * weight) overflows by itself in these, in one process too.
-NOT_VERY_NEGATIVE = {"scans", "reductions", "products", "einsums"}
+# Where one process with permuted rows already moves by more than the bound: variances of zero, scores of 1e5, products of many factors.
+ILL_CONDITIONED = {
+    "zeros": {"conv_bn", "batch_norms"},
+    "very negative": {"scans", "reductions", "products", "einsums", "causal", "chunked_qkv", "gqa", "cross_attention", "hand_written_attention", "multihead", "encoder_layer", "attention_dropout"},
+}  # fmt: skip
 
 
 def captured_case(name: str) -> Captured:
@@ -55,7 +58,7 @@ class Setting:
         self.captured = captured_case(name)
         self.ranks = rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8])
         self.values = rng.choice(["", "", *HOSTILE])
-        if self.values == "very negative" and name in NOT_VERY_NEGATIVE:
+        if name in ILL_CONDITIONED.get(self.values, ()):
             self.values = ""
         leaves = [HOSTILE[self.values](x.detach()).requires_grad_(x.requires_grad) if self.values and isinstance(x, torch.Tensor) and x.is_floating_point() else x
                   for x in self.captured.example]  # fmt: skip

@@ -1,0 +1,201 @@
+"""verify finds what it is for: each planted bug must be reported, and without it the same plan is exact."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torch_soap.rewrite import local, lookup, randomness, segment
+from torch_soap.runtime import movement
+from torch_soap.verify import Report, verify
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def image() -> tuple[nn.Module, Any]:
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)), torch.randn(2, 2, 8, 5)
+
+
+def mlp() -> tuple[nn.Module, Any]:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(6, 4)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def run(make: Any, plan: str, **more: Any) -> Report:
+    module, inputs = make()
+    return verify(module, inputs, plan, world_size=2, steps=2, **more)
+
+
+def caught(report: Report) -> None:
+    assert not report.ok, "the planted bug went unnoticed"
+
+
+HALO = "0 h=2\n2 h=2"
+
+
+def replace_local(monkeypatch: pytest.MonkeyPatch, target: str, fn: Any) -> None:
+    monkeypatch.setitem(local.LOCALS, target, fn)
+
+
+def test_plans_are_exact_without_bugs() -> None:
+    assert run(image, HALO).ok
+    assert run(mlp, "0 o=[0,1,6]\n2 i=2").ok
+    assert run(mlp, "* n=fed").ok
+    assert run(lambda: (Attention(), torch.randn(2, 6, 4)), "/scaled_dot_product_attention s=2").ok
+    assert run(dropout, "* n=fed").ok
+
+
+def test_halo_one_row_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the neighbour's is taken for padding."""
+    original = local.LOCALS["conv2d"]
+
+    def short(e: local.Emit, call: local.Call) -> Any:
+        if call.is_cut("h") and call.interval("h")[0] > 0 and call.operands[0] is not None:
+            x = call.operands[0]
+            first = e(torch.zeros_like, e(torch.Tensor.narrow, x, 2, 0, 1))
+            rest = e(torch.Tensor.narrow, x, 2, 1, len(call.box("input")[2]) - 1)
+            call.operands[0] = e(torch.cat, [first, rest], 2)
+        return original(e, call)
+
+    replace_local(monkeypatch, "conv2d", short)
+    caught(run(image, HALO))
+
+
+def test_two_cut_points_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows land where those of another part belong."""
+    original = movement.index_of
+
+    def swapped(box: Any, shape: list[int]) -> Any:
+        out = original(box, shape)
+        return [(d, slice(5 - p.stop, 5 - p.start)) if isinstance(p, slice) and shape[d] == 5 else (d, p) for d, p in out]
+
+    monkeypatch.setattr(movement, "index_of", swapped)
+    caught(run(mlp, "0 n=[0,1,6]\n2 n=[0,4,6]"))
+
+
+def test_gradients_not_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movement, "reduce_bucket", keep_own_part)
+    caught(run(mlp, "* n=fed"))
+
+
+def test_partial_sum_not_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second half of Megatron's MLP: a rank takes its own addend for the sum."""
+    original = movement.combine
+
+    def own_addend(t: Any, read: Any, received: Any, offsets: Any, out: Any) -> None:
+        start = len(out)
+        original(t, read, received, offsets, out)
+        addends = [m for m in t.moves if m.dst >= 0 and m.peer < 0]
+        if t.adds and len(t.results) == 1 and len(addends) == 1 and not addends[0].dst_index:
+            out[start:] = [(out[start][0], movement.take(read(addends[0].src, t.dtype), addends[0].src_index))]
+
+    monkeypatch.setattr(movement, "combine", own_addend)
+    caught(run(mlp, "0 o=2\n2 i=2"))
+
+
+def keep_own_part(transfers: Any, ranks: Any, dtype: Any, maximum: Any, comm: Any, read: Any) -> Any:
+    out = []
+    for t in transfers:
+        own = read(next(m.src for m in t.moves if m.src >= 0), dtype).clone()
+        out += [(dst, own) for dst in dict.fromkeys(m.dst for m in t.moves if m.dst >= 0)]
+    return out
+
+
+def test_bucket_skipped_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank keeps its own gradients; the others sum."""
+    original = movement.reduce_bucket
+
+    def skipping(transfers: Any, ranks: Any, dtype: Any, maximum: Any, comm: Any, read: Any) -> Any:
+        done = original(transfers, ranks, dtype, maximum, comm, read)
+        return keep_own_part(transfers, ranks, dtype, maximum, comm, read) if comm.rank == 1 else done
+
+    monkeypatch.setattr(movement, "reduce_bucket", skipping)
+    report = run(mlp, "* n=fed")
+    caught(report)
+    assert any("replicas differ" in f for f in report.failures)
+
+
+def dropout() -> tuple[nn.Module, Any]:
+    return nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5)), torch.randn(6, 4)
+
+
+def test_dropout_keyed_by_local_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = randomness.runs_of
+
+    def from_zero(box: Any) -> Any:
+        return [[(0, sum(end - begin for begin, end in runs))] for runs in original(box)]
+
+    monkeypatch.setattr(randomness, "runs_of", from_zero)
+    caught(run(dropout, "* n=fed"))
+
+
+def test_causal_mask_without_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = lookup.causal_mask
+
+    def local_mask(rows: Any, columns: Any) -> torch.Tensor:
+        return original([(0, sum(e - b for b, e in rows))], columns)
+
+    monkeypatch.setattr(lookup, "causal_mask", local_mask)
+    caught(run(lambda: (Attention(), torch.randn(2, 6, 4)), "/scaled_dot_product_attention s=2"))
+
+
+def test_loss_mean_over_local_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank divides by what it has: wrong as soon as ranks ignore different numbers of targets."""
+
+    def model() -> tuple[nn.Module, Any]:
+        target = torch.tensor([0, -100, -100, 2, 1, 1])
+        return nn.Linear(4, 3), (torch.randn(6, 4), target)
+
+    plan = "* n=fed"
+    assert run(model, plan, loss=F.cross_entropy).ok
+    original = local.LOCALS["ce_count"]
+
+    def own_count(e: local.Emit, call: local.Call) -> Any:
+        made = original(e, call)
+        made = made[0] if isinstance(made, list) else made
+        return e(torch.full_like, made, 6 / 2 if call.is_cut("n") or call.is_cut("d0") else 4.0)
+
+    replace_local(monkeypatch, "ce_count", own_count)
+    caught(run(model, plan, loss=F.cross_entropy))
+
+
+def test_gradient_of_a_halo_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a neighbour read of my rows has a gradient that is mine."""
+    original = movement.combine
+
+    def own_only(t: Any, read: Any, received: Any, offsets: Any, out: Any) -> None:
+        start = len(out)
+        original(t, read, received, offsets, out)
+        if t.adds and any(m.peer >= 0 and not m.send for m in t.moves):
+            out[start:] = [(v, torch.zeros_like(x)) for v, x in out[start:]]
+
+    monkeypatch.setattr(movement, "combine", own_only)
+    caught(run(image, HALO))
+
+
+def test_empty_tile_that_is_not_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = itertools.count(1)
+    monkeypatch.setattr(movement, "identity", lambda *_: next(counter))
+    monkeypatch.setattr(segment, "identity", lambda *_: next(counter))
+    caught(run(mlp, "0 i=[0,0,4]\n2 i=[0,2,6]", rows=[6, 0]))
