@@ -153,7 +153,7 @@ def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], to
     offsets = dict.fromkeys(received, 0)
     buckets: dict[tuple[Any, ...], list[PlannedTransfer]] = {}
     for t in step.transfers:
-        if t.all_reduce:
+        if t.all_reduce and comm.rank in t.ranks:
             buckets.setdefault((tuple(t.ranks), t.dtype, t.maximum), []).append(t)
         else:
             combine(t, read, received, offsets, out)
@@ -172,7 +172,9 @@ def reduce_bucket(
     out = []
     for t, source, part in zip(transfers, sources, parts, strict=True):
         result = part.reshape(source.shape)
-        out += [(dst, result) for dst in dict.fromkeys(m.dst for m in t.moves if m.dst >= 0)]
+        reached = list(dict.fromkeys(m.dst for m in t.moves if m.dst >= 0))
+        out += [(dst, result) for dst in reached]
+        out += [(v, torch.empty(shape, dtype=dtype)) for v, shape in t.results if v not in reached]  # empty copies
     return out
 
 
