@@ -140,6 +140,19 @@ void apply_setting(const Line& line, const std::vector<std::string>& words, Stra
   }
 }
 
+// `edge producer -> consumer via=exchange`: how a tensor travels between two nodes.
+void apply_edge(const Line& line, const std::vector<std::string>& words, const OpGraph& graph, Strategy& strategy) {
+  if (words.size() != 5 || words[2] != "->" || (words[4] != "via=exchange" && words[4] != "via=auto")) {
+    fail(line, "an edge is written: edge producer -> consumer via=exchange|auto");
+  }
+  const auto consumer = graph.find(words[3]);
+  if (!graph.find(words[1]) || !consumer) fail(line, fmt::format("there is no operator or parameter {}", graph.find(words[1]) ? words[3] : words[1]));
+  std::vector<std::string> sources;
+  for (TensorId t : graph.nodes[*consumer].inputs) sources.push_back(graph.nodes[graph.tensors[t].producer].name);
+  if (!std::count(sources.begin(), sources.end(), words[1])) fail(line, fmt::format("{} doesn't read {}; it reads {}", words[3], words[1], fmt::join(sources, ", ")));
+  strategy.edges[{words[1], words[3]}] = words[4] == "via=exchange" ? Via::kExchange : Via::kAuto;
+}
+
 // Parameters of an operator: those that it reads directly.
 std::vector<const Node*> parameters_of(const OpGraph& graph, const Node& node) {
   std::vector<const Node*> out;
@@ -247,6 +260,8 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
     if (words.empty()) continue;
     if (words[0] == "set") {
       apply_setting({.number = count, .text = std::string(row)}, words, strategy);
+    } else if (words[0] == "edge") {
+      apply_edge({.number = count, .text = std::string(row)}, words, graph, strategy);
     } else {
       lines.push_back(parse_line(count, row, world_size));
     }
@@ -340,6 +355,9 @@ std::string print_plan(const OpGraph& graph, const Strategy& strategy) {
   }
   for (const auto& [name, config] : strategy.nodes) {
     if (!printed.count(name)) line(name, config);
+  }
+  for (const auto& [edge, via] : strategy.edges) {
+    out += fmt::format("edge {} -> {} via={}\n", edge.first, edge.second, via == Via::kExchange ? "exchange" : "auto");
   }
   return out;
 }

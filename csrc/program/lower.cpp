@@ -81,6 +81,8 @@ void build_layouts(Program& p, const Strategy& strategy) {
       const bool writes = node.kind == NodeKind::kReturn && node.target == "buffer_write";
       const bool grad = g.tensors[t].requires_grad && rule.operands[i].differentiable && !writes && (node.kind == NodeKind::kReturn || p.differentiable[node.id]);
       p.groups[id].grad = p.groups[id].grad || grad;
+      const auto edge = strategy.edges.find({g.nodes[g.tensors[t].producer].name, node.name});
+      if (edge != strategy.edges.end()) p.groups[id].via = edge->second;
       p.groups[id].uses.push_back({.node = node.id, .operand = static_cast<int>(i), .coord_of = std::move(copies.coord_of)});
     }
     if (is_store(node)) continue;
@@ -427,8 +429,9 @@ std::vector<Piece> item_pieces(const Program& p, StepKind kind, const StepItem& 
 
 Movement item_movement(const Program& p, StepKind kind, const StepItem& item, const std::vector<Piece>& pieces) {
   const CopyGroup& g = p.groups.at(item.id);
-  if (kind == StepKind::kGradFill) return recognise(pieces, g.copies, p.tiles[g.tensor], Reduce::kSum);
-  return recognise(pieces, p.tiles[g.tensor], g.copies, p.tiles[g.tensor].partial);
+  const bool collectives = g.via == Via::kAuto;
+  if (kind == StepKind::kGradFill) return recognise(pieces, g.copies, p.tiles[g.tensor], collectives ? Reduce::kSum : Reduce::kNone);
+  return recognise(pieces, p.tiles[g.tensor], g.copies, collectives ? p.tiles[g.tensor].partial : Reduce::kNone);
 }
 
 std::string_view to_string(StepKind kind) {

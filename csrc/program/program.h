@@ -25,6 +25,7 @@ struct CopyGroup {
   std::vector<Use> uses;
   bool grad = false;  // its copies have gradients that must reach the tiles
   Keep keep = Keep::kUntilBackward;
+  Via via = Via::kAuto;
 };
 
 enum class StepKind {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/index_set.h"
@@ -52,6 +53,12 @@ enum class Order {
   kInterleaved,          // 1F1B: a chunk's backward as soon as it can; needs the loss inside
 };
 
+// The path of a reshard.
+enum class Via {
+  kAuto,      // the recognised collective, else one exchange
+  kExchange,  // always one grouped exchange: each reader gets the pieces that it needs and sums them itself
+};
+
 // A part of a parameter and the devices that store it.
 struct StoredPart {
   Box box;
@@ -66,6 +73,8 @@ struct Strategy {
   // Where parameters already are (by node name), when a model that runs is lowered again for another batch size or mode. Overrides what
   // their configuration or use says. Not part of a plan's text.
   std::map<std::string, std::vector<StoredPart>, std::less<>> stored;
+  // How the tensor from a producer reaches a consumer, {producer, consumer}; default kAuto.
+  std::map<std::pair<std::string, std::string>, Via> edges;
   Order order = Order::kForwardThenBackward;
   int64_t bucket_bytes = 25 << 20;  // gradients of parameters travel together up to this size
   bool operator==(const Strategy&) const = default;

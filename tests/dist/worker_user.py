@@ -293,8 +293,19 @@ def copies() -> float:
     return max(difference(dict(twin.state_dict()), dict(mlp().state_dict())), difference(dict(pickled.state_dict()), dict(mlp().state_dict())))
 
 
+def meta() -> float:
+    """A module on the meta device: each rank gets memory for its part, and a whole checkpoint fills it."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    model = torch_soap.parallelize(model, own(batch()[0]), plan=CUT)
+    assert model[0].weight.shape == (4, 6), model[0].weight.shape
+    model.load_state_dict(mlp().state_dict())
+    x, _ = batch()
+    return float((model(own(x)) - own(mlp()(x))).abs().amax().detach())
+
+
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (optimizers, clipping, checkpoints, accumulation, special, modes, loss_inside, plans, refusals, copies)
+    f.__name__: f for f in (optimizers, clipping, checkpoints, accumulation, special, modes, loss_inside, plans, refusals, copies, meta)
 }
 
 

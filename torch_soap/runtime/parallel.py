@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,7 +66,10 @@ class Parallel:
         key = (self.module.training, structure_key(args, kwargs))
         if key not in self.captures:
             twin = self.plain_copy({})
-            self.captures[key] = capture(twin, args, kwargs, train=self.module.training, loss=self.loss)
+            on_meta = any(p.is_meta for p in twin.parameters())
+            if on_meta:
+                with_memory(twin)
+            self.captures[key] = capture(twin, args, kwargs, train=self.module.training, loss=self.loss, check=not on_meta)
             for p in twin.parameters():
                 p.grad = None
                 p.data = torch.empty_like(p.data)
@@ -120,6 +124,9 @@ class Parallel:
         if self.plan is None:
             self.plan = self.planner(op_graph, graph, list(rows))
             self.planned = {n.name for n in op_graph.nodes}
+            self.plan.exact = captured.exact
+            if not captured.exact:
+                warnings.warn("[torch_soap] results may differ from one process: " + "; ".join(captured.reasons), stacklevel=2)
         strategy = self.plan.strategy.copy()
         if self.storage:
             names = {n.name for n in op_graph.nodes}
@@ -148,13 +155,32 @@ class Parallel:
             mine = next((c for c in sharding.coords if self.comm.rank in c.devices), None)
             self.boxes[name] = mine.box if mine is not None else None
             self.owners[name] = mine is not None and mine.devices[0] == self.comm.rank
+        self.materialise()
         for name, p in self.parameters():
-            if name in self.boxes and self.is_cut(name):
+            if name in self.boxes and self.is_cut(name) and tuple(p.shape) == self.shapes[name]:
                 part = cut(p.data, self.boxes[name]).clone(memory_format=torch.contiguous_format)
                 grad = None if p.grad is None else cut(p.grad, self.boxes[name]).clone()
                 p.grad = None
                 p.data = part
                 p.grad = grad
+
+    def materialise(self) -> None:
+        """Gives parameters and buffers of the meta device memory for this rank's part only, unset until load_state_dict."""
+        made: dict[int, nn.Parameter] = {}
+        for prefix, child in self.module.named_modules():
+            for name, p in list(child._parameters.items()):
+                if p is not None and p.is_meta:
+                    full = f"{prefix}.{name}".removeprefix(".")
+                    canonical = next((n for n, q in self.parameters() if q is p), full)
+                    box = self.boxes.get(canonical)
+                    shape = [len(s) for s in box] if box is not None else [0, *p.shape[1:]] if canonical in self.boxes else list(p.shape)
+                    fresh = made.setdefault(id(p), nn.Parameter(torch.empty(shape, dtype=p.dtype), requires_grad=p.requires_grad))
+                    child._parameters[name] = fresh
+            for name, b in list(child._buffers.items()):
+                if b is not None and b.is_meta:
+                    child._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        if made:
+            warnings.warn(f"[torch_soap] {len(made)} parameters were on the meta device: this rank's parts have memory now, load a state_dict", stacklevel=2)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.module.named_parameters()
@@ -267,6 +293,18 @@ class RunProgram(torch.autograd.Function):
                 grad = grad * scale.to(grad.dtype)
             out.append(grad)
         return (None, None, None, None, None, *out)
+
+
+def with_memory(module: nn.Module) -> None:
+    """Parameters and buffers of the meta device get (untouched) memory on the CPU; tied ones stay tied."""
+    first: dict[int, str] = {}
+    ties = [(n, first.setdefault(id(p), n)) for n, p in module.named_parameters(remove_duplicate=False)]
+    module.to_empty(device="cpu")
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, canonical in ties:
+        if name != canonical:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._parameters[leaf] = parameters[canonical]
 
 
 def box_runs(box: list[Any]) -> list[list[tuple[int, int]]]:
