@@ -122,6 +122,7 @@ Line parse_line(int number_, std::string_view text, int world_size) {
       line.config.keep = static_cast<Keep>(k - std::begin(kKeep));
     } else {
       line.config.cuts.push_back({key, parse_cut(line, value, world_size)});
+      if (line.config.cuts.back().cut.fed && key != "n") fail(line, fmt::format("\"{}\": only n is cut as the processes feed", word));
       line.has_config = true;
     }
   }
