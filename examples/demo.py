@@ -134,11 +134,11 @@ def work(name: str, steps: int, out: Path, plan_text: str | None) -> None:
         bar.update()
     bar.close()
     engine = next(iter(model._soap.engines.values()))[0]
-    measured = measured_events(engine, model._soap.comm)
+    measured = measured_events, simulated_events(engine, model._soap.comm)
     state = model.state_dict()
     if rank == 0:
         single, parameters = one_process(plain, task, steps, world)
-        finish(name, out / name, plan, ours, ddp, single, largest_difference(state, parameters), measured, say)
+        finish(name, out / name, plan, ours, ddp, single, largest_difference(state, parameters), measured, simulated_events(engine.program, plan), say)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -185,22 +185,18 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 def finish(
-    name: str, out: Path, plan: torch_soap.Plan, ours: Training, ddp: Training, single: Training, worst: tuple[float, str], measured: list[Event], say: Callable[..., None]
+    name: str, out: Path, plan: torch_soap.Plan, ours: Training, ddp: Training, single: Training, worst: tuple[float, str], measured: list[Event], simulated: list[Event], say: Callable[..., None]
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     plan.save(out / "plan.json")
-    (out / "trace.json").write_text(chrome_trace({"simulated": simulated_events(plan), "measured": measured}))
-    predicted_ms = plan.predicted.get("step_ns", 0) / 1e6
+    (out / "trace.json").write_text(chrome_trace({"simulated": simulated, "measured": measured}))
+    predicted_ms = plan.predicted.get("step_time_ns", 0) / 1e6
     of_loss = max(abs(a - b) for a, b in zip(ours.losses, single.losses, strict=True))
     say(f"\nstep time, median of {len(ours.seconds) - WARM_UP}: {ours.median_ms:.0f} ms measured, {predicted_ms:.0f} ms predicted")
     say(f"DDP in the same run: {ddp.median_ms:.0f} ms ({ddp.median_ms / ours.median_ms:.2f} times ours); one process: {single.median_ms:.0f} ms")
     say(f"largest difference to one process after {len(ours.losses)} steps: loss {of_loss:.1e}, parameters {worst[0]:.1e} ({worst[1]})")
     plot(name, out / "loss.png", {"torch_soap": ours.losses, "DDP (its own random numbers)": ddp.losses, "one process": single.losses})
     say(f"wrote {out}/plan.json, trace.json (open in ui.perfetto.dev), loss.png", flush=True)
-
-
-def simulated_events(plan: torch_soap.Plan) -> list[Event]:
-    return [Event(**e) for e in plan.stats.get("timeline", [])]
 
 
 def plot(title: str, path: Path, curves: dict[str, list[float]]) -> None:
@@ -226,5 +222,5 @@ if __name__ == "__main__":
         from tqdm import tqdm
 
         import torch_soap
-        from torch_soap.trace import Event, chrome_trace, measured_events
+        from torch_soap.trace import Event, chrome_trace, measured_events, simulated_events
     sys.exit(main())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch_soap import _C
+from torch_soap.plan import Plan
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.engine import Engine
 
@@ -48,6 +49,16 @@ def measured_events(engine: Engine, comm: Comm) -> list[Event]:
     for e in events:
         e.start_ns -= origin
     return events
+
+
+def simulated_events(program: _C.Program, plan: Plan) -> list[Event]:
+    """The step as the simulator sees it, with what the plan was priced with; empty for a plan that was not searched here."""
+    if plan.cost is None:
+        return []
+    return [
+        Event(_C.step_name(program, e.step), "communication" if e.communication else "compute", e.device, e.begin_ns, e.end_ns - e.begin_ns)
+        for e in _C.simulate(program, plan.cost, record=True).events
+    ]
 
 
 def chrome_trace(timelines: dict[str, Sequence[Event]]) -> str:

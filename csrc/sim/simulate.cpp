@@ -11,6 +11,7 @@ namespace soap {
 namespace {
 
 constexpr int64_t kOptimizerCopies = 2;  // AdamW's two moments
+constexpr int64_t kUpdatePasses = 5;     // over a parameter's bytes: read parameter, gradient, state; write parameter, state
 
 struct Clocks {
   std::vector<int64_t> compute, communication;
@@ -129,6 +130,14 @@ Simulation simulate(const Program& p, const CostModel& cost, bool record) {
     };
     for (const auto& [ranks, bytes] : sent) move("exchange", ranks, bytes);
     for (const auto& [ranks, bytes] : reduced) move("all_reduce", ranks, bytes);
+  }
+  // The optimizer reads and writes parameter, gradient and its own state once.
+  for (const Node& n : p.graph.nodes) {
+    if (n.kind != NodeKind::kParam || !p.graph.output(n, 0).requires_grad) continue;
+    for (const Coord& c : p.tiles[n.outputs[0]].coords) {
+      const double bytes = static_cast<double>(bytes_of(c.box, p.graph.output(n, 0)) * kUpdatePasses);
+      for (int d : c.devices) clocks.compute[d] += static_cast<int64_t>(bytes / machine.memory_bytes_per_s * 1e9 + machine.op_overhead_ns);
+    }
   }
   for (size_t d = 0; d < devices; ++d) out.step_ns = std::max({out.step_ns, clocks.compute[d], clocks.communication[d]});
   return out;

@@ -1,4 +1,4 @@
-// Simulate: one step (forward, backward) of a Program on a machine. Discrete: every device has a compute clock, and a communication clock
+// Simulate: one step (forward, backward, update) of a Program on a machine. Discrete: every device has a compute clock, and a communication clock
 // where the machine overlaps. Steps are taken in the Program's order, which is the order in which the runtime takes them:
 //
 //   compute(node, chunk) on d:  clock[d] = max(clock[d], arrival of what it reads) + cost
