@@ -114,7 +114,7 @@ def random_cut(factor: _C.Factor, most: int, rng: random.Random) -> _C.Cut:
     kind = rng.random()
     if kind < 0.45 or factor.size // factor.unit < 1:
         return _C.Cut(tiles=tiles, chunks=chunks)
-    if kind < 0.8 or factor.cut != _C.Cuttable.any:
+    if kind < 0.8 or factor.cut == _C.Cuttable.interval:
         units = factor.size // factor.unit
         points = sorted(rng.randint(0, units) * factor.unit for _ in range(tiles - 1))
         return _C.Cut(tiles=tiles, chunks=chunks, bounds=[0, *points, factor.size])

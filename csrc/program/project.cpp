@@ -85,14 +85,19 @@ struct Projector {
     return alias;
   }
 
-  // Replicas of a tile add their gradients in the same order, so they must agree: aliases on all of their devices or on none.
+  // Replicas of a tile add their gradients in the same order, and those of a copy see the same strides: they must agree, aliases on all
+  // of their devices or on none.
   std::optional<std::map<int, int>> agreed_aliases(const CopyGroup& group) const {
     auto own = aliases(group, rank());
-    if (!own || !group.grad) return own;
+    if (!own) return own;
     std::set<int> together;
-    for (const Coord& c : p.tiles[group.tensor].coords) {
-      if (c.devices.size() > 1) together.insert(c.devices.begin(), c.devices.end());
-    }
+    const auto add = [&](const Sharding& s) {
+      for (const Coord& c : s.coords) {
+        if (c.devices.size() > 1) together.insert(c.devices.begin(), c.devices.end());
+      }
+    };
+    add(group.copies);
+    if (group.grad) add(p.tiles[group.tensor]);
     if (!together.count(rank())) return own;
     for (int d : together) {
       if (d != rank() && !aliases(group, d)) return std::nullopt;

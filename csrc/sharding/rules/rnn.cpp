@@ -37,25 +37,26 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
   const auto shape = e.shape(x);
   const int64_t hidden = e.shape(e.operand("w_hh"))[1];
   const bool by_unit = std::any_of(tiling.cuts.begin(), tiling.cuts.end(), [&](const FactorParts& c) { return rule.factors[c.factor].name == "o" && c.tiles() * c.chunks() > 1; });
-  // Parts of t; single steps where the hidden units are cut.
-  std::vector<std::pair<IndexSet, int>> parts;
+  // Parts of t in the order of time, whatever tile has them; single steps where the hidden units are cut.
+  std::vector<std::pair<Run, int>> parts;
   int index = 0;
   for (const IndexSet& set : e.part_sets("t")) {
-    if (by_unit) {
-      for (int64_t t = set.begin(); t < set.end(); ++t) parts.emplace_back(IndexSet::interval(t, t + 1), index);
-    } else if (!set.empty()) {
-      parts.emplace_back(set, index);
+    for (const Run& run : set.runs()) {
+      if (!by_unit) parts.emplace_back(run, index);
+      for (int64_t t = run.begin; by_unit && t < run.end; ++t) parts.emplace_back(Run{t, t + 1}, index);
     }
     ++index;
   }
+  std::sort(parts.begin(), parts.end());
   if (reverse) std::reverse(parts.begin(), parts.end());
   TensorId h = e.operand("h0"), c = lstm ? e.operand("c0") : -1;
   std::vector<TensorId> outputs;
-  for (const auto& [set, part] : parts) {
+  for (const auto& [run, part] : parts) {
+    const int64_t length = run.end - run.begin;
     const std::vector<std::pair<std::string, int>> at{{"t", part}};
-    const std::string suffix = fmt::format("t{}", set.begin());
-    const std::vector<int64_t> piece{set.size(), shape[1], shape[2]};
-    const TensorId xt = set.size() == shape[0] ? x : e.add({.name = suffix + "/x", .target = "narrow", .inputs = {x}, .attrs = {{"dim", int64_t{0}}, {"start", set.begin()}, {"length", set.size()}}, .inherit = {{"d1", "n"}}, .at = at}, piece);
+    const std::string suffix = fmt::format("t{}", run.begin);
+    const std::vector<int64_t> piece{length, shape[1], shape[2]};
+    const TensorId xt = length == shape[0] ? x : e.add({.name = suffix + "/x", .target = "narrow", .inputs = {x}, .attrs = {{"dim", int64_t{0}}, {"start", run.begin}, {"length", length}}, .inherit = {{"d1", "n"}}, .at = at}, piece);
     std::vector<TensorId> inputs{xt, h};
     std::vector<std::string> names{"input", "h0"};
     const auto add = [&](const char* name, TensorId t) {
@@ -66,7 +67,7 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
     add("c0", c);
     if (!lstm) add("h0_own", h);
     for (const char* w : {"w_ih", "w_hh", "b_ih", "b_hh"}) add(w, e.operand(w));
-    std::vector<std::vector<int64_t>> results{{set.size(), shape[1], hidden}, {shape[1], hidden}};
+    std::vector<std::vector<int64_t>> results{{length, shape[1], hidden}, {shape[1], hidden}};
     if (lstm) results.push_back({shape[1], hidden});
     const auto made = e.add_many({.name = suffix, .target = node.target, .inputs = inputs, .operand_names = names, .attrs = node.attrs, .inherit = {{"n", "n"}, {"o", "o"}}, .at = at}, results);
     outputs.push_back(made[0]);
