@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -289,7 +289,7 @@ def compare(program: _C.Program, graph: Any, reference: Trace, ranks: list[RankR
             return
         report.differences.append(Difference(kind, name, step, error_of(got, wanted, scale)))
 
-    def stored(name: str, step: int, kind: str, tensors: list[dict[str, torch.Tensor | None]], shape: Sequence[int]) -> torch.Tensor | None:
+    def stored(name: str, step: int, kind: str, tensors: Sequence[Mapping[str, torch.Tensor | None]], shape: Sequence[int]) -> torch.Tensor | None:
         holders = [(r, rank.boxes[name], tensors[r].get(name)) for r, rank in enumerate(ranks) if rank.boxes[name] is not None]
         if all(t is None for _, _, t in holders):
             return None
@@ -318,8 +318,8 @@ def compare(program: _C.Program, graph: Any, reference: Trace, ranks: list[RankR
             got = stored(key, step, "gradient", [r.grads[step] for r in ranks], shape) if key in ranks[0].boxes else None
             check("gradient", name, step, got, grad, scale)
         for name, grad in reference.input_grads[step].items():
-            parts = [r.input_grads[step].get(name) for r in ranks]
-            got = None if any(p is None for p in parts) else torch.cat(parts, samples[name]) if samples[name] is not None else parts[0]
+            parts = [p for r in ranks if (p := r.input_grads[step].get(name)) is not None]
+            got = None if len(parts) < len(ranks) else torch.cat(parts, samples[name]) if samples[name] is not None else parts[0]
             check("input gradient", name, step, got, grad, scale)
         scale = 1e-3 * largest(reference.buffers[step].values())
         for name, buffer in reference.buffers[step].items():
@@ -340,7 +340,10 @@ def largest(tensors: Any) -> float:
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8) if a.dim() else a.reshape(1).view(torch.uint8), b.contiguous().view(torch.uint8) if b.dim() else b.reshape(1).view(torch.uint8))
+    def bits(t: torch.Tensor) -> torch.Tensor:
+        return t.reshape(1).view(torch.uint8) if t.dim() == 0 else t.contiguous().view(torch.uint8)
+
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
 def error_of(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:

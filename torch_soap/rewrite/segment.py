@@ -77,7 +77,7 @@ def build_item(
     e = Emit(fx_graph)
     node, rule = program.graph.nodes[node_id], program.rules[node_id]
     tensors = program.graph.tensors
-    present = [i for i, box in enumerate(item.operand_boxes) if box is not None]
+    present = {i: box for i, box in enumerate(item.operand_boxes) if box is not None}
     inputs = {i: fx_graph.placeholder(f"x{i}") for i in present}
     e.random = fx_graph.placeholder("random", default_value=None)
     call = Call(
@@ -93,6 +93,6 @@ def build_item(
         dtypes=[DTYPES[tensors[t].dtype] for t in node.outputs],
     )
     fx_graph.output(tuple(emit_local(e, call)))
-    shapes = [[len(s) for s in item.operand_boxes[i]] for i in present]
+    shapes = [[len(s) for s in box] for box in present.values()]
     values = [tensors[node.inputs[i]] for i in present]
     return fx.GraphModule(nn.Module(), fx_graph), shapes, [t.dtype for t in values], [t.requires_grad for t in values]

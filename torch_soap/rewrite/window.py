@@ -159,7 +159,7 @@ def interpolate(e: Emit, call: Call) -> fx.Node:
     n = spatial_dims(call.node.target)
     names = SPATIAL[n]
     if not any(call.is_cut(name) for name in names):
-        return resample_whole(e, call)
+        return captured_call(e, call)[0]
     x = first(call)
     operand = call.node.operand_names[0]
     given = call.attr("scale_factors")
@@ -175,7 +175,7 @@ def interpolate(e: Emit, call: Call) -> fx.Node:
         low, high, weights = [], [], []
         for i in range(*call.interval(name)):
             if not linear:
-                low.append(min(int(math.floor(i * scale)), size - 1) - box.begin)
+                low.append(min(math.floor(i * scale), size - 1) - box.begin)
                 continue
             source = scale * i if align else max(scale * (i + 0.5) - 0.5, 0.0)
             index = min(int(source), size - 1)

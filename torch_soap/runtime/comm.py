@@ -65,7 +65,10 @@ class TorchComm:
             return self.world
         if key not in self.groups:
             # Named by its ranks, so that members may make their groups in any order.
-            self.groups[key] = dist.new_group(list(key), use_local_synchronization=True, group_desc="soap_" + "_".join(map(str, key)))
+            made = dist.new_group(list(key), use_local_synchronization=True, group_desc="soap_" + "_".join(map(str, key)))
+            if not isinstance(made, dist.ProcessGroup):
+                raise RuntimeError(f"[comm] rank {self.rank} isn't one of the ranks {list(key)}")
+            self.groups[key] = made
         return self.groups[key]
 
     def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], maximum: bool) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Parallel:
         with self.whole_parameters():
             if "_soap" not in module.__dict__:
                 return copy.deepcopy(module, memo)
-            plain = type(module).__mro__[2]
+            plain: type[nn.Module] = type(module).__mro__[2]
             twin = plain.__new__(plain)
             memo[id(module)] = twin
             ours = ("_soap", "_state_dict_hooks", "_load_state_dict_pre_hooks")
@@ -98,9 +98,9 @@ class Parallel:
 
     def stored(self, captured: Captured, graph: Graph) -> dict[str, torch.Tensor]:
         """By node name: the user's own Parameters (this rank's parts) and buffers, and the trace's constants."""
-        params = dict(self.module.named_parameters(remove_duplicate=False))
+        params: dict[str, torch.Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        tables = {"param": params, "buffer": buffers, "const": {}}
+        tables: dict[str, dict[str, torch.Tensor]] = {"param": params, "buffer": buffers, "const": {}}
         return {
             n.name: tables[n.kind][n.qualname] if n.qualname in tables[n.kind] else captured.stored_tensor(n.kind, n.qualname)
             for n in graph.nodes
