@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from examples.gpt import GPT, next_byte_loss
-from tests.architectures import DLRM, Bert, LSTMLanguageModel, MoE, T5, Translator, UNet
+from tests.architectures import DLRM, T5, Bert, LSTMLanguageModel, MoE, Translator, UNet
 
 
 @dataclass

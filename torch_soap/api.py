@@ -180,7 +180,9 @@ def broadcast_state(comm: TorchComm, module: nn.Module) -> None:
             elif not torch.equal(before, t.data):
                 changed.append(name)
     if changed:
-        warnings.warn(f"[parallelize] rank {comm.rank}: {len(changed)} parameters and buffers differed from rank 0's and were replaced, first {changed[0]}", stacklevel=3)
+        warnings.warn(
+            f"[parallelize] rank {comm.rank}: {len(changed)} parameters and buffers differed from rank 0's and were replaced, first {changed[0]}", stacklevel=3
+        )
 
 
 def plan(

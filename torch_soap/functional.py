@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 
 # -- losses --------------------------------------------------------------------------------------------------------------
-def ce_rows(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> torch.Tensor:
+def ce_rows(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross entropy of each row."""
     return F.cross_entropy(input, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
 
@@ -28,7 +30,9 @@ def ce_count(target: torch.Tensor, weight: torch.Tensor | None = None, ignore_in
 
 
 # -- embedding bags of equal length --------------------------------------------------------------------------------------
-def embedding_bag_fixed(weight: torch.Tensor, indices: torch.Tensor, per_sample_weights: torch.Tensor | None = None, mode: int = 0, sparse: bool = False) -> torch.Tensor:
+def embedding_bag_fixed(
+    weight: torch.Tensor, indices: torch.Tensor, per_sample_weights: torch.Tensor | None = None, mode: int = 0, sparse: bool = False
+) -> torch.Tensor:
     """weight [v, d], indices [n, b] -> [n, d]; mode 0 sum, 1 mean, 2 max."""
     return F.embedding_bag(indices, weight, mode=("sum", "mean", "max")[mode], per_sample_weights=per_sample_weights, sparse=sparse)
 
@@ -47,7 +51,14 @@ def lstm_layer(
 
 
 def gru_layer(
-    input: torch.Tensor, h0: torch.Tensor, h0_own: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: Any = None, b_hh: Any = None, reverse: bool = False
+    input: torch.Tensor,
+    h0: torch.Tensor,
+    h0_own: torch.Tensor,
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    b_ih: Any = None,
+    b_hh: Any = None,
+    reverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As lstm_layer; `h0_own` is h0, or the units of it that this tile computes (then one time step)."""
     steps = range(input.shape[0])

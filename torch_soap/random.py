@@ -162,15 +162,11 @@ def randint(
     return _draw("counter_randint", low, high, sizes=sizes, dtype=dtype or torch.int64, device=device, **where)
 
 
-def rand_like(
-    x: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **where: Unpack[Where]
-) -> torch.Tensor:
+def rand_like(x: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **where: Unpack[Where]) -> torch.Tensor:
     return _draw_like("counter_uniform", like=x, dtype=dtype, device=device, **where)
 
 
-def randn_like(
-    x: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **where: Unpack[Where]
-) -> torch.Tensor:
+def randn_like(x: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **where: Unpack[Where]) -> torch.Tensor:
     return _draw_like("counter_normal", like=x, dtype=dtype, device=device, **where)
 
 
@@ -217,9 +213,7 @@ def dropout(x: torch.Tensor, p: float, train: bool, *, alpha: bool = False, **wh
     return _dropped(x, keep, p, alpha)
 
 
-def feature_dropout(
-    x: torch.Tensor, p: float, train: bool, *, alpha: bool = False, **where: Unpack[Where]
-) -> torch.Tensor:
+def feature_dropout(x: torch.Tensor, p: float, train: bool, *, alpha: bool = False, **where: Unpack[Where]) -> torch.Tensor:
     """dropout1d/2d/3d: whole channels; the mask is [N, C]. Of `tile` and `global_sizes` only these two dims count."""
     _check_probability(p)
     if x.dim() < 2:

@@ -168,9 +168,7 @@ class CounterRng:
         kernels: list[tuple[Any, str, Callable[..., Any]]] = []
         for backend in ["CPU", *(["CUDA"] if torch.cuda.is_available() else [])]:
             kernels += [(op, backend, self._kernel(op, fn, backend)) for op, fn in RANDOM_KERNELS.items()]
-            kernels += [
-                (op, "Autograd" + backend, self._kernel(op, fn, "Autograd" + backend)) for op, fn in COMPOSITE.items()
-            ]
+            kernels += [(op, "Autograd" + backend, self._kernel(op, fn, "Autograd" + backend)) for op, fn in COMPOSITE.items()]
             kernels += [(op, backend, self._kernel(op, None, backend)) for op in UNSUPPORTED]
         # Only now: a kernel for the backend changes what torch computes as the original for autograd.
         for op, key, kernel in kernels:
@@ -215,9 +213,7 @@ class CounterRng:
             if self._nested or not (self._active or in_backward):
                 return original.call_boxed(keyset, *args, **kwargs)
             if fn is None:
-                raise NotImplementedError(
-                    f"{op} has no counter-based form, so under counter_rng the module can't run it"
-                )
+                raise NotImplementedError(f"{op} has no counter-based form, so under counter_rng the module can't run it")
             self._nested = True  # what `fn` is made of takes no op_index of its own
             try:
                 result = fn(*args, key=_NoKey(op) if in_backward else self._next_key(), **kwargs)

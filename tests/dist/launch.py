@@ -28,7 +28,9 @@ def environment(**extra: str) -> dict[str, str]:
     return {k: v for k, v in env.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
 
 
-def torchrun(nproc: int, module: str, *arguments: str, timeout_s: float = 600.0, options: tuple[str, ...] = ("--standalone",), env: dict[str, str] | None = None) -> Outcome:
+def torchrun(
+    nproc: int, module: str, *arguments: str, timeout_s: float = 600.0, options: tuple[str, ...] = ("--standalone",), env: dict[str, str] | None = None
+) -> Outcome:
     """`torchrun -m module arguments` on `nproc` processes of this machine, one torch thread each."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={nproc}", "-m", module, *arguments]

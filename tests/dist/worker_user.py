@@ -49,7 +49,14 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[n] - b[n]).abs().max()) if a[n].numel() else 0.0 for n in a)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, cut: Callable[[torch.Tensor], torch.Tensor], steps: int = STEPS, clip: float | None = None, norm: float = 2.0) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    cut: Callable[[torch.Tensor], torch.Tensor],
+    steps: int = STEPS,
+    clip: float | None = None,
+    norm: float = 2.0,
+) -> None:
     x, y = batch()
     for _ in range(steps):
 

@@ -77,9 +77,7 @@ def products() -> Built:
         b = torch.baddbmm(m.stack, a.view(-1, 2, 3).unsqueeze(1).expand(-1, 4, 2, 3).reshape(-1, 8, 3)[:, :2].transpose(1, 2), m.right.expand(x.shape[0], 2, 5))
         return (b @ m.v, torch.matmul(a, m.v6), a.t() @ a)
 
-    return Built(
-        Fn(forward, bias=weights(6), w=weights(4, 6), stack=weights(3, 5), right=weights(2, 5), v=weights(5), v6=weights(6)), (torch.randn(ROWS, 4),)
-    )
+    return Built(Fn(forward, bias=weights(6), w=weights(4, 6), stack=weights(3, 5), right=weights(2, 5), v=weights(5), v6=weights(6)), (torch.randn(ROWS, 4),))
 
 
 @case
@@ -140,7 +138,10 @@ def depthwise() -> Built:
 
 @case
 def conv3d() -> Built:
-    return Built(nn.Sequential(nn.Conv3d(2, 4, (2, 3, 3), padding=(0, 1, 1)), nn.ReLU(), nn.AvgPool3d(2, padding=1), nn.ConvTranspose3d(4, 2, 2, stride=2)), (torch.randn(3, 2, 5, 6, 5),))
+    return Built(
+        nn.Sequential(nn.Conv3d(2, 4, (2, 3, 3), padding=(0, 1, 1)), nn.ReLU(), nn.AvgPool3d(2, padding=1), nn.ConvTranspose3d(4, 2, 2, stride=2)),
+        (torch.randn(3, 2, 5, 6, 5),),
+    )
 
 
 @case
@@ -159,7 +160,10 @@ def transposed() -> Built:
 
 @case
 def transposed1d() -> Built:
-    return Built(nn.Sequential(nn.ConvTranspose1d(3, 4, 5, stride=2, padding=2), nn.ReLU(), nn.ConvTranspose1d(4, 2, 2, stride=4, output_padding=1)), (torch.randn(ROWS, 3, 6),))
+    return Built(
+        nn.Sequential(nn.ConvTranspose1d(3, 4, 5, stride=2, padding=2), nn.ReLU(), nn.ConvTranspose1d(4, 2, 2, stride=4, output_padding=1)),
+        (torch.randn(ROWS, 3, 6),),
+    )
 
 
 @case
@@ -250,7 +254,9 @@ def norms() -> Built:
         z = m.gn(y.transpose(1, 2)) + m.plain(y.transpose(1, 2))
         return m.rms(y), z, F.layer_norm(x, (7, 6)), F.normalize(x, dim=-1), F.rms_norm(x, (7, 6))
 
-    return Built(Fn(forward, ln=nn.LayerNorm(6), gn=nn.GroupNorm(3, 6), plain=nn.GroupNorm(2, 6, affine=False), rms=nn.RMSNorm(6, eps=1e-6)), (torch.randn(4, 7, 6),))
+    return Built(
+        Fn(forward, ln=nn.LayerNorm(6), gn=nn.GroupNorm(3, 6), plain=nn.GroupNorm(2, 6, affine=False), rms=nn.RMSNorm(6, eps=1e-6)), (torch.randn(4, 7, 6),)
+    )
 
 
 @case
@@ -260,7 +266,14 @@ def batch_norms() -> Built:
     def forward(m: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
         return m.a(m.lin(x)), m.b(y), m.c(y), m.d(y)
 
-    module = Fn(forward, lin=nn.Linear(4, 6), a=nn.BatchNorm1d(6), b=nn.BatchNorm1d(3), c=nn.BatchNorm1d(3, track_running_stats=False), d=nn.BatchNorm1d(3, affine=False, momentum=0.3))
+    module = Fn(
+        forward,
+        lin=nn.Linear(4, 6),
+        a=nn.BatchNorm1d(6),
+        b=nn.BatchNorm1d(3),
+        c=nn.BatchNorm1d(3, track_running_stats=False),
+        d=nn.BatchNorm1d(3, affine=False, momentum=0.3),
+    )
     return Built(module, (torch.randn(6, 4), torch.randn(6, 3, 5)))
 
 
@@ -340,7 +353,9 @@ def cross_entropy_smooth() -> Built:
 
 @case
 def cross_entropy_weighted() -> Built:
-    return Built(language_model(), (torch.randint(13, (ROWS, 6)), targets(ROWS, 6, 13)), token_loss(weight=torch.linspace(0.1, 2, 13).double(), label_smoothing=0.05))
+    return Built(
+        language_model(), (torch.randint(13, (ROWS, 6)), targets(ROWS, 6, 13)), token_loss(weight=torch.linspace(0.1, 2, 13).double(), label_smoothing=0.05)
+    )
 
 
 @case
@@ -373,7 +388,10 @@ def causal() -> Built:
         x = x + m.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d))
         return x + m.down(F.gelu(m.up(m.ln2(x))))
 
-    return Built(Fn(forward, ln1=nn.LayerNorm(6), ln2=nn.LayerNorm(6), qkv=nn.Linear(6, 18), proj=nn.Linear(6, 6), up=nn.Linear(6, 10), down=nn.Linear(10, 6)), (torch.randn(3, 7, 6),))
+    return Built(
+        Fn(forward, ln1=nn.LayerNorm(6), ln2=nn.LayerNorm(6), qkv=nn.Linear(6, 18), proj=nn.Linear(6, 6), up=nn.Linear(6, 10), down=nn.Linear(10, 6)),
+        (torch.randn(3, 7, 6),),
+    )
 
 
 @case
@@ -497,7 +515,8 @@ def embeddings() -> Built:
         return m.plain(ids), m.padded(ids), m.frequency(ids).sum(1)
 
     return Built(
-        Fn(forward, plain=nn.Embedding(10, 4), padded=nn.Embedding(10, 3, padding_idx=0), frequency=nn.Embedding(10, 4, scale_grad_by_freq=True)), (torch.randint(10, (ROWS, 6)),)
+        Fn(forward, plain=nn.Embedding(10, 4), padded=nn.Embedding(10, 3, padding_idx=0), frequency=nn.Embedding(10, 4, scale_grad_by_freq=True)),
+        (torch.randint(10, (ROWS, 6)),),
     )
 
 
@@ -532,7 +551,10 @@ def mixture() -> Built:
         mixed = torch.zeros_like(gates).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
         return torch.stack([e(x) for e in m.experts], -1).mul(mixed.unsqueeze(-2)).sum(-1)
 
-    return Built(Fn(forward, gate=nn.Linear(4, 3), experts=nn.ModuleList([nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(3)])), (torch.randn(ROWS, 4),))
+    return Built(
+        Fn(forward, gate=nn.Linear(4, 3), experts=nn.ModuleList([nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(3)])),
+        (torch.randn(ROWS, 4),),
+    )
 
 
 @case
@@ -545,7 +567,13 @@ def branches() -> Built:
         joined = torch.cat([a, b, c], 1)
         return {"joined": joined, "pooled": joined.mean((2, 3)), "stem": (stem, 3)}
 
-    module = Fn(forward, stem=nn.Conv2d(2, 4, 3, padding=1), a=nn.Conv2d(4, 2, 1), b=nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1)), c=nn.Conv2d(4, 2, 1))
+    module = Fn(
+        forward,
+        stem=nn.Conv2d(2, 4, 3, padding=1),
+        a=nn.Conv2d(4, 2, 1),
+        b=nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1)),
+        c=nn.Conv2d(4, 2, 1),
+    )
     return Built(module, (torch.randn(3, 2, 6, 5),))
 
 
@@ -571,7 +599,14 @@ def dropouts() -> Built:
     def forward(m: Any, x: torch.Tensor) -> Any:
         y = F.dropout(torch.relu(m.a(x)), 0.4)
         z = m.spatial(y.unsqueeze(-1).expand(-1, -1, 3).unsqueeze(-1)).mean((2, 3))
-        return m.b(F.dropout(y, 0.3)), z, torch.bernoulli(torch.sigmoid(y.detach())) * y, y + torch.rand_like(y), y * torch.randn(y.shape[1], dtype=y.dtype), F.alpha_dropout(y, 0.2)
+        return (
+            m.b(F.dropout(y, 0.3)),
+            z,
+            torch.bernoulli(torch.sigmoid(y.detach())) * y,
+            y + torch.rand_like(y),
+            y * torch.randn(y.shape[1], dtype=y.dtype),
+            F.alpha_dropout(y, 0.2),
+        )
 
     return Built(Fn(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 3), spatial=nn.Dropout2d(0.5)), (torch.randn(ROWS, 4),))
 

@@ -113,7 +113,10 @@ def main(arguments: Sequence[str]) -> int:
             if wrong:
                 failures += 1
                 plan = setting.shrunk()
-                print(f"== {name} {seed}: {setting.ranks} ranks, rows {setting.rows}, {setting.values or 'plain values'}\n{plan}{setting.failure(plan)[:1500]}", flush=True)
+                print(
+                    f"== {name} {seed}: {setting.ranks} ranks, rows {setting.rows}, {setting.values or 'plain values'}\n{plan}{setting.failure(plan)[:1500]}",
+                    flush=True,
+                )
                 break
     return 1 if failures else 0
 

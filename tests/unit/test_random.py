@@ -127,15 +127,11 @@ def test_dtypes_agree() -> None:
     assert torch.equal(random.randn([1000], key=KEY), z.float())
     masks = [random.bernoulli(torch.empty(1000, dtype=d), 0.3, key=KEY).bool() for d in (torch.float64, torch.float16)]
     assert torch.equal(masks[0], masks[1])
-    assert torch.equal(
-        random.bernoulli(torch.empty(1000), torch.full((1000,), 0.3, dtype=torch.float64), key=KEY).bool(), masks[0]
-    )
+    assert torch.equal(random.bernoulli(torch.empty(1000), torch.full((1000,), 0.3, dtype=torch.float64), key=KEY).bool(), masks[0])
 
 
 def test_fake_and_meta_tensors_have_the_shape() -> None:
-    assert random.rand(
-        [4, 5], device="meta", key=KEY, tile=[[(0, 1), (3, 4)], [(2, 5)]], global_sizes=[4, 5]
-    ).shape == (2, 3)
+    assert random.rand([4, 5], device="meta", key=KEY, tile=[[(0, 1), (3, 4)], [(2, 5)]], global_sizes=[4, 5]).shape == (2, 3)
     with torch._subclasses.FakeTensorMode():
         x = torch.empty(4, 5)
         assert random.dropout(x, 0.5, True, key=KEY).shape == (4, 5)
@@ -155,9 +151,7 @@ def test_wrong_arguments_are_told() -> None:
 # --- operators ---
 
 
-@pytest.mark.parametrize(
-    "fn", [random.dropout, random.alpha_dropout, random.feature_dropout, random.feature_alpha_dropout]
-)
+@pytest.mark.parametrize("fn", [random.dropout, random.alpha_dropout, random.feature_dropout, random.feature_alpha_dropout])
 def test_dropout_keeps_moments_and_cuts(fn: Callable[..., torch.Tensor]) -> None:
     x = torch.randn(64, 48, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = fn(x, 0.3, True, key=KEY)
@@ -180,9 +174,7 @@ def test_attention_dropout_by_heads_and_causal_rows() -> None:
     sizes = [2, 4, 6, 6]
     whole = random.scaled_dot_product_attention(q, k, v, None, 0.4, True, key=KEY)
     tile = [[(0, 2)], [(1, 3)], [(2, 3), (5, 6)], [(0, 6)]]
-    part = random.scaled_dot_product_attention(
-        q[:, 1:3, [2, 5]], k[:, 1:3], v[:, 1:3], None, 0.4, True, key=KEY, tile=tile, global_sizes=sizes
-    )
+    part = random.scaled_dot_product_attention(q[:, 1:3, [2, 5]], k[:, 1:3], v[:, 1:3], None, 0.4, True, key=KEY, tile=tile, global_sizes=sizes)
     torch.testing.assert_close(part, whole[:, 1:3, [2, 5]], rtol=1e-12, atol=1e-12)
     assert random.scaled_dot_product_attention(q, k, v, key=KEY) is NotImplemented
     # With a tiny p nothing is dropped: torch's own attention is the reference, for masks, biases, scale, groups.
@@ -191,9 +183,7 @@ def test_attention_dropout_by_heads_and_causal_rows() -> None:
     seen[3] = False
     for mask in (None, seen, torch.randn(2, 1, 6, 6, dtype=torch.float64)):
         expected = F.scaled_dot_product_attention(q, grouped, grouped, mask, scale=0.3, enable_gqa=True)
-        actual = random.scaled_dot_product_attention(
-            q, grouped, grouped, mask, 1e-14, scale=0.3, enable_gqa=True, key=KEY
-        )
+        actual = random.scaled_dot_product_attention(q, grouped, grouped, mask, 1e-14, scale=0.3, enable_gqa=True, key=KEY)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -207,11 +197,7 @@ def test_recurrent_layers_have_dropout_between_them(make: Any, batch_first: bool
     h = x
     for layer in range(3):
         one = make(h.shape[-1], 4, 1, bidirectional=True).double()
-        names = [
-            f"{kind}_l{{}}{side}"
-            for side in ("", "_reverse")
-            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        ]
+        names = [f"{kind}_l{{}}{side}" for side in ("", "_reverse") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         one.load_state_dict({name.format(0): stack.state_dict()[name.format(layer)] for name in names})
         h = one(h)[0]
         if layer < 2:
@@ -237,9 +223,7 @@ def test_packed_sequences() -> None:
 class Everything(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.drops = nn.ModuleList(
-            [nn.Dropout(0.5), nn.Dropout(0.0), nn.AlphaDropout(0.2), nn.FeatureAlphaDropout(0.2)]
-        )
+        self.drops = nn.ModuleList([nn.Dropout(0.5), nn.Dropout(0.0), nn.AlphaDropout(0.2), nn.FeatureAlphaDropout(0.2)])
         self.channels = nn.ModuleList([nn.Dropout1d(0.3), nn.Dropout2d(0.3), nn.Dropout3d(0.3, inplace=True)])
         self.attention = nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True)
         self.lstm = nn.LSTM(8, 8, 2, dropout=0.4, batch_first=True)
@@ -252,31 +236,17 @@ class Everything(nn.Module):
         for i, drop in enumerate(self.channels):
             y = y + drop(x[(..., *[None] * i)] + 0).reshape(x.shape)
         torch.rand(2)  # unused, and still a draw
-        y = (
-            y
-            + torch.rand_like(x)
-            + torch.randn(x.shape)
-            + torch.rand(8)
-            + torch.randint(0, 5, x.shape)
-            + torch.randint(5, (8,))
-        )
+        y = y + torch.rand_like(x) + torch.randn(x.shape) + torch.rand(8) + torch.randint(0, 5, x.shape) + torch.randint(5, (8,))
         y = y + torch.bernoulli(torch.sigmoid(x)) + torch.bernoulli(x.detach(), 0.3) + torch.empty_like(x).bernoulli_(0.3)
         y = y + torch.empty_like(x).bernoulli_(torch.sigmoid(x)) + torch.randn_like(x) + torch.randint_like(x, 3)
         y = y + torch.normal(0.0, 1.0, x.shape) + torch.empty_like(x).uniform_(-1, 1) + torch.normal(x.detach(), 2.0)
-        y = (
-            y
-            + F.gumbel_softmax(x)
-            + F.rrelu(x, training=self.training)
-            + torchvision.ops.stochastic_depth(x, 0.5, "row", self.training)
-        )
+        y = y + F.gumbel_softmax(x) + F.rrelu(x, training=self.training) + torchvision.ops.stochastic_depth(x, 0.5, "row", self.training)
         y = y + self.attention(y, y, y)[0] + self.attention(y, y, y, need_weights=False)[0] + self.gru(y)[0]
         y = y + F.scaled_dot_product_attention(y, y, y, dropout_p=0.2 * self.training)
         return F.dropout(self.lstm(y)[0], training=self.training)
 
 
-def run_graph(
-    program: torch.export.ExportedProgram, state: CounterState, *args: torch.Tensor
-) -> tuple[torch.Tensor, int]:
+def run_graph(program: torch.export.ExportedProgram, state: CounterState, *args: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The captured graph with our draws: the n-th random operator of the graph has op_index n."""
     draws = 0
 

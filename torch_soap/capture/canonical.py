@@ -220,7 +220,9 @@ def _rowwise(fn: Any) -> Callable[..., Any]:
     return rewrite
 
 
-def _lstm(e: Emitter, x: Any, hx: list[Any], weights: list[Any], has_biases: bool, layers: int, p: float, train: bool, bidirectional: bool, batch_first: bool) -> Any:
+def _lstm(
+    e: Emitter, x: Any, hx: list[Any], weights: list[Any], has_biases: bool, layers: int, p: float, train: bool, bidirectional: bool, batch_first: bool
+) -> Any:
     states: list[list[Any]] = [[], []]
     y = _recurrent(e, "lstm_layer", functional.lstm_layer, x, hx, weights, has_biases, layers, p, train, bidirectional, batch_first, states)
     return (y, _stack(e, states[0]), _stack(e, states[1]))

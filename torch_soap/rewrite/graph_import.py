@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from torch_soap import _C
 from torch_soap.capture.graph import Graph, Node, Ref
 
@@ -67,5 +66,3 @@ def to_op_graph(graph: Graph) -> _C.OpGraph:
             no_grad=node.no_grad,
         )
     return out
-
-

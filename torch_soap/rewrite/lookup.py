@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,14 @@ def embedding(e: Emit, call: Call) -> fx.Node:
         begin, end = call.interval("v")
         return e(masked_lookup, call.operand("indices"), call.operand("weight"), begin, end, padding, sparse)
     by_frequency = bool(call.attr("scale_grad_by_freq", False))
-    return e(F.embedding, call.operand("indices"), call.operand("weight"), padding_idx=padding if padding >= 0 else None, scale_grad_by_freq=by_frequency, sparse=sparse)
+    return e(
+        F.embedding,
+        call.operand("indices"),
+        call.operand("weight"),
+        padding_idx=padding if padding >= 0 else None,
+        scale_grad_by_freq=by_frequency,
+        sparse=sparse,
+    )
 
 
 def bag(indices: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, begin: int, end: int, mode: int, sparse: bool) -> torch.Tensor:
@@ -51,7 +57,16 @@ def bag(indices: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None
 @local("embedding_bag_fixed")
 def embedding_bag(e: Emit, call: Call) -> fx.Node:
     begin, end = call.interval("v")
-    return e(bag, call.operand("indices"), call.operand("weight"), call.operand("per_sample_weights"), begin, end, int(call.attr("mode", 0)), bool(call.attr("sparse", False)))
+    return e(
+        bag,
+        call.operand("indices"),
+        call.operand("weight"),
+        call.operand("per_sample_weights"),
+        begin,
+        end,
+        int(call.attr("mode", 0)),
+        bool(call.attr("sparse", False)),
+    )
 
 
 @local("index_select")
@@ -106,7 +121,9 @@ def attention(e: Emit, call: Call) -> fx.Node:
     return e(F.scaled_dot_product_attention, q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=causal, scale=scale, enable_gqa=gqa)
 
 
-def attention_part_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, repeat: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_part_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, repeat: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unnormalised attention over some keys: max, sum of exponentials, weighted values; a row that sees no key gives -inf, 0, 0."""
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, -3), v.repeat_interleave(repeat, -3)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -54,9 +53,7 @@ class Engine:
         self.frees = [list(i.frees) for i in self.instructions]
         self.kinds = [i.kind for i in self.instructions]
         self.segment_of = [i.segment for i in self.instructions]
-        self.planned: list[PlannedStep | None] = [
-            plan_step(program, self.rank_program, i, DTYPES) if i.segment < 0 else None for i in self.instructions
-        ]
+        self.planned: list[PlannedStep | None] = [plan_step(program, self.rank_program, i, DTYPES) if i.segment < 0 else None for i in self.instructions]
         self.shapes = [list(v.shape) for v in self.values]
         self.wants_grad = [v.grad for v in self.values]
         kinds = _C.NodeKind
@@ -79,7 +76,9 @@ class Engine:
     def _released(self) -> dict[int, list[int]]:
         """Instruction -> gathered copies (Keep.use) that forward has used for the last time there."""
         kinds = _C.InstructionKind
-        self.refilled = {v for p, k in zip(self.planned, self.kinds, strict=True) if p is not None and k == kinds.refill for t in p.transfers for v, _ in t.results}
+        self.refilled = {
+            v for p, k in zip(self.planned, self.kinds, strict=True) if p is not None and k == kinds.refill for t in p.transfers for v, _ in t.results
+        }
         last: dict[int, int] = {}
         for position, kind in enumerate(self.kinds):
             if kind == kinds.segment:
@@ -90,7 +89,15 @@ class Engine:
         return out
 
     # -- forward -----------------------------------------------------------------------------------------------------
-    def forward(self, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], *, grad: bool, random: CounterState | None = None, seeds: dict[str, torch.Tensor] | None = None) -> StepState:
+    def forward(
+        self,
+        feeds: dict[str, torch.Tensor],
+        stored: dict[str, torch.Tensor],
+        *,
+        grad: bool,
+        random: CounterState | None = None,
+        seeds: dict[str, torch.Tensor] | None = None,
+    ) -> StepState:
         """Runs up to the first backward instruction (all of them when interleaved).
 
         Args:

@@ -86,7 +86,9 @@ class Registry:
         return out
 
     # -- norms ---------------------------------------------------------------------------------------------------------
-    def total_norm(self, tensors: Iterable[torch.Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None) -> torch.Tensor:
+    def total_norm(
+        self, tensors: Iterable[torch.Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> torch.Tensor:
         """torch's _get_total_norm, with the global norm for gradients of ours: every element counts once. Collective then."""
         tensors = list(tensors)
         ours: dict[int, tuple[Parallel, str]] = {}
