@@ -127,7 +127,7 @@ def work(name: str, steps: int, out: Path, plan_text: str | None) -> None:
         last = step == steps - 1
         if last:
             record(model, True)
-        turns = [(ours, optimizer, lambda: model(inputs, targets)), (ddp, ddp_optimizer, lambda: task.loss(under_ddp(inputs), targets))]
+        turns = [(ours, optimizer, lambda x=inputs, y=targets: model(x, y)), (ddp, ddp_optimizer, lambda x=inputs, y=targets: task.loss(under_ddp(x), y))]
         for training, opt, forward in turns if step % 2 == 0 else turns[::-1]:
             one_step(training, opt, forward)
         bar.set_postfix(loss=f"{ours.losses[-1]:.4f}", ms=f"{1e3 * ours.seconds[-1]:.0f}", ddp_ms=f"{1e3 * ddp.seconds[-1]:.0f}")
@@ -185,7 +185,16 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 def finish(
-    name: str, out: Path, plan: torch_soap.Plan, ours: Training, ddp: Training, single: Training, worst: tuple[float, str], measured: list[Event], simulated: list[Event], say: Callable[..., None]
+    name: str,
+    out: Path,
+    plan: torch_soap.Plan,
+    ours: Training,
+    ddp: Training,
+    single: Training,
+    worst: tuple[float, str],
+    measured: list[Event],
+    simulated: list[Event],
+    say: Callable[..., None],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     plan.save(out / "plan.json")

@@ -140,7 +140,8 @@ def guard_submodules(module: nn.Module, parallel: Parallel) -> None:
         if not any(parallel.is_cut(n) for n, p in parallel.parameters() if any(p is q for q in child.parameters())):
             return
         raise RuntimeError(
-            f"[torch_soap] {type(child).__name__} was called on its own, but its parameters are cut over ranks; call the whole model, or load its state_dict() into a plain one"
+            f"[torch_soap] {type(child).__name__} was called on its own, but its parameters are cut over ranks; "
+            "call the whole model, or load its state_dict() into a plain one"
         )
 
     hook.torch_soap = True  # type: ignore[attr-defined]

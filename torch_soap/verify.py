@@ -223,13 +223,17 @@ def verify(
     args, kwargs = as_arguments(example_inputs)
     module = copy.deepcopy(module).to(dtype)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    cast = [leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    cast = [
+        leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
+    ]
     args, kwargs = pytree.tree_unflatten(cast, spec)
     captured = capture(module, args, kwargs, loss=loss)
     return verify_captured(captured, plan, steps=steps, dtype=dtype, world_size=world_size, rows=rows, seed=seed)
 
 
-def verify_captured(captured: Captured, plan: Plan | str, *, steps: int, dtype: torch.dtype, world_size: int | None = None, rows: Sequence[int] | None = None, seed: int = 0) -> Report:
+def verify_captured(
+    captured: Captured, plan: Plan | str, *, steps: int, dtype: torch.dtype, world_size: int | None = None, rows: Sequence[int] | None = None, seed: int = 0
+) -> Report:
     """`verify` of a module that is captured already (its parameters move and are put back)."""
     inputs = [captured.leaves[i] for i in captured.tensor_slots]
     graph = captured.instantiate(captured._signature_of(inputs))

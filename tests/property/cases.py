@@ -111,7 +111,8 @@ def tied() -> Built:
 @case
 def conv_bn() -> Built:
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4, momentum=None), nn.MaxPool2d(2),
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2, bias=False),
+        nn.BatchNorm2d(4, momentum=None), nn.MaxPool2d(2),
     )  # fmt: skip
     return Built(model, (torch.randn(4, 3, 11, 9),))
 
@@ -153,7 +154,8 @@ def strides() -> Built:
 @case
 def transposed() -> Built:
     model = nn.Sequential(
-        nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 6, 4, stride=3, groups=2, dilation=(1, 2)), nn.ConvTranspose2d(6, 2, 1, stride=2),
+        nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1), nn.ReLU(),
+        nn.ConvTranspose2d(4, 6, 4, stride=3, groups=2, dilation=(1, 2)), nn.ConvTranspose2d(6, 2, 1, stride=2),
     )  # fmt: skip
     return Built(model, (torch.randn(3, 3, 4, 3),))
 
@@ -291,8 +293,8 @@ def reductions() -> Built:
     def forward(m: Any, x: torch.Tensor) -> Any:
         y = m.lin(x)
         return (
-            y.sum(1), y.mean((1, 2)), y.mean(), y.amax(-1), y.amin(1, keepdim=True), y.max(-1).values, y.var(-1), y.std(1), y.norm(dim=-1), y.norm(), y.prod(-1), y.sum(0),
-            torch.linalg.vector_norm(y, 3, dim=(1, 2)), y.median(-1).values,
+            y.sum(1), y.mean((1, 2)), y.mean(), y.amax(-1), y.amin(1, keepdim=True), y.max(-1).values, y.var(-1), y.std(1), y.norm(dim=-1), y.norm(),
+            y.prod(-1), y.sum(0), torch.linalg.vector_norm(y, 3, dim=(1, 2)), y.median(-1).values,
         )  # fmt: skip
 
     return Built(Fn(forward, lin=nn.Linear(5, 6)), (torch.randn(4, 3, 5),))

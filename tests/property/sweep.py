@@ -30,7 +30,8 @@ HOSTILE = {
 # Where one process with permuted rows already moves by more than the bound: variances of zero, scores of 1e5, products of many factors.
 ILL_CONDITIONED = {
     "zeros": {"conv_bn", "batch_norms"},
-    "very negative": {"scans", "reductions", "products", "einsums", "causal", "chunked_qkv", "gqa", "cross_attention", "hand_written_attention", "multihead", "encoder_layer", "attention_dropout"},
+    "very negative": {"scans", "reductions", "products", "einsums", "causal", "chunked_qkv",
+                      "gqa", "cross_attention", "hand_written_attention", "multihead", "encoder_layer", "attention_dropout"},
 }  # fmt: skip
 
 
@@ -60,7 +61,8 @@ class Setting:
         self.values = rng.choice(["", "", *HOSTILE])
         if name in ILL_CONDITIONED.get(self.values, ()):
             self.values = ""
-        leaves = [HOSTILE[self.values](x.detach()).requires_grad_(x.requires_grad) if self.values and isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        leaves = [HOSTILE[self.values](x.detach()).requires_grad_(x.requires_grad)
+                  if self.values and isinstance(x, torch.Tensor) and x.is_floating_point() else x
                   for x in self.captured.example]  # fmt: skip
         self.captured.leaves = leaves
         inputs = [leaves[i] for i in self.captured.tensor_slots]

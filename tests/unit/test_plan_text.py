@@ -23,7 +23,10 @@ ROUND_TRIP = [
     ("0 replicas=2 # both\n\n# nothing\n2 @ [1]", "0  replicas=2\n2  @ [1]\n"),
     ("set order=1f1b bucket_bytes=77\n0 o=2", "set order=1f1b\nset bucket_bytes=77\n0  o=2\n"),
     ("0 o=2 store=o", "param:0.weight  d0=2 @ [0,1]\nparam:0.bias    d0=2 @ [0,1]\n0               o=2\n"),
-    ("0 o=2 store=whole keep=until_step", "param:0.weight  replicas=2 keep=until_step @ [0,1]\nparam:0.bias    replicas=2 keep=until_step @ [0,1]\n0               o=2 keep=until_step\n"),
+    (
+        "0 o=2 store=whole keep=until_step",
+        "param:0.weight  replicas=2 keep=until_step @ [0,1]\nparam:0.bias    replicas=2 keep=until_step @ [0,1]\n0               o=2 keep=until_step\n",
+    ),
     ("param:2.weight d1=2 @ [1,0]", "param:2.weight  d1=2 @ [1,0]\n"),
     ("2 o=2x2t\n* n=fed", "0  n=fed\n1  n=fed\n2  o=2x2t\n"),
 ]  # fmt: skip

@@ -47,7 +47,8 @@ def test_data_parallel_gradients_travel_in_buckets() -> None:
 
 def test_megatron_mlp_is_two_all_reduces() -> None:
     program = lowered(mlp(), "first replicas=2\nup o=2\n/relu d1=2\ndown i=2\nlast replicas=2", [4, 4])
-    inside = [(kind, name, pattern) for kind, name, pattern, _ in movements(program) if name in ("first", "up", "/relu", "down") or name.startswith(("param:up", "param:down"))]
+    block = ("first", "up", "/relu", "down")
+    inside = [(kind, name, pattern) for kind, name, pattern, _ in movements(program) if name in block or name.startswith(("param:up", "param:down"))]
     assert inside == [("fill", "down", "all_reduce"), ("grad_fill", "first", "all_reduce")]
 
 

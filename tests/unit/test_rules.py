@@ -98,7 +98,8 @@ def test_exclusive_and_coupled_factors_are_refused() -> None:
 
 def test_every_factor_of_every_operator_lowers() -> None:
     """Alone, in three parts, in two chunks."""
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5), nn.LayerNorm(5), nn.Softmax(-1))
+    stem = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*stem, nn.Flatten(), nn.Linear(36, 5), nn.LayerNorm(5), nn.Softmax(-1))
     graph = graph_of(model, torch.randn(4, 2, 6, 6))
     count = 0
     for op in graph.nodes:

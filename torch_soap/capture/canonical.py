@@ -7,6 +7,7 @@ reordering of dims is `permute`, every part of a dim is `narrow`, and random in-
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -112,7 +113,7 @@ def _tensor_split(e: Emitter, x: Any, sections: Any, dim: int = 0) -> list[Any]:
         sizes = [total // sections + (i < total % sections) for i in range(sections)]
     else:
         points = [0, *sections, total]
-        sizes = [max(b - a, 0) for a, b in zip(points[:-1], points[1:], strict=True)]
+        sizes = [max(b - a, 0) for a, b in itertools.pairwise(points)]
     return _sections(e, x, sizes, dim)
 
 

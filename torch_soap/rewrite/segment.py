@@ -68,9 +68,7 @@ def build_segment(program: _C.Program, rank_program: _C.RankProgram, segment: _C
     return fx.GraphModule(nn.Module(), fx_graph)
 
 
-def build_item(
-    program: _C.Program, node_id: int, tile: int, chunk: int, graph: Graph
-) -> tuple[fx.GraphModule, list[list[int]], list[str], list[bool]]:
+def build_item(program: _C.Program, node_id: int, tile: int, chunk: int, graph: Graph) -> tuple[fx.GraphModule, list[list[int]], list[str], list[bool]]:
     """One tile of one operator by itself, to be timed: the submodule, and shape, dtype and need of a gradient of each input."""
     item = _C.compute_item(program, node_id, tile, chunk)
     fx_graph = fx.Graph()

@@ -54,10 +54,7 @@ def conv(e: Emit, call: Call) -> fx.Node:
     else:
         pads = [0] * n if padding == "valid" else ints(padding, n, 0)
     boxes = call.box("input")[-n:]
-    borders = [
-        border(call.interval(name), s, p, d, k, box)
-        for name, s, p, d, k, box in zip(SPATIAL[n], stride, pads, dilation, kernel, boxes, strict=True)
-    ]
+    borders = [border(call.interval(name), s, p, d, k, box) for name, s, p, d, k, box in zip(SPATIAL[n], stride, pads, dilation, kernel, boxes, strict=True)]
     fn = (F.conv1d, F.conv2d, F.conv3d)[n - 1]
     groups = int(call.attr("groups", 1))
     if groups > 1:
@@ -107,10 +104,7 @@ def max_pool(e: Emit, call: Call) -> fx.Node:
     n = spatial_dims(call.node.target)
     kernel, stride, pads, dilation = pool_geometry(call, n)
     boxes = call.box(call.node.operand_names[0])[-n:]
-    borders = [
-        border(call.interval(name), s, p, d, k, box)
-        for name, s, p, d, k, box in zip(SPATIAL[n], stride, pads, dilation, kernel, boxes, strict=True)
-    ]
+    borders = [border(call.interval(name), s, p, d, k, box) for name, s, p, d, k, box in zip(SPATIAL[n], stride, pads, dilation, kernel, boxes, strict=True)]
     fn = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[n - 1]
     return e(fn, padded(e, first(call), borders, -math.inf), kernel, stride, 0, dilation)
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-
 HEADER_INTS = 128  # fixed size, so that ranks that disagree still meet
 
 

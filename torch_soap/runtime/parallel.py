@@ -252,7 +252,9 @@ class RunProgram(torch.autograd.Function):
     """The whole Program as one autograd node; its inputs are the module's inputs and Parameters."""
 
     @staticmethod
-    def forward(ctx: Any, parallel: Parallel, engine: Engine, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], num_inputs: int, *tensors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, parallel: Parallel, engine: Engine, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], num_inputs: int, *tensors: torch.Tensor
+    ) -> Any:
         seeds = None
         if engine.program.interleaved:
             share = 1.0 / parallel.comm.world_size
@@ -319,4 +321,3 @@ def structure_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a capture is bound to besides shapes: the structure of the call and its constants."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     return str(spec), tuple((leaf.dtype, leaf.dim(), leaf.requires_grad) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)
-
