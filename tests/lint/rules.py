@@ -44,6 +44,7 @@ SOURCES = {".h", ".cpp", ".cu", ".cuh", ".py", ".pyi"}
 TEXT = SOURCES | {".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".soap", ".sh", ""}
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(work|root|opt|home|mnt|srv|Users)/")
 
 
@@ -154,6 +155,16 @@ def unfinished(root: Path) -> list[str]:
         f"{path}:{number}: {match[1]} is a note to oneself; do it, or write what doesn't work in README"
         for path, number, line in lines_of(root, SOURCES)
         if path.parts[:2] != ("tests", "lint") and (match := UNFINISHED.search(line))
+    ]
+
+
+def dead_links(root: Path) -> list[str]:
+    """Relative links of the documents lead somewhere."""
+    return [
+        f"{path}:{number}: nothing is at {target}; write it, or take the link out"
+        for path, number, line in lines_of(root, {".md"})
+        for target in LINK.findall(line)
+        if "://" not in target and not (root / path.parent / target).exists()
     ]
 
 

@@ -21,6 +21,7 @@ LINTS: list[Lint] = [
     rules.stale_exceptions,
     rules.swallowed_errors,
     rules.unfinished,
+    rules.dead_links,
     rules.machine_paths,
 ]
 
@@ -58,6 +59,8 @@ PLANTED: list[tuple[Lint, str, str, str | None]] = [
     (rules.swallowed_errors, "torch_soap/a.py", "try:\n    f()\nexcept ValueError:\n    g()\n", None),
     (rules.unfinished, "csrc/sim/a.cpp", "int a;  // TODO faster\n", "a.cpp:1: TODO is a note to oneself"),
     (rules.unfinished, "torch_soap/a.py", "a = 1  # FIXME\n", "FIXME"),
+    (rules.dead_links, "docs/a.md", "see [this](b.md#part)\n", "a.md:1: nothing is at b.md"),
+    (rules.dead_links, "docs/a.md", "[here](a.md) and [there](https://example.org/a)\n", None),
     (rules.machine_paths, "docs/a.md", "see /home/me/data\n", "a.md:1: /home/"),
     (rules.machine_paths, "torch_soap/a.py", "PATH = '/opt/tool/bin'\n", "/opt/"),
     (rules.machine_paths, "torch_soap/a.py", "URL = 'https://example.org/work/a'\nP = Path.home() / '.cache'\n", None),
