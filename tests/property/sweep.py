@@ -30,7 +30,7 @@ HOSTILE = {
 # Where one process with permuted rows already moves by more than the bound: variances of zero, scores of 1e5, products of many factors.
 ILL_CONDITIONED = {
     "zeros": {"conv_bn", "batch_norms"},
-    "very negative": {"scans", "reductions", "products", "einsums", "causal", "chunked_qkv",
+    "very negative": {"batch_norms", "scans", "reductions", "products", "einsums", "causal", "chunked_qkv",
                       "gqa", "cross_attention", "hand_written_attention", "multihead", "encoder_layer", "attention_dropout"},
 }  # fmt: skip
 

@@ -97,13 +97,15 @@ def ce_count(e: Emit, call: Call) -> fx.Node:
     return captured_call(e, call)[0]
 
 
-def pick_logit(shifted: torch.Tensor, target: torch.Tensor, begin: int, end: int, dim: int) -> torch.Tensor:
-    """shifted[target] where the target lies in [begin, end), else 0."""
-    here = (target >= begin) & (target < end)
-    index = torch.where(here, target - begin, torch.zeros_like(target)).unsqueeze(dim)
-    if shifted.shape[dim] == 0:
-        return torch.zeros(target.shape, dtype=shifted.dtype)
-    picked = shifted.gather(dim, index).squeeze(dim)
+def pick_logit(shifted: torch.Tensor, target: torch.Tensor, runs: list[tuple[int, int]], dim: int) -> torch.Tensor:
+    """shifted[target] where the target lies in one of the runs of classes that are here, else 0."""
+    index, here, first = torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), 0
+    for begin, end in runs:
+        inside = (target >= begin) & (target < end)
+        index = torch.where(inside, target - (begin - first), index)
+        here = here | inside
+        first += end - begin
+    picked = shifted.gather(dim, index.unsqueeze(dim)).squeeze(dim)
     return torch.where(here, picked, torch.zeros_like(picked))
 
 
@@ -114,9 +116,8 @@ def join_rows(total_exp: torch.Tensor, picked: torch.Tensor, target: torch.Tenso
 
 @local("ce_pick")
 def ce_pick(e: Emit, call: Call) -> fx.Node:
-    begin, end = call.interval("v")
     dim = 0 if len(call.global_shape("input")) == 1 else 1
-    return e(pick_logit, call.operand("input"), call.operand("target"), begin, end, dim)
+    return e(pick_logit, call.operand("input"), call.operand("target"), list(call.sets["v"].runs), dim)
 
 
 @local("ce_join")

@@ -88,10 +88,18 @@ def put(target: torch.Tensor, index: list[tuple[int, Any]], piece: torch.Tensor,
     view[tuple(where)] = piece if how is None or current is None else how(current, piece)
 
 
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """With the strides of what comes by wire, also along dims of size 1, which `contiguous` leaves: kernels choose by strides how they
+    sum, and replicas must agree to the last bit."""
+    tensor = tensor.contiguous()
+    strides = [1] * tensor.dim()
+    for d in reversed(range(tensor.dim() - 1)):
+        strides[d] = strides[d + 1] * max(tensor.shape[d + 1], 1)
+    return tensor if list(tensor.stride()) == strides else tensor.as_strided(tensor.shape, strides)
+
+
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """1-D uint8. One element counts as contiguous whatever its stride, but is only viewed as bytes with stride 1."""
-    flat = tensor.contiguous().reshape(-1)
-    return (flat if flat.stride(0) == 1 else flat.clone().as_strided((flat.numel(),), (1,))).view(torch.uint8)
+    return dense(tensor).reshape(-1).view(torch.uint8)
 
 
 def plan_step(program: _C.Program, rank_program: _C.RankProgram, instruction: _C.Instruction, dtypes: dict[str, torch.dtype]) -> PlannedStep:
@@ -198,8 +206,7 @@ def combine(
                 offsets[m.peer] += num_bytes
                 piece = (raw if raw.storage_offset() % t.dtype.itemsize == 0 else raw.clone()).view(t.dtype).reshape(m.src_shape)
             if not m.dst_index and (target is None or how is not None):
-                # Contiguous, as what comes by wire is: kernels sum in an order that depends on strides, and replicas must agree.
-                piece = piece.contiguous()
+                piece = dense(piece)
                 target = piece if target is None else how(target, piece) if how is not None else piece
                 continue
             if target is None:
