@@ -16,7 +16,7 @@ class BuildWithExtension(build_py):
         from build import build
 
         super().run()
-        build(Path("build-pip").resolve(), (Path(self.build_lib) / "torch_soap").resolve())
+        build(Path("build").resolve(), (Path(self.build_lib) / "torch_soap").resolve())  # make's own folder: nothing is compiled twice
 
 
 setup(cmdclass={"build_py": BuildWithExtension}, has_ext_modules=lambda: True)
