@@ -1,4 +1,4 @@
-"""Programs as text. A change shows as a diff: `make golden-update` rewrites the files, review what changed."""
+"""Programs of small graphs as text. `SOAP_GOLDEN_UPDATE=1 pytest tests/golden` writes them anew; read the diff before you commit it."""
 
 from __future__ import annotations
 
@@ -7,41 +7,38 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from tests.unit.planning import graph_of, lowered
 from torch_soap import _C
-from torch_soap.capture import capture
-from torch_soap.rewrite.graph_import import to_op_graph
 
 FOLDER = Path(__file__).parent / "programs"
 
-MLP = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-CONV = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
 
-CASES = {
-    "ddp": (MLP, [(4, 6)], None, 2, "* n=fed"),
-    "megatron": (MLP, [(4, 6)], None, 2, "0 o=2 store=o\n2 i=2 store=i"),
-    "zero3": (MLP, [(4, 6)], None, 2, "0 n=fed store=shard keep=use\n2 n=fed store=shard keep=use\n* n=fed"),
-    "uneven_chunks_devices": (MLP, [(6, 6)], None, 3, "0 n=[0,1,6]x2t @ [2,0]\n2 o=2 @ [1,0]\n* n=fed"),
-    "pipeline_1f1b": (MLP, [(4, 6), (4,)], F.cross_entropy, 2, "set order=1f1b\n0 n=1x2t @ [0]\n1 n=1x2t @ [0]\n* n=1x2t @ [1]"),
-    "halo": (CONV, [(2, 2, 8, 8)], None, 2, "0 h=2\n1 h=2\n2 d2=2\n3 h=2\n* n=fed"),
-    "exchange_by_choice": (MLP, [(4, 6)], None, 2, "0 o=2\n2 i=2\nedge 2 -> out:0 via=exchange"),
+def mlp() -> _C.OpGraph:
+    return graph_of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(8, 4))
+
+
+def conv() -> _C.OpGraph:
+    return graph_of(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)), torch.randn(4, 2, 8, 8))
+
+
+PROGRAMS = {
+    "mlp_data_parallel": (mlp, "* n=fed"),
+    "mlp_megatron": (mlp, "0 o=2\n1 d1=2\n2 i=2"),
+    "mlp_fully_sharded": (mlp, "* n=fed store=shard keep=use"),
+    "mlp_chunks": (mlp, "0 n=1x2t @ [0]\n1 @ [0]\n2 n=1x2t @ [1]"),
+    "conv_halo_batch_norm": (conv, "0 h=[0,3,8]\n1 h=2"),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_program(name: str) -> None:
-    module, shapes, loss, world, text = CASES[name]
-    inputs = [torch.zeros(s) if len(s) > 1 else torch.zeros(s, dtype=torch.int64) for s in shapes]
-    captured = capture(module, tuple(inputs), loss=loss, check=False)
-    graph = to_op_graph(captured.instantiate(captured.inputs))
-    program = _C.lower(graph, _C.parse_plan(graph, text, world), [shapes[0][0] // world] * world)
-    ranks = "".join(_C.project(program, r).describe(program) for r in range(world))
-    got = f"# {text!r} on {world} devices\n\n{graph}\n{program}\n{ranks}"
+    make, text = PROGRAMS[name]
+    program = lowered(make(), text, [5, 3] if make is mlp else [2, 2])
+    found = "\n".join([text, "", str(program), *(_C.project(program, r).describe(program) for r in range(2))])
     path = FOLDER / f"{name}.txt"
-    if os.environ.get("UPDATE_GOLDEN"):
-        FOLDER.mkdir(exist_ok=True)
-        path.write_text(got)
-    assert path.exists(), f"no {path.name}: run make golden-update"
-    assert got == path.read_text()
+    if os.environ.get("SOAP_GOLDEN_UPDATE") == "1":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(found)
+    assert path.read_text() == found, f"if the new program is right: SOAP_GOLDEN_UPDATE=1 pytest {__file__}"
