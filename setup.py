@@ -1,5 +1,6 @@
 """`pip install --no-build-isolation .` into an environment that has torch >= 2.13, pybind11, cmake and ninja."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ class BuildWithExtension(build_py):
         from build import build
 
         super().run()
-        build(Path("build").resolve(), (Path(self.build_lib) / "torch_soap").resolve())  # make's own folder: nothing is compiled twice
+        # make's own folder, so that nothing is compiled twice.
+        build(Path(os.environ.get("SOAP_BUILD_DIR", "build")).resolve(), (Path(self.build_lib) / "torch_soap").resolve())
 
 
 setup(cmdclass={"build_py": BuildWithExtension}, has_ext_modules=lambda: True)
