@@ -50,7 +50,7 @@ test-long: build
 test-min-torch:
 	$(MAKE) env VENV=.venv-min TORCH=torch==2.13.0
 	SOAP_BUILD_DIR=build-min .venv-min/bin/python -m pip install --quiet --no-build-isolation --no-deps --upgrade --target build-min/site .
-	PYTHONPATH=build-min/site OMP_NUM_THREADS=1 .venv-min/bin/pytest -q --timeout=600 tests/tiny
+	PYTHONPATH=build-min/site:. OMP_NUM_THREADS=1 .venv-min/bin/pytest -q --timeout=600 tests/tiny
 
 lint: build
 	$(VENV)/bin/ruff check .
