@@ -271,8 +271,12 @@ class RunProgram(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        # once_differentiable would say nothing where the incoming gradient is a constant, and give zeros.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "[torch_soap] double backward (create_graph=True) doesn't go through the parallel program; compute such a term on the plain module"
+            )
         engine, state, world = ctx.engine, ctx.state, ctx.parallel.comm.world_size
         if state is None:
             raise RuntimeError("[torch_soap] backward a second time through the same forward: retain_graph isn't kept across the parallel program")
