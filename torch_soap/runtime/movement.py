@@ -187,7 +187,11 @@ def reduce_bucket(
 
 
 def combine(
-    t: PlannedTransfer, read: Callable[[int, torch.dtype], torch.Tensor], received: dict[int, torch.Tensor], offsets: dict[int, int], out: list[tuple[int, torch.Tensor]]
+    t: PlannedTransfer,
+    read: Callable[[int, torch.dtype], torch.Tensor],
+    received: dict[int, torch.Tensor],
+    offsets: dict[int, int],
+    out: list[tuple[int, torch.Tensor]],
 ) -> None:
     arriving: dict[int, list[PlannedMove]] = {}
     for m in t.moves:
