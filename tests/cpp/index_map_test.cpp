@@ -49,7 +49,7 @@ TEST(IndexMap, Window) {
       for (int64_t k = 0; k < m.kernel; ++k) add(o * m.stride - m.pad + k * m.dilation);
     });
     const IndexSet got = apply(m, IndexSet::interval(begin, end), size);
-    expect_hull(got, read, fmt::format("seed {}", seed));
+    expect_hull(got, read, "seed " + std::to_string(seed));
     // Exactly the window: first tap of the first output to last tap of the last, clipped.
     const int64_t lo = std::max<int64_t>(begin * m.stride - m.pad, 0), hi = std::min<int64_t>((end - 1) * m.stride - m.pad + m.dilation * (m.kernel - 1) + 1, size);
     EXPECT_EQ(got, lo < hi ? IndexSet::interval(lo, hi) : IndexSet()) << "seed " << seed;
@@ -71,7 +71,7 @@ TEST(IndexMap, TransposedWindow) {
         }
       }
     });
-    expect_hull(apply(m, IndexSet::interval(begin, end), size), read, fmt::format("seed {}", seed));
+    expect_hull(apply(m, IndexSet::interval(begin, end), size), read, "seed " + std::to_string(seed));
   }
 }
 
