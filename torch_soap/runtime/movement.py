@@ -13,6 +13,7 @@ from torch_soap.rewrite.segment import identity
 from torch_soap.runtime.comm import Comm
 
 Box = list[Any]
+ALIGNMENT = 64  # bytes, of torch's CPU allocator
 
 
 @dataclass
@@ -186,6 +187,11 @@ def reduce_bucket(
     return out
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values where a fresh tensor would lie: BLAS may sum in another order at another alignment, and replicas must not."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def combine(
     t: PlannedTransfer,
     read: Callable[[int, torch.dtype], torch.Tensor],
@@ -220,4 +226,4 @@ def combine(
             put(target, m.dst_index, piece, how)
         if target is None:
             target = torch.full(shape, identity(t.reduce, t.dtype), dtype=t.dtype)
-        out.append((value, target))
+        out.append((value, aligned(target)))
