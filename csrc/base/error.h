@@ -29,7 +29,7 @@ namespace detail {
 
 }  // namespace soap
 
-#define SOAP_CHECK(condition, ...)                                                                      \
-  do {                                                                                                  \
+#define SOAP_CHECK(condition, ...)                                                                            \
+  do {                                                                                                        \
     if (!(condition)) ::soap::detail::check_failed(__FILE__, __LINE__, #condition, fmt::format(__VA_ARGS__)); \
   } while (false)

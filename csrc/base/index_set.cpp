@@ -32,7 +32,9 @@ int64_t IndexSet::size() const {
   return n;
 }
 
-bool IndexSet::is_all(int64_t size) const { return *this == all(size); }
+bool IndexSet::is_all(int64_t size) const {
+  return *this == all(size);
+}
 
 bool IndexSet::contains(int64_t index) const {
   return std::any_of(runs_.begin(), runs_.end(), [&](const Run& r) { return r.begin <= index && index < r.end; });

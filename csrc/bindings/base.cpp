@@ -1,10 +1,9 @@
-#include "bindings/bindings.h"
-
 #include <pybind11/operators.h>
 #include <pybind11/stl.h>
 
 #include "base/error.h"
 #include "base/index_set.h"
+#include "bindings/bindings.h"
 
 namespace py = pybind11;
 
@@ -15,16 +14,20 @@ void bind_base(py::module_& m) {
   py::class_<IndexSet>(m, "IndexSet", "A set of indices of a dim or factor, as sorted disjoint runs.")
       .def(py::init<>())
       .def_static("interval", &IndexSet::interval, py::arg("begin"), py::arg("end"))
-      .def_static("from_runs", [](const std::vector<std::pair<int64_t, int64_t>>& runs) {
-        std::vector<Run> out;
-        for (const auto& [b, e] : runs) out.push_back({b, e});
-        return IndexSet::from_runs(std::move(out));
-      }, py::arg("runs"))
-      .def_property_readonly("runs", [](const IndexSet& s) {
-        std::vector<std::pair<int64_t, int64_t>> out;
-        for (const Run& r : s.runs()) out.emplace_back(r.begin, r.end);
-        return out;
-      })
+      .def_static(
+          "from_runs",
+          [](const std::vector<std::pair<int64_t, int64_t>>& runs) {
+            std::vector<Run> out;
+            for (const auto& [b, e] : runs) out.push_back({b, e});
+            return IndexSet::from_runs(std::move(out));
+          },
+          py::arg("runs"))
+      .def_property_readonly("runs",
+                             [](const IndexSet& s) {
+                               std::vector<std::pair<int64_t, int64_t>> out;
+                               for (const Run& r : s.runs()) out.emplace_back(r.begin, r.end);
+                               return out;
+                             })
       .def_property_readonly("begin", &IndexSet::begin)
       .def_property_readonly("end", &IndexSet::end)
       .def_property_readonly("is_interval", &IndexSet::is_interval)

@@ -1,7 +1,6 @@
-#include "bindings/bindings.h"
-
 #include <pybind11/stl.h>
 
+#include "bindings/bindings.h"
 #include "graph/op_graph.h"
 
 namespace py = pybind11;
@@ -44,16 +43,26 @@ void bind_graph(py::module_& m) {
       .def_readonly("tensors", &OpGraph::tensors)
       .def("find", &OpGraph::find, py::arg("name"))
       .def("add_tensor", &add_tensor, py::arg("shape"), py::arg("dtype"), py::arg("element_bytes"), py::arg("requires_grad"))
-      .def("add_node",
-           [](OpGraph& g, NodeKind kind, std::string name, std::string target, std::string family, std::vector<TensorId> inputs,
-              std::vector<std::string> operand_names, AttrMap attrs, std::vector<TensorId> outputs, std::string source, int sample_dim,
-              int origin, bool no_grad) {
-             return add_node(g, {.kind = kind, .name = std::move(name), .target = std::move(target), .family = std::move(family), .inputs = std::move(inputs),
-                                 .operand_names = std::move(operand_names), .attrs = std::move(attrs), .outputs = std::move(outputs), .source = std::move(source),
-                                 .sample_dim = sample_dim, .origin = origin, .no_grad = no_grad});
-           },
-           py::arg("kind"), py::arg("name"), py::arg("target"), py::arg("family"), py::arg("inputs"), py::arg("operand_names"), py::arg("attrs"),
-           py::arg("outputs"), py::arg("source"), py::arg("sample_dim"), py::arg("origin"), py::arg("no_grad"))
+      .def(
+          "add_node",
+          [](OpGraph& g, NodeKind kind, std::string name, std::string target, std::string family, std::vector<TensorId> inputs,
+             std::vector<std::string> operand_names, AttrMap attrs, std::vector<TensorId> outputs, std::string source, int sample_dim, int origin,
+             bool no_grad) {
+            return add_node(g, {.kind = kind,
+                                .name = std::move(name),
+                                .target = std::move(target),
+                                .family = std::move(family),
+                                .inputs = std::move(inputs),
+                                .operand_names = std::move(operand_names),
+                                .attrs = std::move(attrs),
+                                .outputs = std::move(outputs),
+                                .source = std::move(source),
+                                .sample_dim = sample_dim,
+                                .origin = origin,
+                                .no_grad = no_grad});
+          },
+          py::arg("kind"), py::arg("name"), py::arg("target"), py::arg("family"), py::arg("inputs"), py::arg("operand_names"), py::arg("attrs"),
+          py::arg("outputs"), py::arg("source"), py::arg("sample_dim"), py::arg("origin"), py::arg("no_grad"))
       .def("__str__", [](const OpGraph& g) { return to_string(g); });
 }
 

@@ -1,7 +1,6 @@
-#include "bindings/bindings.h"
-
 #include <pybind11/stl.h>
 
+#include "bindings/bindings.h"
 #include "plan/plan_text.h"
 
 namespace py = pybind11;

@@ -1,10 +1,9 @@
-#include "bindings/bindings.h"
-
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <optional>
 
+#include "bindings/bindings.h"
 #include "program/project.h"
 
 namespace py = pybind11;
@@ -26,7 +25,10 @@ void bind_program(py::module_& m) {
       .def_readonly("copies", &CopyGroup::copies)
       .def_readonly("grad", &CopyGroup::grad)
       .def_readonly("keep", &CopyGroup::keep);
-  py::class_<Movement>(m, "Movement").def_readonly("pattern", &Movement::pattern).def_readonly("ranks", &Movement::ranks).def_readonly("elements", &Movement::elements);
+  py::class_<Movement>(m, "Movement")
+      .def_readonly("pattern", &Movement::pattern)
+      .def_readonly("ranks", &Movement::ranks)
+      .def_readonly("elements", &Movement::elements);
   py::class_<Program>(m, "Program", "The ordered steps that a strategy means; the same for every rank.")
       .def_readonly("graph", &Program::graph)
       .def_readonly("world_size", &Program::world_size)
@@ -37,8 +39,9 @@ void bind_program(py::module_& m) {
       .def_readonly("tiles", &Program::tiles)
       .def_readonly("groups", &Program::groups)
       .def_readonly("steps", &Program::steps)
-      .def("movement", [](const Program& p, StepKind kind, const StepItem& item) { return item_movement(p, kind, item, item_pieces(p, kind, item)); },
-           py::arg("kind"), py::arg("item"))
+      .def(
+          "movement", [](const Program& p, StepKind kind, const StepItem& item) { return item_movement(p, kind, item, item_pieces(p, kind, item)); },
+          py::arg("kind"), py::arg("item"))
       .def("__str__", [](const Program& p) { return to_string(p); });
   m.def("lower", &lower, py::arg("graph"), py::arg("strategy"), py::arg("rows"), py::call_guard<py::gil_scoped_release>());
 
@@ -109,18 +112,22 @@ void bind_program(py::module_& m) {
       .def_readonly("sets", &TileBoxes::sets)
       .def_readonly("operand_boxes", &TileBoxes::operand_boxes)
       .def_readonly("result_boxes", &TileBoxes::result_boxes);
-  m.def("compute_item", [](const Program& p, NodeId node, int tile, int chunk) {
-    const Rule& rule = p.rules.at(node);
-    const Node& n = p.graph.nodes.at(node);
-    TileBoxes out{.sets = factor_sets(rule, p.tilings[node], tile, chunk)};
-    for (size_t i = 0; i < n.inputs.size(); ++i) {
-      const Operand& o = rule.operands[i];
-      const bool here = std::all_of(o.anchors.begin(), o.anchors.end(), [&](int f) { return out.sets[f].contains(0); });
-      out.operand_boxes.push_back(here ? std::optional(box_of(o.dims, rule, p.graph.input(n, static_cast<int>(i)).shape, out.sets)) : std::nullopt);
-    }
-    for (size_t r = 0; r < n.outputs.size(); ++r) out.result_boxes.push_back(box_of(rule.results[r].dims, rule, p.graph.output(n, static_cast<int>(r)).shape, out.sets));
-    return out;
-  }, py::arg("program"), py::arg("node"), py::arg("tile"), py::arg("chunk"));
+  m.def(
+      "compute_item",
+      [](const Program& p, NodeId node, int tile, int chunk) {
+        const Rule& rule = p.rules.at(node);
+        const Node& n = p.graph.nodes.at(node);
+        TileBoxes out{.sets = factor_sets(rule, p.tilings[node], tile, chunk)};
+        for (size_t i = 0; i < n.inputs.size(); ++i) {
+          const Operand& o = rule.operands[i];
+          const bool here = std::all_of(o.anchors.begin(), o.anchors.end(), [&](int f) { return out.sets[f].contains(0); });
+          out.operand_boxes.push_back(here ? std::optional(box_of(o.dims, rule, p.graph.input(n, static_cast<int>(i)).shape, out.sets)) : std::nullopt);
+        }
+        for (size_t r = 0; r < n.outputs.size(); ++r)
+          out.result_boxes.push_back(box_of(rule.results[r].dims, rule, p.graph.output(n, static_cast<int>(r)).shape, out.sets));
+        return out;
+      },
+      py::arg("program"), py::arg("node"), py::arg("tile"), py::arg("chunk"));
   m.def("project", &project, py::arg("program"), py::arg("rank"), py::call_guard<py::gil_scoped_release>());
 }
 

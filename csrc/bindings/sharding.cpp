@@ -1,8 +1,7 @@
-#include "bindings/bindings.h"
-
 #include <pybind11/operators.h>
 #include <pybind11/stl.h>
 
+#include "bindings/bindings.h"
 #include "sharding/expand.h"
 #include "sharding/rule.h"
 #include "sharding/tiling.h"
@@ -29,7 +28,9 @@ void bind_sharding(py::module_& m) {
       .def_readonly("kind", &Factor::kind)
       .def_readonly("cut", &Factor::cut)
       .def_readonly("unit", &Factor::unit);
-  py::class_<DimExpr>(m, "DimExpr").def_readonly("factors", &DimExpr::factors).def_property_readonly("mapped", [](const DimExpr& d) { return d.map.has_value(); });
+  py::class_<DimExpr>(m, "DimExpr").def_readonly("factors", &DimExpr::factors).def_property_readonly("mapped", [](const DimExpr& d) {
+    return d.map.has_value();
+  });
   py::class_<Operand>(m, "Operand").def_readonly("dims", &Operand::dims).def_readonly("anchors", &Operand::anchors);
   py::class_<Result>(m, "Result").def_readonly("dims", &Result::dims).def_readonly("reduce", &Result::reduce);
   py::class_<Rule>(m, "Rule")
@@ -66,12 +67,14 @@ void bind_sharding(py::module_& m) {
              for (const auto& [factor, cut] : cuts) c.cuts.push_back({factor, cut});
              return c;
            }),
-           py::arg("cuts") = std::vector<std::pair<std::string, Cut>>{}, py::arg("devices") = std::vector<int>{}, py::arg("replicas") = 1, py::arg("keep") = Keep::kUntilBackward)
-      .def_property_readonly("cuts", [](const OpConfig& c) {
-        std::vector<std::pair<std::string, Cut>> out;
-        for (const FactorCut& f : c.cuts) out.emplace_back(f.factor, f.cut);
-        return out;
-      })
+           py::arg("cuts") = std::vector<std::pair<std::string, Cut>>{}, py::arg("devices") = std::vector<int>{}, py::arg("replicas") = 1,
+           py::arg("keep") = Keep::kUntilBackward)
+      .def_property_readonly("cuts",
+                             [](const OpConfig& c) {
+                               std::vector<std::pair<std::string, Cut>> out;
+                               for (const FactorCut& f : c.cuts) out.emplace_back(f.factor, f.cut);
+                               return out;
+                             })
       .def_readwrite("devices", &OpConfig::devices)
       .def_readwrite("replicas", &OpConfig::replicas)
       .def_readwrite("keep", &OpConfig::keep)
@@ -80,20 +83,26 @@ void bind_sharding(py::module_& m) {
   py::class_<Strategy>(m, "Strategy")
       .def(py::init([](int world_size) { return Strategy{.world_size = world_size}; }), py::arg("world_size") = 1)
       .def("copy", [](const Strategy& s) { return s; })
-      .def("remove", [](Strategy& s, const std::string& name) { s.nodes.erase(name); }, py::arg("name"))
-      .def_property_readonly("names", [](const Strategy& s) {
-        std::vector<std::string> out;
-        for (const auto& [name, config] : s.nodes) out.push_back(name);
-        return out;
-      })
+      .def(
+          "remove", [](Strategy& s, const std::string& name) { s.nodes.erase(name); }, py::arg("name"))
+      .def_property_readonly("names",
+                             [](const Strategy& s) {
+                               std::vector<std::string> out;
+                               for (const auto& [name, config] : s.nodes) out.push_back(name);
+                               return out;
+                             })
       .def_readwrite("world_size", &Strategy::world_size)
       .def_readwrite("nodes", &Strategy::nodes)
-      .def("set", [](Strategy& s, const std::string& name, OpConfig c) { s.nodes[name] = std::move(c); }, py::arg("name"), py::arg("config"))
-      .def("keep_storage", [](Strategy& s, const std::string& name, const Sharding& sharding) {
-        auto& parts = s.stored[name];
-        parts.clear();
-        for (const Coord& c : sharding.coords) parts.push_back({c.box, c.devices});
-      }, py::arg("name"), py::arg("sharding"))
+      .def(
+          "set", [](Strategy& s, const std::string& name, OpConfig c) { s.nodes[name] = std::move(c); }, py::arg("name"), py::arg("config"))
+      .def(
+          "keep_storage",
+          [](Strategy& s, const std::string& name, const Sharding& sharding) {
+            auto& parts = s.stored[name];
+            parts.clear();
+            for (const Coord& c : sharding.coords) parts.push_back({c.box, c.devices});
+          },
+          py::arg("name"), py::arg("sharding"))
       .def_readwrite("order", &Strategy::order)
       .def_readwrite("bucket_bytes", &Strategy::bucket_bytes)
       .def(py::self == py::self);

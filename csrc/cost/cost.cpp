@@ -19,9 +19,12 @@ std::string digest(const AttrMap& attrs) {
     out += std::visit(
         [&](const auto& v) -> std::string {
           using T = std::decay_t<decltype(v)>;
-          if constexpr (std::is_same_v<T, std::monostate>) return "";
-          else if constexpr (std::is_same_v<T, std::vector<int64_t>> || std::is_same_v<T, std::vector<double>>) return fmt::format("{}={} ", name, fmt::join(v, ","));
-          else return fmt::format("{}={} ", name, v);
+          if constexpr (std::is_same_v<T, std::monostate>)
+            return "";
+          else if constexpr (std::is_same_v<T, std::vector<int64_t>> || std::is_same_v<T, std::vector<double>>)
+            return fmt::format("{}={} ", name, fmt::join(v, ","));
+          else
+            return fmt::format("{}={} ", name, v);
         },
         value);
   }

@@ -32,25 +32,20 @@ std::optional<NodeId> OpGraph::find(std::string_view name) const {
 
 TensorId add_tensor(OpGraph& graph, std::vector<int64_t> shape, const std::string& dtype, int64_t element_bytes, bool requires_grad) {
   const auto id = static_cast<TensorId>(graph.tensors.size());
-  graph.tensors.push_back({.id = id,
-                           .shape = std::move(shape),
-                           .dtype = dtype,
-                           .element_bytes = element_bytes,
-                           .requires_grad = requires_grad});
+  graph.tensors.push_back({.id = id, .shape = std::move(shape), .dtype = dtype, .element_bytes = element_bytes, .requires_grad = requires_grad});
   return id;
 }
 
 NodeId add_node(OpGraph& graph, Node node) {
   node.id = static_cast<NodeId>(graph.nodes.size());
   for (TensorId t : node.inputs) {
-    SOAP_CHECK(t >= 0 && t < static_cast<int>(graph.tensors.size()) && graph.tensors[t].producer >= 0,
-               "[graph] {} reads tensor {} before it is made", node.name, t);
+    SOAP_CHECK(t >= 0 && t < static_cast<int>(graph.tensors.size()) && graph.tensors[t].producer >= 0, "[graph] {} reads tensor {} before it is made",
+               node.name, t);
   }
   if (node.operand_names.empty()) {
     for (size_t i = 0; i < node.inputs.size(); ++i) node.operand_names.push_back(fmt::format("{}", i));
   }
-  SOAP_CHECK(node.operand_names.size() == node.inputs.size(), "[graph] {}: {} names for {} operands", node.name,
-             node.operand_names.size(), node.inputs.size());
+  SOAP_CHECK(node.operand_names.size() == node.inputs.size(), "[graph] {}: {} names for {} operands", node.name, node.operand_names.size(), node.inputs.size());
   for (size_t i = 0; i < node.outputs.size(); ++i) {
     Tensor& t = graph.tensors.at(node.outputs[i]);
     SOAP_CHECK(t.producer < 0, "[graph] tensor {} is made by {} and {}", t.id, t.producer, node.id);

@@ -34,17 +34,17 @@ struct Tensor {
 struct Node {
   NodeId id = -1;
   NodeKind kind = NodeKind::kOp;
-  std::string name;                        // unique; the key of plans: "features.0", "param:features.0.weight", "in:0", "out:0"
-  std::string target;                      // canonical operator: "conv2d", "add"; "" for params and feeds
-  std::string family;                      // "pointwise" or ""
+  std::string name;    // unique; the key of plans: "features.0", "param:features.0.weight", "in:0", "out:0"
+  std::string target;  // canonical operator: "conv2d", "add"; "" for params and feeds
+  std::string family;  // "pointwise" or ""
   std::vector<TensorId> inputs;
   std::vector<std::string> operand_names;  // schema argument of each input: "weight", "tensors[1]"
   AttrMap attrs;                           // the other arguments by schema name, defaults filled in
   std::vector<TensorId> outputs;
-  std::string source;                      // the user's line
-  int sample_dim = -1;                     // feeds and returns: the dim that moves with the batch, -1 when none
-  int origin = -1;                         // index of the captured node that this one computes, -1 when made by an expansion
-  bool no_grad = false;                    // inside a no_grad region
+  std::string source;    // the user's line
+  int sample_dim = -1;   // feeds and returns: the dim that moves with the batch, -1 when none
+  int origin = -1;       // index of the captured node that this one computes, -1 when made by an expansion
+  bool no_grad = false;  // inside a no_grad region
 
   // Index of the operand that is the schema argument `name`, or -1.
   int operand(std::string_view name) const;

@@ -37,8 +37,7 @@ struct Words4 {
   uint32_t word[4];
 };
 
-SOAP_HOST_DEVICE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t key0,
-                                   uint32_t key1) {
+SOAP_HOST_DEVICE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t key0, uint32_t key1) {
   const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
   const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
   c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;

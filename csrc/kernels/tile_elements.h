@@ -27,8 +27,7 @@ struct TileElements {
 
 // `runs` is flat: begin, end, begin, end, ... for dim 0, then dim 1, ...; runs_per_dim[d] counts those of dim d.
 // Throws std::invalid_argument where a run leaves [0, global_sizes[d]) or the lists don't fit together.
-TileElements tile_elements(const std::vector<int64_t>& global_sizes, const std::vector<int64_t>& runs,
-                           const std::vector<int64_t>& runs_per_dim);
+TileElements tile_elements(const std::vector<int64_t>& global_sizes, const std::vector<int64_t>& runs, const std::vector<int64_t>& runs_per_dim);
 
 // Index of the piece that holds local position `local`.
 inline std::size_t piece_at(const TileElements::Dim& dim, int64_t local) {

@@ -37,7 +37,8 @@ int64_t movement_ns(const Machine& machine, const std::string& kind, const std::
     if (bytes >= b1) {  // beyond the last point: by its bandwidth
       return n1 + static_cast<int64_t>(static_cast<double>(bytes - b1) * static_cast<double>(std::max<int64_t>(n1 - n0, 1)) / static_cast<double>(b1 - b0));
     }
-    const double x = (std::log(static_cast<double>(bytes)) - std::log(static_cast<double>(b0))) / (std::log(static_cast<double>(b1)) - std::log(static_cast<double>(b0)));
+    const double x =
+        (std::log(static_cast<double>(bytes)) - std::log(static_cast<double>(b0))) / (std::log(static_cast<double>(b1)) - std::log(static_cast<double>(b0)));
     return static_cast<int64_t>(std::exp((1 - x) * std::log(static_cast<double>(n0)) + x * std::log(static_cast<double>(n1))));
   }
   const Link& link = hosts > 1 ? machine.inter : machine.intra;

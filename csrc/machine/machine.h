@@ -19,12 +19,12 @@ using SizeTable = std::vector<std::pair<int64_t, int64_t>>;
 
 struct Machine {
   std::string name = "host";
-  std::vector<int> host_of;            // per device
-  double flops_per_s = 50e9;           // that a contraction reaches, per device, all devices busy
-  double memory_bytes_per_s = 8e9;     // that elementwise work reaches, per device, all devices busy
-  double op_overhead_ns = 15e3;        // of one operator
-  int64_t memory_bytes = 8LL << 30;    // per device
-  bool overlap = false;                // communication runs beside compute
+  std::vector<int> host_of;          // per device
+  double flops_per_s = 50e9;         // that a contraction reaches, per device, all devices busy
+  double memory_bytes_per_s = 8e9;   // that elementwise work reaches, per device, all devices busy
+  double op_overhead_ns = 15e3;      // of one operator
+  int64_t memory_bytes = 8LL << 30;  // per device
+  bool overlap = false;              // communication runs beside compute
   Link intra{20e3, 2e9}, inter{100e3, 1e9};
   // By "<kind>/<ranks>/<hosts>", kind exchange (bytes that one rank sends) or all_reduce (bytes of the tensor).
   std::map<std::string, SizeTable> tables;

@@ -69,7 +69,8 @@ Cut parse_cut(const Line& line, std::string_view text, int world_size) {
   }
   if (!text.empty() && text.back() == 't') {
     const size_t x = text.rfind('x');
-    cut.chunks = static_cast<int>(number(line, text.substr(x == std::string_view::npos ? 0 : x + 1, text.size() - 1 - (x == std::string_view::npos ? 0 : x + 1))));
+    cut.chunks =
+        static_cast<int>(number(line, text.substr(x == std::string_view::npos ? 0 : x + 1, text.size() - 1 - (x == std::string_view::npos ? 0 : x + 1))));
     text = x == std::string_view::npos ? std::string_view("1") : text.substr(0, x);
   }
   if (text == "fed") {
@@ -134,10 +135,14 @@ void apply_setting(const Line& line, const std::vector<std::string>& words, Stra
   for (size_t i = 1; i < words.size(); ++i) {
     const size_t eq = words[i].find('=');
     const std::string key = words[i].substr(0, eq), value = eq == std::string::npos ? "" : words[i].substr(eq + 1);
-    if (key == "order" && value == "gpipe") strategy.order = Order::kForwardThenBackward;
-    else if (key == "order" && value == "1f1b") strategy.order = Order::kInterleaved;
-    else if (key == "bucket_bytes") strategy.bucket_bytes = number(line, value);
-    else fail(line, fmt::format("unknown setting \"{}\"; there are order=gpipe|1f1b and bucket_bytes=N", words[i]));
+    if (key == "order" && value == "gpipe")
+      strategy.order = Order::kForwardThenBackward;
+    else if (key == "order" && value == "1f1b")
+      strategy.order = Order::kInterleaved;
+    else if (key == "bucket_bytes")
+      strategy.bucket_bytes = number(line, value);
+    else
+      fail(line, fmt::format("unknown setting \"{}\"; there are order=gpipe|1f1b and bucket_bytes=N", words[i]));
   }
 }
 
@@ -150,7 +155,8 @@ void apply_edge(const Line& line, const std::vector<std::string>& words, const O
   if (!graph.find(words[1]) || !consumer) fail(line, fmt::format("there is no operator or parameter {}", graph.find(words[1]) ? words[3] : words[1]));
   std::vector<std::string> sources;
   for (TensorId t : graph.nodes[*consumer].inputs) sources.push_back(graph.nodes[graph.tensors[t].producer].name);
-  if (!std::count(sources.begin(), sources.end(), words[1])) fail(line, fmt::format("{} doesn't read {}; it reads {}", words[3], words[1], fmt::join(sources, ", ")));
+  if (!std::count(sources.begin(), sources.end(), words[1]))
+    fail(line, fmt::format("{} doesn't read {}; it reads {}", words[3], words[1], fmt::join(sources, ", ")));
   strategy.edges[{words[1], words[3]}] = words[4] == "via=exchange" ? Via::kExchange : Via::kAuto;
 }
 
@@ -317,7 +323,9 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
       strategy.nodes[lines[i].pattern] = lines[i].config;
       continue;
     }
-    const bool shadowed = std::any_of(graph.nodes.begin(), graph.nodes.end(), [&](const Node& n) { return (n.kind == NodeKind::kOp || n.kind == NodeKind::kParam) && matches(lines[i].pattern, n.name); });
+    const bool shadowed = std::any_of(graph.nodes.begin(), graph.nodes.end(), [&](const Node& n) {
+      return (n.kind == NodeKind::kOp || n.kind == NodeKind::kParam) && matches(lines[i].pattern, n.name);
+    });
     if (shadowed && lines[i].is_pattern()) continue;  // earlier lines took all that it fits
     fail(lines[i], shadowed ? fmt::format("an earlier line already configures {}", lines[i].pattern)
                             : fmt::format("there is no operator or parameter {}; there are {}", lines[i].pattern, known_names(graph, lines[i].pattern)));
@@ -328,7 +336,9 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
 std::string print_config(const OpConfig& config) {
   std::vector<std::string> words;
   for (const FactorCut& c : config.cuts) {
-    std::string text = c.cut.fed ? "fed" : c.cut.bounds.empty() ? fmt::format("{}{}", c.cut.tiles, c.cut.zigzag ? "z" : "") : fmt::format("[{}]", fmt::join(c.cut.bounds, ","));
+    std::string text = c.cut.fed              ? "fed"
+                       : c.cut.bounds.empty() ? fmt::format("{}{}", c.cut.tiles, c.cut.zigzag ? "z" : "")
+                                              : fmt::format("[{}]", fmt::join(c.cut.bounds, ","));
     if (c.cut.chunks > 1) text += fmt::format("x{}t", c.cut.chunks);
     if (!c.cut.radix.empty()) text += fmt::format(":{}", fmt::join(c.cut.radix, "."));
     words.push_back(fmt::format("{}={}", c.factor, text));

@@ -79,7 +79,8 @@ void build_layouts(Program& p, const Strategy& strategy) {
         p.groups_of[t].push_back(id);
       }
       const bool writes = node.kind == NodeKind::kReturn && node.target == "buffer_write";
-      const bool grad = g.tensors[t].requires_grad && rule.operands[i].differentiable && !writes && (node.kind == NodeKind::kReturn || p.differentiable[node.id]);
+      const bool grad =
+          g.tensors[t].requires_grad && rule.operands[i].differentiable && !writes && (node.kind == NodeKind::kReturn || p.differentiable[node.id]);
       p.groups[id].grad = p.groups[id].grad || grad;
       const auto edge = strategy.edges.find({g.nodes[g.tensors[t].producer].name, node.name});
       if (edge != strategy.edges.end()) p.groups[id].via = edge->second;
@@ -141,7 +142,7 @@ std::vector<int> devices_of(const std::vector<Piece>& pieces) {
 struct TaskBuilder {
   Program& p;
   std::vector<Task> forward, backward;
-  std::map<std::pair<int, int>, int> compute, fill;          // (node, chunk), (group, tag) -> forward task
+  std::map<std::pair<int, int>, int> compute, fill;            // (node, chunk), (group, tag) -> forward task
   std::map<std::pair<int, int>, int> compute_back, grad_fill;  // (node, chunk), (group, producer chunk) -> backward task
 
   double phase(const Node& n, int chunk) const { return static_cast<double>(chunk) / p.tilings[n.id].chunks(); }
@@ -194,7 +195,12 @@ struct TaskBuilder {
         }
         if (n.kind != NodeKind::kOp) continue;
         const int id = static_cast<int>(forward.size());
-        forward.push_back({.step = {StepKind::kCompute, {{n.id, c}}}, .after = after, .devices = node_devices(n), .phase = phase(n, c), .rank = n.id * 2 + 1, .work = work(n)});
+        forward.push_back({.step = {StepKind::kCompute, {{n.id, c}}},
+                           .after = after,
+                           .devices = node_devices(n),
+                           .phase = phase(n, c),
+                           .rank = n.id * 2 + 1,
+                           .work = work(n)});
         compute[{n.id, c}] = id;
       }
     }
@@ -239,7 +245,8 @@ struct TaskBuilder {
             }
           }
           compute_back[{n->id, c}] = static_cast<int>(backward.size());
-          backward.push_back({.step = {StepKind::kComputeBackward, {{n->id, c}}}, .after = after, .devices = node_devices(*n), .work = 2 * work(*n), .backward = true});
+          backward.push_back(
+              {.step = {StepKind::kComputeBackward, {{n->id, c}}}, .after = after, .devices = node_devices(*n), .work = 2 * work(*n), .backward = true});
         }
       }
       // All of this node's readers come later in the graph, so what it reads may be brought home once they are done: one task per
@@ -264,7 +271,8 @@ struct TaskBuilder {
         }
       }
       grad_fill[{g, chunk}] = static_cast<int>(backward.size());
-      backward.push_back({.step = {StepKind::kGradFill, {{g, chunk}}}, .after = {after.begin(), after.end()}, .devices = devices_of(pieces), .work = 0, .backward = true});
+      backward.push_back(
+          {.step = {StepKind::kGradFill, {{g, chunk}}}, .after = {after.begin(), after.end()}, .devices = devices_of(pieces), .work = 0, .backward = true});
     }
   }
 };
@@ -398,8 +406,13 @@ Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& row
     user_error("[lower] {} processes feed rows, the plan is for {} devices", rows.size(), strategy.world_size);
   }
   Resolved r = resolve(graph, strategy, rows);
-  Program p{.graph = std::move(r.graph), .world_size = strategy.world_size, .rows = rows, .interleaved = strategy.order == Order::kInterleaved,
-            .rules = std::move(r.rules), .tilings = std::move(r.tilings), .fed = std::move(r.fed)};
+  Program p{.graph = std::move(r.graph),
+            .world_size = strategy.world_size,
+            .rows = rows,
+            .interleaved = strategy.order == Order::kInterleaved,
+            .rules = std::move(r.rules),
+            .tilings = std::move(r.tilings),
+            .fed = std::move(r.fed)};
   for (const Node& n : p.graph.nodes) {
     bool grad = false;
     for (size_t i = 0; i < n.outputs.size(); ++i) grad = grad || (p.graph.tensors[n.outputs[i]].requires_grad && p.rules[n.id].results[i].differentiable);
@@ -412,7 +425,8 @@ Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& row
     for (const Node& n : p.graph.nodes) {
       if (n.kind != NodeKind::kReturn || n.target == "buffer_write" || !p.graph.input(n, 0).requires_grad) continue;
       ++scalars;
-      if (numel(p.graph.input(n, 0).shape) != 1) user_error("[plan] order 1f1b needs the loss inside: output {} has {} elements", n.name, numel(p.graph.input(n, 0).shape));
+      if (numel(p.graph.input(n, 0).shape) != 1)
+        user_error("[plan] order 1f1b needs the loss inside: output {} has {} elements", n.name, numel(p.graph.input(n, 0).shape));
     }
     if (scalars != 1) user_error("[plan] order 1f1b needs exactly one scalar output with a gradient, there are {}", scalars);
   }

@@ -48,18 +48,18 @@ struct Step {
 };
 
 struct Program {
-  OpGraph graph;                 // after expansion
+  OpGraph graph;  // after expansion
   int world_size = 1;
   FedRows rows;
-  bool interleaved = false;      // forward and backward steps in one order (1F1B)
-  std::vector<Rule> rules;       // per node
-  std::vector<Tiling> tilings;   // per node
-  std::vector<FedFactor> fed;    // per node: where the sample dim is; factor -1 when nowhere
-  std::vector<Sharding> tiles;   // per tensor: how its producer lays it out
+  bool interleaved = false;     // forward and backward steps in one order (1F1B)
+  std::vector<Rule> rules;      // per node
+  std::vector<Tiling> tilings;  // per node
+  std::vector<FedFactor> fed;   // per node: where the sample dim is; factor -1 when nowhere
+  std::vector<Sharding> tiles;  // per tensor: how its producer lays it out
   std::vector<CopyGroup> groups;
   std::vector<std::vector<int>> groups_of;  // per tensor
   std::vector<char> differentiable;         // per node: has a backward step
-  std::vector<Step> steps;       // forward first unless interleaved
+  std::vector<Step> steps;                  // forward first unless interleaved
 };
 
 // Lowers a strategy. Throws std::invalid_argument where the strategy isn't legal (plan line and what would be), InternalError where our

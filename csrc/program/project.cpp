@@ -10,7 +10,9 @@
 namespace soap {
 namespace {
 
-bool holds(const Coord& c, int rank) { return std::count(c.devices.begin(), c.devices.end(), rank) > 0; }
+bool holds(const Coord& c, int rank) {
+  return std::count(c.devices.begin(), c.devices.end(), rank) > 0;
+}
 
 struct Projector {
   const Program& p;
@@ -113,9 +115,7 @@ struct Projector {
     const Movement m = item_movement(p, kind, item, pieces);
     const Sharding &from = back ? g.copies : p.tiles[g.tensor], &to = back ? p.tiles[g.tensor] : g.copies;
     Transfer t{.item = item, .pattern = m.pattern, .reduce = back ? Reduce::kSum : from.partial, .ranks = m.ranks, .elements = m.elements};
-    const auto value = [&](bool copy, int coord) {
-      return copy ? copy_values.at({item.id, coord}) : tile_values.at({g.tensor, coord});
-    };
+    const auto value = [&](bool copy, int coord) { return copy ? copy_values.at({item.id, coord}) : tile_values.at({g.tensor, coord}); };
     std::set<int> results;
     for (const Piece& x : pieces) {
       if (x.from != rank() && x.to != rank()) continue;
@@ -145,7 +145,8 @@ struct Projector {
   }
 
   Instruction movement(int step) const {
-    static const std::map<StepKind, InstructionKind> kinds{{StepKind::kFill, InstructionKind::kFill}, {StepKind::kGradFill, InstructionKind::kGradFill}, {StepKind::kRefill, InstructionKind::kRefill}};
+    static const std::map<StepKind, InstructionKind> kinds{
+        {StepKind::kFill, InstructionKind::kFill}, {StepKind::kGradFill, InstructionKind::kGradFill}, {StepKind::kRefill, InstructionKind::kRefill}};
     Instruction out{.kind = kinds.at(p.steps[step].kind), .step = step};
     std::set<int> ranks;
     for (const StepItem& item : p.steps[step].items) {
@@ -214,7 +215,11 @@ struct Projector {
       const Step& step = p.steps[s];
       if (step.kind == StepKind::kCompute) {
         const auto [node, chunk] = step.items[0];
-        Event e{.items = compute_items(node, chunk), .replicated = p.tilings[node].replicas > 1, .devices = p.tilings[node].devices, .step = static_cast<int>(s), .differentiable = p.differentiable[node] != 0};
+        Event e{.items = compute_items(node, chunk),
+                .replicated = p.tilings[node].replicas > 1,
+                .devices = p.tilings[node].devices,
+                .step = static_cast<int>(s),
+                .differentiable = p.differentiable[node] != 0};
         if (e.items.empty()) continue;
         e.forward = static_cast<int>(sequence.size());
         event_of[{node, chunk}] = static_cast<int>(events.size());
@@ -299,7 +304,8 @@ struct Projector {
       seg.inputs.assign(inputs.begin(), inputs.end());
       for (int v : made[s]) {
         const auto it = readers.find(v);
-        const bool outside = moved.count(v) || (it != readers.end() && std::any_of(it->second.begin(), it->second.end(), [&](int r) { return r != static_cast<int>(s); }));
+        const bool outside =
+            moved.count(v) || (it != readers.end() && std::any_of(it->second.begin(), it->second.end(), [&](int r) { return r != static_cast<int>(s); }));
         if (outside) seg.outputs.push_back(v);
       }
     }
@@ -374,7 +380,8 @@ std::string to_string(const Program& p, const RankProgram& r) {
     switch (i.kind) {
       case InstructionKind::kSegment:
         out += fmt::format("  segment {}:", i.segment);
-        for (const ComputeItem& item : r.segments[i.segment].items) out += fmt::format(" {}#{}.{}{}", p.graph.nodes[item.node].name, item.chunk, item.tile, item.empty ? "(empty)" : "");
+        for (const ComputeItem& item : r.segments[i.segment].items)
+          out += fmt::format(" {}#{}.{}{}", p.graph.nodes[item.node].name, item.chunk, item.tile, item.empty ? "(empty)" : "");
         break;
       case InstructionKind::kSegmentBackward: out += fmt::format("  backward {}", i.segment); break;
       default:
@@ -383,7 +390,9 @@ std::string to_string(const Program& p, const RankProgram& r) {
           out += t.pattern == Pattern::kAllReduce ? fmt::format(" all_reduce[{}]({})", fmt::join(t.ranks, ","), t.elements) : "";
           for (const Move& m : t.moves) {
             if (t.pattern == Pattern::kAllReduce && m.peer >= 0) continue;
-            out += m.send ? fmt::format(" {}->@{}", name(m.src), m.peer) : m.peer >= 0 ? fmt::format(" @{}->{}", m.peer, name(m.dst)) : fmt::format(" {}->{}", name(m.src), name(m.dst));
+            out += m.send        ? fmt::format(" {}->@{}", name(m.src), m.peer)
+                   : m.peer >= 0 ? fmt::format(" @{}->{}", m.peer, name(m.dst))
+                                 : fmt::format(" {}->{}", name(m.src), name(m.dst));
           }
         }
     }

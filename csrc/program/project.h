@@ -19,9 +19,9 @@ namespace soap {
 struct LocalValue {
   TensorId tensor = -1;
   Box box;
-  int group = -1;        // copies: their group; tiles: -1
+  int group = -1;  // copies: their group; tiles: -1
   int coord = -1;
-  bool grad = false;     // its gradient is wanted
+  bool grad = false;  // its gradient is wanted
 };
 
 // One tile of one operator in one chunk.
@@ -43,10 +43,10 @@ struct Segment {
 
 // Part of a movement that concerns this rank. Boxes are positions within the values.
 struct Move {
-  int peer = -1;              // other rank; -1: both ends are here
-  bool send = false;          // remote moves only
-  int src = -1, dst = -1;     // local values (the end that is here)
-  Box src_box, dst_box;       // of the end that is here
+  int peer = -1;           // other rank; -1: both ends are here
+  bool send = false;       // remote moves only
+  int src = -1, dst = -1;  // local values (the end that is here)
+  Box src_box, dst_box;    // of the end that is here
   int64_t elements = 0;
 };
 
@@ -57,15 +57,15 @@ struct Transfer {
   Reduce reduce = Reduce::kNone;  // kNone: every element arrives once
   std::vector<int> ranks;         // participants
   std::vector<Move> moves;
-  std::vector<int> results;       // values (fill) or gradients (grad fill) that this transfer completes here
-  int64_t elements = 0;           // kAllReduce: size of the addend
+  std::vector<int> results;  // values (fill) or gradients (grad fill) that this transfer completes here
+  int64_t elements = 0;      // kAllReduce: size of the addend
 };
 
 enum class InstructionKind { kSegment, kSegmentBackward, kFill, kGradFill, kRefill };
 
 struct Instruction {
   InstructionKind kind = InstructionKind::kSegment;
-  int step = -1;     // index in Program::steps: equal on every rank that takes part
+  int step = -1;  // index in Program::steps: equal on every rank that takes part
   int segment = -1;
   std::vector<Transfer> transfers;
   std::vector<int> ranks;  // of the step's exchange (union over kExchange transfers), empty if none
@@ -78,8 +78,8 @@ struct RankProgram {
   std::vector<Segment> segments;
   std::vector<Instruction> instructions;
   // Values by what they stand for, -1 where this rank has none.
-  std::vector<int> params;    // per node of kind param, buffer, const, feed: the local tile (indexed by node id)
-  std::vector<int> returns;   // per return node: the local copy
+  std::vector<int> params;   // per node of kind param, buffer, const, feed: the local tile (indexed by node id)
+  std::vector<int> returns;  // per return node: the local copy
 };
 
 RankProgram project(const Program& program, int rank);

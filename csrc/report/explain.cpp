@@ -15,7 +15,8 @@ std::string explain(const Program& p, const Simulation& sim) {
     if (n.kind == NodeKind::kOp) width = std::max(width, n.name.size());
   }
   width = std::min<size_t>(width, 44);
-  std::string out = fmt::format("{:<{}} {:>3} {:>3} {:>3} {:>3} {:>6}  {:<14} {:>10} {:>12}  {}\n", "operator", width, "S", "O", "A", "P", "chunks", "devices", "time us", "moved bytes", "cuts");
+  std::string out = fmt::format("{:<{}} {:>3} {:>3} {:>3} {:>3} {:>6}  {:<14} {:>10} {:>12}  {}\n", "operator", width, "S", "O", "A", "P", "chunks", "devices",
+                                "time us", "moved bytes", "cuts");
   for (const Node& n : p.graph.nodes) {
     if (n.kind != NodeKind::kOp) continue;
     const Tiling& t = p.tilings[n.id];
@@ -32,8 +33,9 @@ std::string explain(const Program& p, const Simulation& sim) {
     const std::set<int> devices(t.devices.begin(), t.devices.end());
     std::string list = fmt::format("{}", fmt::join(devices, ","));
     if (list.size() > 14) list = fmt::format("{} devices", devices.size());
-    out += fmt::format("{:<{}} {:>3} {:>3} {:>3} {:>3} {:>6}  {:<14} {:>10.1f} {:>12}  {}{}\n", n.name, width, degree['S'], devices.size(), degree['A'], degree['P'], t.chunks(), list,
-                       static_cast<double>(sim.node_ns[n.id]) / 1e3, sim.moved_bytes[n.id], cuts, t.replicas > 1 ? fmt::format("{}x{} alike", cuts.empty() ? "" : " ", t.replicas) : "");
+    out += fmt::format("{:<{}} {:>3} {:>3} {:>3} {:>3} {:>6}  {:<14} {:>10.1f} {:>12}  {}{}\n", n.name, width, degree['S'], devices.size(), degree['A'],
+                       degree['P'], t.chunks(), list, static_cast<double>(sim.node_ns[n.id]) / 1e3, sim.moved_bytes[n.id], cuts,
+                       t.replicas > 1 ? fmt::format("{}x{} alike", cuts.empty() ? "" : " ", t.replicas) : "");
   }
   int64_t gradients = 0;
   for (const Node& n : p.graph.nodes) {
@@ -41,8 +43,8 @@ std::string explain(const Program& p, const Simulation& sim) {
   }
   out += fmt::format("predicted step {:.2f} ms; parameters and their gradients move {} bytes\n", static_cast<double>(sim.step_ns) / 1e6, gradients);
   for (size_t d = 0; d < sim.memory_bytes.size(); ++d) {
-    out += fmt::format("device {}: compute {:.2f} ms, communication {:.2f} ms, memory {:.1f} MiB\n", d, static_cast<double>(sim.compute_ns[d]) / 1e6, static_cast<double>(sim.communication_ns[d]) / 1e6,
-                       static_cast<double>(sim.memory_bytes[d]) / (1 << 20));
+    out += fmt::format("device {}: compute {:.2f} ms, communication {:.2f} ms, memory {:.1f} MiB\n", d, static_cast<double>(sim.compute_ns[d]) / 1e6,
+                       static_cast<double>(sim.communication_ns[d]) / 1e6, static_cast<double>(sim.memory_bytes[d]) / (1 << 20));
   }
   return out;
 }
@@ -51,7 +53,8 @@ std::string candidates_table(const std::vector<Candidate>& candidates) {
   std::string out;
   for (const Candidate& c : candidates) {
     out += c.step_ns < 0 ? fmt::format("  {:<12} not legal for this model\n", c.name)
-                         : fmt::format("  {:<12} {:>10.2f} ms {:>9.1f} MiB{}\n", c.name, static_cast<double>(c.step_ns) / 1e6, static_cast<double>(c.memory_bytes) / (1 << 20), c.fits ? "" : "  does not fit");
+                         : fmt::format("  {:<12} {:>10.2f} ms {:>9.1f} MiB{}\n", c.name, static_cast<double>(c.step_ns) / 1e6,
+                                       static_cast<double>(c.memory_bytes) / (1 << 20), c.fits ? "" : "  does not fit");
   }
   return out;
 }

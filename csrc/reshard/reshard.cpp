@@ -29,7 +29,8 @@ std::vector<Piece> pieces(const std::vector<Coord>& sources, const std::vector<C
       covered += n;
       overlaps.emplace_back(k, std::move(box));
     }
-    SOAP_CHECK(!check || partial != Reduce::kNone || covered == volume(dst.box), "[reshard] copy {} {} is covered {} of {} times", j, to_string(dst.box), covered, volume(dst.box));
+    SOAP_CHECK(!check || partial != Reduce::kNone || covered == volume(dst.box), "[reshard] copy {} {} is covered {} of {} times", j, to_string(dst.box),
+               covered, volume(dst.box));
     for (int r = 0; r < static_cast<int>(dst.devices.size()); ++r) {
       for (const auto& [k, box] : overlaps) {
         out.push_back({.src = k, .from = pick(sources[k].devices, dst.devices[r], r), .dst = j, .to = dst.devices[r], .box = box});

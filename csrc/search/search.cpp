@@ -85,8 +85,10 @@ struct Searcher {
           Strategy s = best.strategy;
           const auto it = s.nodes.find(n->name);
           if (config ? it != s.nodes.end() && it->second == *config : it == s.nodes.end()) continue;
-          if (config) s.nodes[n->name] = *config;
-          else s.nodes.erase(n->name);
+          if (config)
+            s.nodes[n->name] = *config;
+          else
+            s.nodes.erase(n->name);
           Candidate c = price("descent", s);
           // A tie is no reason to leave what a person would write.
           if (better(c, best) && (!best.fits || c.step_ns < best.step_ns - best.step_ns / 500)) {
@@ -142,7 +144,8 @@ struct Searcher {
         for (TensorId t : n.inputs) {
           const Node& producer = graph.nodes[graph.tensors[t].producer];
           if (producer.kind != NodeKind::kParam || graph.tensors[t].shape.empty()) continue;
-          if (s.nodes.erase(producer.name) == 0) s.nodes[producer.name] = {.cuts = {{"d0", {.tiles = world()}}}, .keep = draw(2) ? Keep::kUse : Keep::kUntilBackward};
+          if (s.nodes.erase(producer.name) == 0)
+            s.nodes[producer.name] = {.cuts = {{"d0", {.tiles = world()}}}, .keep = draw(2) ? Keep::kUse : Keep::kUntilBackward};
         }
         break;
       }
@@ -194,8 +197,10 @@ struct Searcher {
     }
     result.best = static_cast<int>(best_so_far());
     if (!result.candidates[result.best].fits) {
-      user_error("[plan] nothing fits: the smallest plan found ({}) needs {} MiB on a device, the limit is {} MiB; give more devices, a smaller batch or a higher memory_limit",
-                 result.candidates[result.best].name, result.candidates[result.best].memory_bytes >> 20, memory_limit() >> 20);
+      user_error(
+          "[plan] nothing fits: the smallest plan found ({}) needs {} MiB on a device, the limit is {} MiB; give more devices, a smaller batch or a higher "
+          "memory_limit",
+          result.candidates[result.best].name, result.candidates[result.best].memory_bytes >> 20, memory_limit() >> 20);
     }
   }
 };

@@ -24,8 +24,8 @@ struct SearchOptions {
   uint64_t seed = 0;
   int descent_simulations = 400;
   int mcmc_simulations = 400;
-  double temperature = 0.02;                   // accepted with exp(-relative loss / temperature)
-  std::optional<int64_t> memory_limit_bytes;   // per device; default: the machine's
+  double temperature = 0.02;                  // accepted with exp(-relative loss / temperature)
+  std::optional<int64_t> memory_limit_bytes;  // per device; default: the machine's
 };
 
 struct Candidate {

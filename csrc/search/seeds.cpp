@@ -6,9 +6,13 @@
 namespace soap {
 namespace {
 
-OpConfig fed(int world) { return {.cuts = {{"n", {.tiles = world, .fed = true}}}}; }
+OpConfig fed(int world) {
+  return {.cuts = {{"n", {.tiles = world, .fed = true}}}};
+}
 
-OpConfig cut(const std::string& factor, int world) { return {.cuts = {{factor, {.tiles = world}}}}; }
+OpConfig cut(const std::string& factor, int world) {
+  return {.cuts = {{factor, {.tiles = world}}}};
+}
 
 bool can_cut(const Rule& rule, const std::string& factor, int world) {
   const int f = rule.factor(factor);
@@ -83,8 +87,10 @@ std::vector<std::pair<std::string, Strategy>> seeds(const OpGraph& graph, int wo
       const std::string o = parameter_factor(graph, n, rule, FactorKind::kParameter), i = parameter_factor(graph, n, rule, FactorKind::kReduction);
       const std::string& first = by_output ? o : i;
       const std::string& second = by_output ? i : o;
-      if (!first.empty() && can_cut(rule, first, world)) s.nodes[n.name] = cut(first, world);
-      else if (!second.empty() && can_cut(rule, second, world)) s.nodes[n.name] = cut(second, world);
+      if (!first.empty() && can_cut(rule, first, world))
+        s.nodes[n.name] = cut(first, world);
+      else if (!second.empty() && can_cut(rule, second, world))
+        s.nodes[n.name] = cut(second, world);
       by_output = !by_output;
     }
     return s;

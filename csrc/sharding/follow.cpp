@@ -65,8 +65,10 @@ Parts factor_parts(const Rule& rule, const DimExpr& dim, int f, const Parts& set
   int64_t inner = 1, outer = 1;
   bool before = true;
   for (int g : dim.factors) {
-    if (g == f) before = false;
-    else (before ? outer : inner) *= rule.factors[g].size;
+    if (g == f)
+      before = false;
+    else
+      (before ? outer : inner) *= rule.factors[g].size;
   }
   Parts out = transform(sets, [&](const IndexSet& s) { return s.empty() ? s : digit(s, inner, size); });
   for (size_t t = 0; t < sets.size(); ++t) {
@@ -151,8 +153,10 @@ Tiling follow(const Rule& rule, int operand, const TensorTiling& tensor, const s
       });
       // A factor that some result lacks without being a sum can't be cut.
       const bool lost = factor.cut != Cuttable::kExpand && std::any_of(rule.results.begin(), rule.results.end(), [&](const Result& r) {
-        return r.reduce == Reduce::kNone && std::none_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), f) > 0; });
-      });
+                          return r.reduce == Reduce::kNone && std::none_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) {
+                                   return std::count(d.factors.begin(), d.factors.end(), f) > 0;
+                                 });
+                        });
       if (clash || lost) continue;
       taken.insert(f);
       kept.back() = 1;

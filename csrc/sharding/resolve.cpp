@@ -8,9 +8,8 @@
 namespace soap {
 
 bool needs_expansion(const Rule& rule, const Tiling& tiling) {
-  return std::any_of(tiling.cuts.begin(), tiling.cuts.end(), [&](const FactorParts& c) {
-    return rule.factors[c.factor].cut == Cuttable::kExpand && c.tiles() * c.chunks() > 1;
-  });
+  return std::any_of(tiling.cuts.begin(), tiling.cuts.end(),
+                     [&](const FactorParts& c) { return rule.factors[c.factor].cut == Cuttable::kExpand && c.tiles() * c.chunks() > 1; });
 }
 
 void ExpansionRegistry::add(std::initializer_list<const char*> targets, Expansion expansion) {
@@ -24,9 +23,9 @@ struct ExpandPass {
   const Strategy& strategy;
   const FedRows& rows;
   Resolved out;
-  std::vector<TensorId> now;                            // source tensor -> tensor in out.graph
-  std::vector<std::optional<TensorTiling>> shadow;      // per out tensor: where the processes' rows are
-  std::vector<std::optional<TensorTiling>> placed;      // per out tensor: its producer's tiling
+  std::vector<TensorId> now;                        // source tensor -> tensor in out.graph
+  std::vector<std::optional<TensorTiling>> shadow;  // per out tensor: where the processes' rows are
+  std::vector<std::optional<TensorTiling>> placed;  // per out tensor: its producer's tiling
 
   int world() const { return strategy.world_size; }
 
@@ -163,7 +162,8 @@ struct ExpandPass {
     for (size_t r = 0; r < node.outputs.size(); ++r) {
       const TensorId t = bound[r];
       SOAP_CHECK(t >= 0, "[expand] {} ({}): result {} was not bound", node.name, node.target, r);
-      SOAP_CHECK(out.graph.tensors[t].shape == out.graph.tensors[node.outputs[r]].shape, "[expand] {} ({}): result {} has another shape", node.name, node.target, r);
+      SOAP_CHECK(out.graph.tensors[t].shape == out.graph.tensors[node.outputs[r]].shape, "[expand] {} ({}): result {} has another shape", node.name,
+                 node.target, r);
       replaced[node.outputs[r]] = t;
     }
   }
@@ -192,13 +192,19 @@ struct ExpandPass {
   }
 };
 
-TensorId Expander::operand(int i) const { return node_.inputs.at(i); }
+TensorId Expander::operand(int i) const {
+  return node_.inputs.at(i);
+}
 TensorId Expander::operand(std::string_view name) const {
   const int i = node_.operand(name);
   return i < 0 ? -1 : node_.inputs[i];
 }
-const std::vector<int64_t>& Expander::shape(TensorId t) const { return pass_.out.graph.tensors.at(t).shape; }
-const std::string& Expander::dtype(TensorId t) const { return pass_.out.graph.tensors.at(t).dtype; }
+const std::vector<int64_t>& Expander::shape(TensorId t) const {
+  return pass_.out.graph.tensors.at(t).shape;
+}
+const std::string& Expander::dtype(TensorId t) const {
+  return pass_.out.graph.tensors.at(t).dtype;
+}
 
 TensorId Expander::add(Sub sub, std::vector<int64_t> shape, std::string dtype, bool differentiable) {
   return add_many(std::move(sub), {std::move(shape)}, std::move(dtype), differentiable)[0];
@@ -206,8 +212,14 @@ TensorId Expander::add(Sub sub, std::vector<int64_t> shape, std::string dtype, b
 
 std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_t>> shapes, std::string dtype, bool differentiable) {
   OpGraph& g = pass_.out.graph;
-  Node n{.name = node_.name + "/" + sub.name, .target = sub.target, .family = sub.family, .inputs = sub.inputs,
-         .operand_names = sub.operand_names, .attrs = sub.attrs, .source = node_.source, .no_grad = node_.no_grad};
+  Node n{.name = node_.name + "/" + sub.name,
+         .target = sub.target,
+         .family = sub.family,
+         .inputs = sub.inputs,
+         .operand_names = sub.operand_names,
+         .attrs = sub.attrs,
+         .source = node_.source,
+         .no_grad = node_.no_grad};
   bool grad = false;
   int64_t bytes = 4;
   if (!sub.inputs.empty()) {
@@ -273,7 +285,9 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
   return made;
 }
 
-void Expander::bind(int result, TensorId t) { pass_.bound.at(result) = t; }
+void Expander::bind(int result, TensorId t) {
+  pass_.bound.at(result) = t;
+}
 
 int Expander::parts(std::string_view factor) const {
   const int f = rule_.factor(factor);

@@ -10,8 +10,12 @@
 namespace soap {
 namespace {
 
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+int64_t floor_div(int64_t a, int64_t b) {
+  return a >= 0 ? a / b : -((-a + b - 1) / b);
+}
+int64_t ceil_div(int64_t a, int64_t b) {
+  return -floor_div(-a, b);
+}
 
 IndexSet each_run(const IndexSet& set, int64_t size, const std::function<Run(const Run&)>& f) {
   std::vector<Run> runs;
@@ -60,17 +64,14 @@ IndexSet apply(const IndexMap& m, const IndexSet& set, int64_t size) {
       if (m.stride == 1) return shift(set, m.offset, size);
       return each_index(set, size, [&](int64_t i) { return i * m.stride + m.offset; });
     case Kind::kWindow:
-      return each_run(set, size, [&](const Run& r) {
-        return Run{r.begin * m.stride - m.pad, (r.end - 1) * m.stride - m.pad + m.dilation * (m.kernel - 1) + 1};
-      });
+      return each_run(set, size,
+                      [&](const Run& r) { return Run{r.begin * m.stride - m.pad, (r.end - 1) * m.stride - m.pad + m.dilation * (m.kernel - 1) + 1}; });
     case Kind::kTransposedWindow:
       return each_run(set, size, [&](const Run& r) {
         return Run{ceil_div(r.begin + m.pad - m.dilation * (m.kernel - 1), m.stride), floor_div(r.end - 1 + m.pad, m.stride) + 1};
       });
     case Kind::kAdaptive:
-      return each_run(set, size, [&](const Run& r) {
-        return Run{floor_div(r.begin * size, m.out_size), ceil_div(r.end * size, m.out_size)};
-      });
+      return each_run(set, size, [&](const Run& r) { return Run{floor_div(r.begin * size, m.out_size), ceil_div(r.end * size, m.out_size)}; });
     case Kind::kResample:
       return each_run(set, size, [&](const Run& r) {
         // Border indices are repeated (clamped), so the interval keeps at least the nearest row.
@@ -81,8 +82,7 @@ IndexSet apply(const IndexMap& m, const IndexSet& set, int64_t size) {
     case Kind::kFlip: return each_run(set, size, [&](const Run& r) { return Run{size - r.end, size - r.begin}; });
     case Kind::kRoll: return each_index(set, size, [&](int64_t i) { return (((i - m.offset) % size) + size) % size; });
     case Kind::kModulo: return digit(set, 1, size);
-    case Kind::kFloorDiv:
-      return each_run(set, size, [&](const Run& r) { return Run{r.begin / m.stride, (r.end - 1) / m.stride + 1}; });
+    case Kind::kFloorDiv: return each_run(set, size, [&](const Run& r) { return Run{r.begin / m.stride, (r.end - 1) / m.stride + 1}; });
     case Kind::kTable: {
       IndexSet out;
       for (const Run& r : set.runs()) {

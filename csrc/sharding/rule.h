@@ -55,11 +55,11 @@ struct IndexMap {
   };
   Kind kind = Kind::kShift;
   int64_t stride = 1, offset = 0, pad = 0, dilation = 1, kernel = 1;
-  int64_t out_size = 0;   // kAdaptive, kResample: size of the factor
-  double scale = 1.0;     // kResample: input step per output step
+  int64_t out_size = 0;  // kAdaptive, kResample: size of the factor
+  double scale = 1.0;    // kResample: input step per output step
   bool align_corners = false;
   std::vector<IndexSet> table = {};  // kTable
-  int64_t reach = 0;      // kResample: extra indices on either side (bicubic: 1)
+  int64_t reach = 0;                 // kResample: extra indices on either side (bicubic: 1)
   bool operator==(const IndexMap&) const = default;
 };
 

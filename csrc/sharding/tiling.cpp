@@ -74,9 +74,8 @@ Sharding result_sharding(const Rule& rule, const Tiling& tiling, int result, con
   for (int tile = 0; tile < tiling.tiles(); ++tile) {
     const auto devices = tiling.devices_of(tile);
     for (int chunk = 0; chunk < tiling.chunks(); ++chunk) {
-      out.coords.push_back({.box = box_of(r.dims, rule, shape, factor_sets(rule, tiling, tile, chunk)),
-                            .chunk = chunk,
-                            .devices = {devices.begin(), devices.end()}});
+      out.coords.push_back(
+          {.box = box_of(r.dims, rule, shape, factor_sets(rule, tiling, tile, chunk)), .chunk = chunk, .devices = {devices.begin(), devices.end()}});
     }
   }
   // A result that no cut makes partial is complete whatever its rule could sum.
@@ -114,7 +113,8 @@ namespace {
 std::string legal_factors(const Rule& rule) {
   std::vector<std::string> names;
   for (const Factor& f : rule.factors) {
-    if (f.cut != Cuttable::kWhole) names.push_back(fmt::format("{} ({}, size {}{})", f.name, to_string(f.kind), f.size, f.unit > 1 ? fmt::format(", in multiples of {}", f.unit) : ""));
+    if (f.cut != Cuttable::kWhole)
+      names.push_back(fmt::format("{} ({}, size {}{})", f.name, to_string(f.kind), f.size, f.unit > 1 ? fmt::format(", in multiples of {}", f.unit) : ""));
   }
   return names.empty() ? "none: it can only be placed or replicated" : fmt::format("{}", fmt::join(names, ", "));
 }
@@ -129,7 +129,8 @@ std::vector<int64_t> cut_points(const Node& node, const Factor& factor, const Cu
     return points;
   }
   const int64_t reference = cut.bounds.back();
-  if (static_cast<int>(cut.bounds.size()) != cut.tiles + 1 || cut.bounds.front() != 0 || !std::is_sorted(cut.bounds.begin(), cut.bounds.end()) || reference <= 0) {
+  if (static_cast<int>(cut.bounds.size()) != cut.tiles + 1 || cut.bounds.front() != 0 || !std::is_sorted(cut.bounds.begin(), cut.bounds.end()) ||
+      reference <= 0) {
     user_error("[plan] {}: {}=[{}] must rise from 0 to the factor's size {}", node.name, factor.name, fmt::join(cut.bounds, ","), size);
   }
   for (int64_t b : cut.bounds) {
@@ -228,7 +229,8 @@ Tiling make_tiling(const Node& node, const Rule& rule, const OpConfig& config, c
   }
   for (const Result& r : rule.results) {
     for (const FactorParts& c : out.cuts) {
-      const bool there = std::any_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), c.factor) > 0; });
+      const bool there =
+          std::any_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), c.factor) > 0; });
       if (!there && r.reduce == Reduce::kNone && c.tiles() * c.chunks() > 1 && rule.factors[c.factor].cut != Cuttable::kExpand) {
         user_error("[plan] {}: {} can't be cut: a result lacks it and is no sum", node.name, rule.factors[c.factor].name);
       }
@@ -244,7 +246,8 @@ Tiling make_tiling(const Node& node, const Rule& rule, const OpConfig& config, c
     std::iota(out.devices.begin(), out.devices.end(), 0);
   }
   if (out.devices.size() != grid) {
-    user_error("[plan] {}: @ [{}] names {} devices, {} tiles x {} replicas need {}", node.name, fmt::join(out.devices, ","), out.devices.size(), out.tiles(), out.replicas, grid);
+    user_error("[plan] {}: @ [{}] names {} devices, {} tiles x {} replicas need {}", node.name, fmt::join(out.devices, ","), out.devices.size(), out.tiles(),
+               out.replicas, grid);
   }
   for (int d : out.devices) {
     if (d < 0 || d >= world_size) user_error("[plan] {}: there is no device {}; devices are 0..{}", node.name, d, world_size - 1);

@@ -18,16 +18,22 @@ struct Clocks {
   std::map<std::pair<int, int>, int64_t> arrival;  // (group, tag) -> ns
 };
 
-int64_t bytes_of(const Box& box, const Tensor& t) { return volume(box) * t.element_bytes; }
+int64_t bytes_of(const Box& box, const Tensor& t) {
+  return volume(box) * t.element_bytes;
+}
 
 }  // namespace
 
 Simulation simulate(const Program& p, const CostModel& cost, bool record) {
   const Machine& machine = cost.machine();
-  SOAP_CHECK(machine.num_devices() >= p.world_size, "[simulate] the machine {} has {} devices, the program needs {}", machine.name, machine.num_devices(), p.world_size);
+  SOAP_CHECK(machine.num_devices() >= p.world_size, "[simulate] the machine {} has {} devices, the program needs {}", machine.name, machine.num_devices(),
+             p.world_size);
   const size_t devices = p.world_size;
-  Simulation out{.compute_ns = std::vector<int64_t>(devices), .communication_ns = std::vector<int64_t>(devices), .memory_bytes = std::vector<int64_t>(devices),
-                 .node_ns = std::vector<int64_t>(p.graph.nodes.size()), .moved_bytes = std::vector<int64_t>(p.graph.nodes.size())};
+  Simulation out{.compute_ns = std::vector<int64_t>(devices),
+                 .communication_ns = std::vector<int64_t>(devices),
+                 .memory_bytes = std::vector<int64_t>(devices),
+                 .node_ns = std::vector<int64_t>(p.graph.nodes.size()),
+                 .moved_bytes = std::vector<int64_t>(p.graph.nodes.size())};
   Clocks clocks{.compute = std::vector<int64_t>(devices), .communication = std::vector<int64_t>(devices)};
   std::vector<int64_t> live(devices);
   const auto hold = [&](int device, int64_t bytes) {

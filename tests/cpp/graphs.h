@@ -14,10 +14,16 @@ inline TensorId source(OpGraph& g, NodeKind kind, const std::string& name, std::
   return t;
 }
 
-inline TensorId op(OpGraph& g, const std::string& name, const std::string& target, std::vector<TensorId> inputs, std::vector<std::string> names, std::vector<int64_t> shape, const std::string& family = "",
-                   AttrMap attrs = {}) {
+inline TensorId op(OpGraph& g, const std::string& name, const std::string& target, std::vector<TensorId> inputs, std::vector<std::string> names,
+                   std::vector<int64_t> shape, const std::string& family = "", AttrMap attrs = {}) {
   const TensorId t = add_tensor(g, std::move(shape), "float64", 8, true);
-  add_node(g, {.name = name, .target = target, .family = family, .inputs = std::move(inputs), .operand_names = std::move(names), .attrs = std::move(attrs), .outputs = {t}});
+  add_node(g, {.name = name,
+               .target = target,
+               .family = family,
+               .inputs = std::move(inputs),
+               .operand_names = std::move(names),
+               .attrs = std::move(attrs),
+               .outputs = {t}});
   return t;
 }
 
@@ -25,7 +31,8 @@ inline TensorId linear(OpGraph& g, const std::string& name, TensorId x, int64_t 
   std::vector<int64_t> shape = g.tensors[x].shape;
   const int64_t in = shape.back();
   shape.back() = out;
-  const TensorId w = source(g, NodeKind::kParam, "param:" + name + ".weight", {out, in}, true), b = source(g, NodeKind::kParam, "param:" + name + ".bias", {out}, true);
+  const TensorId w = source(g, NodeKind::kParam, "param:" + name + ".weight", {out, in}, true),
+                 b = source(g, NodeKind::kParam, "param:" + name + ".bias", {out}, true);
   return op(g, name, "linear", {x, w, b}, {"input", "weight", "bias"}, shape);
 }
 

@@ -40,7 +40,11 @@ void expect_hull(const IndexSet& got, const std::vector<char>& read, const std::
 TEST(IndexMap, Window) {
   for (uint32_t seed = 0; seed < 500; ++seed) {
     Random random(seed);
-    const IndexMap m{.kind = IndexMap::Kind::kWindow, .stride = random.between(1, 4), .pad = random.between(0, 4), .dilation = random.between(1, 3), .kernel = random.between(1, 5)};
+    const IndexMap m{.kind = IndexMap::Kind::kWindow,
+                     .stride = random.between(1, 4),
+                     .pad = random.between(0, 4),
+                     .dilation = random.between(1, 3),
+                     .kernel = random.between(1, 5)};
     const int64_t size = random.between(1, 20);
     const int64_t out = (size + 2 * m.pad - m.dilation * (m.kernel - 1) - 1) / m.stride + 1;
     if (size + 2 * m.pad < m.dilation * (m.kernel - 1) + 1 || out < 1) continue;
@@ -51,7 +55,8 @@ TEST(IndexMap, Window) {
     const IndexSet got = apply(m, IndexSet::interval(begin, end), size);
     expect_hull(got, read, "seed " + std::to_string(seed));
     // Exactly the window: first tap of the first output to last tap of the last, clipped.
-    const int64_t lo = std::max<int64_t>(begin * m.stride - m.pad, 0), hi = std::min<int64_t>((end - 1) * m.stride - m.pad + m.dilation * (m.kernel - 1) + 1, size);
+    const int64_t lo = std::max<int64_t>(begin * m.stride - m.pad, 0),
+                  hi = std::min<int64_t>((end - 1) * m.stride - m.pad + m.dilation * (m.kernel - 1) + 1, size);
     EXPECT_EQ(got, lo < hi ? IndexSet::interval(lo, hi) : IndexSet()) << "seed " << seed;
   }
 }
@@ -59,7 +64,11 @@ TEST(IndexMap, Window) {
 TEST(IndexMap, TransposedWindow) {
   for (uint32_t seed = 0; seed < 500; ++seed) {
     Random random(seed);
-    const IndexMap m{.kind = IndexMap::Kind::kTransposedWindow, .stride = random.between(1, 4), .pad = random.between(0, 3), .dilation = random.between(1, 3), .kernel = random.between(1, 5)};
+    const IndexMap m{.kind = IndexMap::Kind::kTransposedWindow,
+                     .stride = random.between(1, 4),
+                     .pad = random.between(0, 3),
+                     .dilation = random.between(1, 3),
+                     .kernel = random.between(1, 5)};
     const int64_t size = random.between(1, 15);
     const int64_t out = (size - 1) * m.stride - 2 * m.pad + m.dilation * (m.kernel - 1) + 1 + random.below(m.stride);
     if (out < 1) continue;

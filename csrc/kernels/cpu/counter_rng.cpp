@@ -66,8 +66,7 @@ void fill_normal_as(T* out, const TileElements& tile, int64_t begin, int64_t end
   for_each_batch<true>(tile, begin, end, key, [&](const Batch& b) {
     for (int even = -static_cast<int>(b.global % 2); even < b.count; even += 2) {
       const int odd = even + 1;
-      const NormalPair normal =
-          box_muller(unit_from_words(b.high[even], b.low[even]), unit_from_words(b.high[odd], b.low[odd]));
+      const NormalPair normal = box_muller(unit_from_words(b.high[even], b.low[even]), unit_from_words(b.high[odd], b.low[odd]));
       if (even >= 0) out[b.local + even] = static_cast<T>(normal.even);
       if (odd < b.count) out[b.local + odd] = static_cast<T>(normal.odd);
     }
@@ -114,8 +113,7 @@ void fill_bernoulli(bool* out, const TileElements& tile, int64_t begin, int64_t 
   });
 }
 
-void fill_randint(int64_t* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key, int64_t low,
-                  uint64_t range) {
+void fill_randint(int64_t* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key, int64_t low, uint64_t range) {
   for_each_batch<true>(tile, begin, end, key, [&](const Batch& b) {
     for (int i = 0; i < b.count; ++i) {
       const uint64_t offset = scale_to_range(b.high[i], b.low[i], range);

@@ -19,7 +19,6 @@ void fill_normal(double* out, const TileElements& tile, int64_t begin, int64_t e
 // p in [0, 1].
 void fill_bernoulli(bool* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key, double p);
 // Integers in [low, low + range), range > 0.
-void fill_randint(int64_t* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key, int64_t low,
-                  uint64_t range);
+void fill_randint(int64_t* out, const TileElements& tile, int64_t begin, int64_t end, CounterKey key, int64_t low, uint64_t range);
 
 }  // namespace soap::kernels::cpu

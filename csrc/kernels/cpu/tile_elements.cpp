@@ -4,8 +4,7 @@
 
 namespace soap::kernels {
 
-TileElements tile_elements(const std::vector<int64_t>& global_sizes, const std::vector<int64_t>& runs,
-                           const std::vector<int64_t>& runs_per_dim) {
+TileElements tile_elements(const std::vector<int64_t>& global_sizes, const std::vector<int64_t>& runs, const std::vector<int64_t>& runs_per_dim) {
   if (runs_per_dim.size() != global_sizes.size()) {
     user_error("a tile of {} dims can't lie in a tensor of {} dims", runs_per_dim.size(), global_sizes.size());
   }

@@ -30,7 +30,11 @@ const Registries& registries() {
 
 }  // namespace
 
-const RuleRegistry& rule_registry() { return registries().rules; }
-const ExpansionRegistry& expansion_registry() { return registries().expansions; }
+const RuleRegistry& rule_registry() {
+  return registries().rules;
+}
+const ExpansionRegistry& expansion_registry() {
+  return registries().expansions;
+}
 
 }  // namespace soap

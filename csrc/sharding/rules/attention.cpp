@@ -22,7 +22,9 @@ Shapes shapes(const OpGraph& graph, const Node& node) {
   return s;
 }
 
-std::string batch_name(size_t d) { return d == 0 ? "n" : fmt::format("n{}", d); }
+std::string batch_name(size_t d) {
+  return d == 0 ? "n" : fmt::format("n{}", d);
+}
 
 // Dims of the mask by broadcasting against [b.. heads s t].
 std::vector<std::string> mask_dims(const OpGraph& graph, const Node& node, const std::vector<std::string>& full, const std::vector<int64_t>& sizes) {
@@ -49,7 +51,9 @@ Rule attention(const OpGraph& graph, const Node& node) {
   const bool dropout = node.attr<double>("dropout_p", 0.0) > 0;
   r.factor("h", s.heads, FactorKind::kParameter);
   if (s.repeat > 1) r.factor("r", s.repeat, FactorKind::kParameter);
-  r.factor("s", s.queries, FactorKind::kAttribute).factor("t", s.keys, FactorKind::kReduction, dropout ? Cuttable::kWhole : Cuttable::kExpand).factor("e", s.width, FactorKind::kParameter);
+  r.factor("s", s.queries, FactorKind::kAttribute)
+      .factor("t", s.keys, FactorKind::kReduction, dropout ? Cuttable::kWhole : Cuttable::kExpand)
+      .factor("e", s.width, FactorKind::kParameter);
   const std::string heads = s.repeat > 1 ? "h r" : "h";
   const auto with = [&](std::initializer_list<std::string> tail) {
     std::vector<std::string> out = lead;

@@ -50,13 +50,20 @@ Rule conv(const OpGraph& graph, const Node& node, bool transposed) {
   for (size_t d = 0; d < spatial; ++d) {
     r.map(static_cast<int>(lead + 1 + d), names[d],
           {.kind = transposed ? IndexMap::Kind::kTransposedWindow : IndexMap::Kind::kWindow,
-           .stride = stride[d], .pad = pad[d], .dilation = dilation[d], .kernel = kernel[d]});
+           .stride = stride[d],
+           .pad = pad[d],
+           .dilation = dilation[d],
+           .kernel = kernel[d]});
   }
   return r.operand(1, ws).operand("bias", {out}).anchor("c").result(ys, Reduce::kSum).build();
 }
 
-Rule forward(const OpGraph& graph, const Node& node) { return conv(graph, node, false); }
-Rule transposed(const OpGraph& graph, const Node& node) { return conv(graph, node, true); }
+Rule forward(const OpGraph& graph, const Node& node) {
+  return conv(graph, node, false);
+}
+Rule transposed(const OpGraph& graph, const Node& node) {
+  return conv(graph, node, true);
+}
 
 // Max and average pools: windows per channel.
 Rule pool(const OpGraph& graph, const Node& node) {
@@ -123,16 +130,20 @@ Rule resized(const OpGraph& graph, const Node& node, bool adaptive) {
       continue;
     }
     const double given = !factors.empty() ? factors[d] : node.attr<double>(spatial == 1 ? "scales" : per_dim[3 - spatial + d], 0.0);
-    const double scale = align ? (out > 1 ? static_cast<double>(in - 1) / static_cast<double>(out - 1) : 0.0)
-                               : given > 0 ? 1.0 / given : static_cast<double>(in) / static_cast<double>(out);
-    r.map(static_cast<int>(lead + d), names[d],
-          {.kind = IndexMap::Kind::kResample, .out_size = out, .scale = scale, .align_corners = align, .reach = 1});
+    const double scale = align       ? (out > 1 ? static_cast<double>(in - 1) / static_cast<double>(out - 1) : 0.0)
+                         : given > 0 ? 1.0 / given
+                                     : static_cast<double>(in) / static_cast<double>(out);
+    r.map(static_cast<int>(lead + d), names[d], {.kind = IndexMap::Kind::kResample, .out_size = out, .scale = scale, .align_corners = align, .reach = 1});
   }
   return r.result(ys).build();
 }
 
-Rule adaptive_pool(const OpGraph& graph, const Node& node) { return resized(graph, node, true); }
-Rule interpolate(const OpGraph& graph, const Node& node) { return resized(graph, node, false); }
+Rule adaptive_pool(const OpGraph& graph, const Node& node) {
+  return resized(graph, node, true);
+}
+Rule interpolate(const OpGraph& graph, const Node& node) {
+  return resized(graph, node, false);
+}
 
 }  // namespace
 
@@ -142,7 +153,8 @@ void register_conv(RuleRegistry& rules) {
   rules.add({"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"}, pool);
   rules.add({"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}, adaptive_pool);
   rules.add({"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d",
-             "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"}, interpolate);
+             "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"},
+            interpolate);
 }
 
 }  // namespace soap

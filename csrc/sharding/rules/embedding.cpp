@@ -27,8 +27,15 @@ Rule embedding_bag(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
   const auto &w = graph.input(node, node.operand("weight")).shape, &t = graph.input(node, node.operand("indices")).shape;
   const bool maximum = node.attr<int64_t>("mode", 0) == 2;
-  r.factor("n", t[0], FactorKind::kSample).factor("v", w[0], FactorKind::kReduction, maximum ? Cuttable::kWhole : Cuttable::kInterval).factor("d", w[1], FactorKind::kParameter);
-  return r.operand("weight", {"v", "d"}).operand("indices", {"n", "*"}).constant().operand("per_sample_weights", {"n", "*"}).result({"n", "d"}, maximum ? Reduce::kNone : Reduce::kSum).build();
+  r.factor("n", t[0], FactorKind::kSample)
+      .factor("v", w[0], FactorKind::kReduction, maximum ? Cuttable::kWhole : Cuttable::kInterval)
+      .factor("d", w[1], FactorKind::kParameter);
+  return r.operand("weight", {"v", "d"})
+      .operand("indices", {"n", "*"})
+      .constant()
+      .operand("per_sample_weights", {"n", "*"})
+      .result({"n", "d"}, maximum ? Reduce::kNone : Reduce::kSum)
+      .build();
 }
 
 // index_select(x, dim, index): rows of x by an index of their own.

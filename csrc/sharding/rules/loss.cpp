@@ -78,7 +78,14 @@ void expand_ce(Expander& e, const Node& node, const Rule& rule, const Tiling&) {
   const auto rows = e.shape(t);
   const TensorId total = e.add({.name = "sum", .target = "sum", .inputs = {exp}, .attrs = drop, .inherit = by_dim}, rows);
   const TensorId picked = e.add({.name = "pick", .target = "ce_pick", .inputs = {shifted, t}, .operand_names = {"input", "target"}, .attrs = node.attrs}, rows);
-  e.bind(0, e.add({.name = "rows", .target = "ce_join", .inputs = {total, picked, t}, .operand_names = {"sum", "picked", "target"}, .attrs = node.attrs, .family = "pointwise", .inherit = by_row}, rows));
+  e.bind(0, e.add({.name = "rows",
+                   .target = "ce_join",
+                   .inputs = {total, picked, t},
+                   .operand_names = {"sum", "picked", "target"},
+                   .attrs = node.attrs,
+                   .family = "pointwise",
+                   .inherit = by_row},
+                  rows));
 }
 
 }  // namespace

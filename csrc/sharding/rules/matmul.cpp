@@ -7,7 +7,9 @@ namespace soap {
 namespace {
 
 // Names of leading dims: n, s, s2, s3, ...
-std::string leading(size_t d) { return d == 0 ? "n" : d == 1 ? "s" : fmt::format("s{}", d); }
+std::string leading(size_t d) {
+  return d == 0 ? "n" : d == 1 ? "s" : fmt::format("s{}", d);
+}
 
 Rule linear(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);

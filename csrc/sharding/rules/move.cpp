@@ -15,7 +15,9 @@ std::vector<std::string> result_factors(RuleSpec& r, const std::vector<int64_t>&
   return names;
 }
 
-int64_t wrap(int64_t dim, size_t n) { return dim < 0 ? dim + static_cast<int64_t>(n) : dim; }
+int64_t wrap(int64_t dim, size_t n) {
+  return dim < 0 ? dim + static_cast<int64_t>(n) : dim;
+}
 
 Rule narrow(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
@@ -54,7 +56,8 @@ Rule flip(const OpGraph& graph, const Node& node) {
   const auto& y = graph.output(node, 0).shape;
   const auto names = result_factors(r, y);
   r.operand(0, names);
-  for (int64_t d : node.attr<std::vector<int64_t>>("dims", {})) r.map(static_cast<int>(wrap(d, y.size())), names[wrap(d, y.size())], {.kind = IndexMap::Kind::kFlip});
+  for (int64_t d : node.attr<std::vector<int64_t>>("dims", {}))
+    r.map(static_cast<int>(wrap(d, y.size())), names[wrap(d, y.size())], {.kind = IndexMap::Kind::kFlip});
   return r.result(names).build();
 }
 
@@ -69,14 +72,19 @@ Rule pad(const OpGraph& graph, const Node& node) {
     const size_t i = 2 * (y.size() - 1 - d);
     const bool padded = i + 1 < amounts.size() && (amounts[i] != 0 || amounts[i + 1] != 0);
     names.push_back(fmt::format("d{}", d));
-    r.factor(names.back(), y[d], d == 0 ? FactorKind::kSample : FactorKind::kAttribute, !padded ? Cuttable::kAny : mode == "constant" ? Cuttable::kInterval : Cuttable::kWhole);
+    r.factor(names.back(), y[d], d == 0 ? FactorKind::kSample : FactorKind::kAttribute,
+             !padded              ? Cuttable::kAny
+             : mode == "constant" ? Cuttable::kInterval
+                                  : Cuttable::kWhole);
   }
   r.operand(0, names);
   for (size_t d = 0; d < y.size(); ++d) {
     const size_t i = 2 * (y.size() - 1 - d);
     if (i + 1 >= amounts.size() || (amounts[i] == 0 && amounts[i + 1] == 0)) continue;
     // A mode other than constant reads the dim whole; its factor can't be cut.
-    r.map(static_cast<int>(d), names[d], mode == "constant" ? IndexMap{.kind = IndexMap::Kind::kShift, .offset = -amounts[i]} : IndexMap{.kind = IndexMap::Kind::kReflect, .offset = amounts[i]});
+    r.map(static_cast<int>(d), names[d],
+          mode == "constant" ? IndexMap{.kind = IndexMap::Kind::kShift, .offset = -amounts[i]}
+                             : IndexMap{.kind = IndexMap::Kind::kReflect, .offset = amounts[i]});
   }
   return r.result(names).build();
 }

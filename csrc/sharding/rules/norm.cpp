@@ -17,7 +17,10 @@ Rule batch_norm(const OpGraph& graph, const Node& node) {
   for (size_t d = 0; d < x.size(); ++d) {
     const bool channel = d == 1;
     names.push_back(d == 0 ? "n" : channel ? "c" : x.size() == 3 ? "l" : spatial[d + 3 - x.size()]);
-    r.factor(names.back(), x[d], d == 0 ? FactorKind::kSample : channel ? FactorKind::kParameter : FactorKind::kAttribute,
+    r.factor(names.back(), x[d],
+             d == 0    ? FactorKind::kSample
+             : channel ? FactorKind::kParameter
+                       : FactorKind::kAttribute,
              training && !channel ? Cuttable::kExpand : Cuttable::kAny);
   }
   r.operand(0, names);
@@ -32,7 +35,11 @@ Rule batch_norm_stats(const OpGraph& graph, const Node& node) {
   std::vector<std::string> names;
   for (size_t d = 0; d < x.size(); ++d) {
     names.push_back(d == 1 ? "c" : d == 0 ? "n" : fmt::format("d{}", d));
-    r.factor(names.back(), x[d], d == 1 ? FactorKind::kParameter : d == 0 ? FactorKind::kSample : FactorKind::kAttribute, d == 1 ? Cuttable::kAny : Cuttable::kExpand);
+    r.factor(names.back(), x[d],
+             d == 1   ? FactorKind::kParameter
+             : d == 0 ? FactorKind::kSample
+                      : FactorKind::kAttribute,
+             d == 1 ? Cuttable::kAny : Cuttable::kExpand);
   }
   return r.operand(0, names).result({"c"}).result({"c"}).build();
 }
@@ -46,7 +53,11 @@ Rule layer_norm(const OpGraph& graph, const Node& node) {
   for (size_t d = 0; d < x.size(); ++d) {
     const bool inner = d >= x.size() - normalized;
     names.push_back(inner ? (normalized == 1 ? "d" : fmt::format("d{}", d)) : d == 0 ? "n" : d == 1 ? "s" : fmt::format("s{}", d));
-    r.factor(names.back(), x[d], inner ? FactorKind::kReduction : d == 0 ? FactorKind::kSample : FactorKind::kAttribute, inner ? Cuttable::kExpand : Cuttable::kAny);
+    r.factor(names.back(), x[d],
+             inner    ? FactorKind::kReduction
+             : d == 0 ? FactorKind::kSample
+                      : FactorKind::kAttribute,
+             inner ? Cuttable::kExpand : Cuttable::kAny);
   }
   const std::vector<std::string> inner(names.end() - static_cast<int64_t>(normalized), names.end());
   return r.operand(0, names).operand("weight", inner).operand("bias", inner).result(names).build();
@@ -132,8 +143,13 @@ void expand_norm(Expander& e, const Node& node, const Rule& rule, const Tiling&)
     names.push_back(name);
   }
   const double fallback = e.dtype(x) == "float64" ? 2.220446049250313e-16 : 1.1920928955078125e-07;  // rms_norm's eps=None
-  e.bind(0, e.add({.name = "normalize", .target = "normalize", .inputs = inputs, .operand_names = names,
-                   .attrs = {{"eps", node.attr<double>("eps", fallback)}, {"count", s.count}, {"weight_dims", weight_dims}}, .inherit = inherit}, shape));
+  e.bind(0, e.add({.name = "normalize",
+                   .target = "normalize",
+                   .inputs = inputs,
+                   .operand_names = names,
+                   .attrs = {{"eps", node.attr<double>("eps", fallback)}, {"count", s.count}, {"weight_dims", weight_dims}},
+                   .inherit = inherit},
+                  shape));
 }
 
 void expand_stats(Expander& e, const Node&, const Rule& rule, const Tiling&) {
@@ -146,9 +162,16 @@ void expand_stats(Expander& e, const Node&, const Rule& rule, const Tiling&) {
   const auto inherit = by_dim(rule);
   const Statistics s = statistics(e, x, dims, inherit, true);
   const std::vector<std::pair<std::string, std::string>> channel{{"d0", rule.factors[rule.operands[0].dims[1].factors[0]].name}};
-  const TensorId mean = e.add({.name = "mean_c", .target = "mean", .inputs = {x}, .attrs = {{"dim", dims}, {"keepdim", false}}, .inherit = inherit}, {shape[1]});
+  const TensorId mean =
+      e.add({.name = "mean_c", .target = "mean", .inputs = {x}, .attrs = {{"dim", dims}, {"keepdim", false}}, .inherit = inherit}, {shape[1]});
   const TensorId flat = e.add({.name = "sum_c", .target = "view", .inputs = {s.squares}}, {shape[1]});
-  const TensorId var = e.add({.name = "var", .target = "scale", .inputs = {flat}, .attrs = {{"by", 1.0 / static_cast<double>(std::max<int64_t>(s.count - 1, 1))}}, .family = "pointwise", .inherit = channel}, {shape[1]});
+  const TensorId var = e.add({.name = "var",
+                              .target = "scale",
+                              .inputs = {flat},
+                              .attrs = {{"by", 1.0 / static_cast<double>(std::max<int64_t>(s.count - 1, 1))}},
+                              .family = "pointwise",
+                              .inherit = channel},
+                             {shape[1]});
   e.bind(0, mean);
   e.bind(1, var);
 }

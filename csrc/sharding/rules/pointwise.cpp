@@ -27,6 +27,8 @@ Rule pointwise(const OpGraph& graph, const Node& node) {
 
 }  // namespace
 
-void register_pointwise(RuleRegistry& rules) { rules.add({"pointwise"}, pointwise); }
+void register_pointwise(RuleRegistry& rules) {
+  rules.add({"pointwise"}, pointwise);
+}
 
 }  // namespace soap

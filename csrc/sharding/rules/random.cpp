@@ -22,7 +22,9 @@ Rule elementwise(const OpGraph& graph, const Node& node) {
 }  // namespace
 
 void register_random(RuleRegistry& rules) {
-  rules.add({"dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "layer_dropout", "randint", "randint_like", "uniform", "normal"}, elementwise);
+  rules.add({"dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "layer_dropout",
+             "randint", "randint_like", "uniform", "normal"},
+            elementwise);
 }
 
 }  // namespace soap

@@ -31,8 +31,10 @@ Rule reduction(const OpGraph& graph, const Node& node, Reduce reduce, Cuttable c
     const bool gone = dims.count(static_cast<int64_t>(d)) > 0;
     in.push_back(fmt::format("d{}", d));
     r.factor(in.back(), x[d], gone ? FactorKind::kReduction : d == 0 ? FactorKind::kSample : FactorKind::kAttribute, gone ? cut : Cuttable::kAny);
-    if (!gone) out.push_back(in.back());
-    else if (keep) out.push_back("*");
+    if (!gone)
+      out.push_back(in.back());
+    else if (keep)
+      out.push_back("*");
   }
   r.operand(0, in);
   for (size_t i = 0; i < node.outputs.size(); ++i) r.result(out, cut == Cuttable::kAny ? reduce : Reduce::kNone);
@@ -40,7 +42,9 @@ Rule reduction(const OpGraph& graph, const Node& node, Reduce reduce, Cuttable c
 }
 
 // Sums and means: a tile gives its share of the sum, a mean divided by the global count.
-Rule sum(const OpGraph& graph, const Node& node) { return reduction(graph, node, Reduce::kSum, Cuttable::kAny); }
+Rule sum(const OpGraph& graph, const Node& node) {
+  return reduction(graph, node, Reduce::kSum, Cuttable::kAny);
+}
 // A maximum whose gradient stops (softmax' shift).
 Rule max_shift(const OpGraph& graph, const Node& node) {
   Rule r = reduction(graph, node, Reduce::kMax, Cuttable::kAny);
@@ -48,7 +52,9 @@ Rule max_shift(const OpGraph& graph, const Node& node) {
   return r;
 }
 // Reductions that are no sums, or whose gradient depends on ties: whole along the reduced dims.
-Rule whole_reduction(const OpGraph& graph, const Node& node) { return reduction(graph, node, Reduce::kNone, Cuttable::kWhole); }
+Rule whole_reduction(const OpGraph& graph, const Node& node) {
+  return reduction(graph, node, Reduce::kNone, Cuttable::kWhole);
+}
 
 // Shape-keeping operators along `dim` (cumsum, sort, topk, ...): the dim is whole, the others are free.
 Rule along(const OpGraph& graph, const Node& node) {
@@ -88,7 +94,11 @@ Rule softmax(const OpGraph& graph, const Node& node) {
   for (size_t d = 0; d < x.size(); ++d) {
     const bool here = static_cast<int64_t>(d) == dim;
     names.push_back(fmt::format("d{}", d));
-    r.factor(names.back(), x[d], here ? FactorKind::kReduction : d == 0 ? FactorKind::kSample : FactorKind::kAttribute, here ? Cuttable::kExpand : Cuttable::kAny);
+    r.factor(names.back(), x[d],
+             here     ? FactorKind::kReduction
+             : d == 0 ? FactorKind::kSample
+                      : FactorKind::kAttribute,
+             here ? Cuttable::kExpand : Cuttable::kAny);
   }
   return r.operand(0, names).result(names).build();
 }
@@ -117,7 +127,9 @@ void expand_softmax(Expander& e, const Node& node, const Rule&, const Tiling&) {
 void register_reduce(RuleRegistry& rules, ExpansionRegistry& expansions) {
   rules.add({"sum", "mean"}, sum);
   rules.add({"max_shift"}, max_shift);
-  rules.add({"amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "prod", "argmax", "argmin", "any", "all", "linalg_vector_norm", "norm", "median"}, whole_reduction);
+  rules.add(
+      {"amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "prod", "argmax", "argmin", "any", "all", "linalg_vector_norm", "norm", "median"},
+      whole_reduction);
   rules.add({"cumsum", "cumprod", "sort", "argsort", "logcumsumexp", "gather"}, along);
   rules.add({"softmax", "log_softmax"}, softmax);
   expansions.add({"softmax", "log_softmax"}, expand_softmax);

@@ -10,7 +10,9 @@
 namespace soap {
 namespace {
 
-int64_t gates(const Node& node) { return node.target.starts_with("lstm") ? 4 : 3; }
+int64_t gates(const Node& node) {
+  return node.target.starts_with("lstm") ? 4 : 3;
+}
 
 // The gates' rows are (gate, unit); a layer as a whole can't cut o, one step can.
 Rule recurrent(const OpGraph& graph, const Node& node) {
@@ -19,7 +21,9 @@ Rule recurrent(const OpGraph& graph, const Node& node) {
   const bool lstm = node.target.starts_with("lstm");
   const int64_t hidden = graph.input(node, node.operand("w_hh")).shape[1];
   const bool step = x[0] == 1;
-  r.factor("t", x[0], FactorKind::kAttribute, Cuttable::kExpand).factor("n", x[1], FactorKind::kSample).factor("i", x[2], FactorKind::kReduction, Cuttable::kWhole);
+  r.factor("t", x[0], FactorKind::kAttribute, Cuttable::kExpand)
+      .factor("n", x[1], FactorKind::kSample)
+      .factor("i", x[2], FactorKind::kReduction, Cuttable::kWhole);
   r.factor("q", gates(node), FactorKind::kAttribute, Cuttable::kWhole).factor("o", hidden, FactorKind::kParameter, step ? Cuttable::kAny : Cuttable::kExpand);
   r.operand("input", {"t", "n", "i"}).operand("h0", {"n", "*"});
   if (lstm) r.operand("c0", {"n", "o"});
@@ -36,7 +40,8 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
   const auto x = e.operand("input");
   const auto shape = e.shape(x);
   const int64_t hidden = e.shape(e.operand("w_hh"))[1];
-  const bool by_unit = std::any_of(tiling.cuts.begin(), tiling.cuts.end(), [&](const FactorParts& c) { return rule.factors[c.factor].name == "o" && c.tiles() * c.chunks() > 1; });
+  const bool by_unit = std::any_of(tiling.cuts.begin(), tiling.cuts.end(),
+                                   [&](const FactorParts& c) { return rule.factors[c.factor].name == "o" && c.tiles() * c.chunks() > 1; });
   // Parts of t in the order of time, whatever tile has them; single steps where the hidden units are cut.
   std::vector<std::pair<Run, int>> parts;
   int index = 0;
@@ -56,7 +61,14 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
     const std::vector<std::pair<std::string, int>> at{{"t", part}};
     const std::string suffix = fmt::format("t{}", run.begin);
     const std::vector<int64_t> piece{length, shape[1], shape[2]};
-    const TensorId xt = length == shape[0] ? x : e.add({.name = suffix + "/x", .target = "narrow", .inputs = {x}, .attrs = {{"dim", int64_t{0}}, {"start", run.begin}, {"length", length}}, .inherit = {{"d1", "n"}}, .at = at}, piece);
+    const TensorId xt = length == shape[0] ? x
+                                           : e.add({.name = suffix + "/x",
+                                                    .target = "narrow",
+                                                    .inputs = {x},
+                                                    .attrs = {{"dim", int64_t{0}}, {"start", run.begin}, {"length", length}},
+                                                    .inherit = {{"d1", "n"}},
+                                                    .at = at},
+                                                   piece);
     std::vector<TensorId> inputs{xt, h};
     std::vector<std::string> names{"input", "h0"};
     const auto add = [&](const char* name, TensorId t) {
@@ -69,13 +81,18 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
     for (const char* w : {"w_ih", "w_hh", "b_ih", "b_hh"}) add(w, e.operand(w));
     std::vector<std::vector<int64_t>> results{{length, shape[1], hidden}, {shape[1], hidden}};
     if (lstm) results.push_back({shape[1], hidden});
-    const auto made = e.add_many({.name = suffix, .target = node.target, .inputs = inputs, .operand_names = names, .attrs = node.attrs, .inherit = {{"n", "n"}, {"o", "o"}}, .at = at}, results);
+    const auto made = e.add_many(
+        {.name = suffix, .target = node.target, .inputs = inputs, .operand_names = names, .attrs = node.attrs, .inherit = {{"n", "n"}, {"o", "o"}}, .at = at},
+        results);
     outputs.push_back(made[0]);
     h = made[1];
     if (lstm) c = made[2];
   }
   if (reverse) std::reverse(outputs.begin(), outputs.end());
-  e.bind(0, outputs.size() == 1 ? outputs[0] : e.add({.name = "cat", .target = "cat", .inputs = outputs, .attrs = {{"dim", int64_t{0}}}, .inherit = {{"d1", "n"}, {"d2", "o"}}}, {shape[0], shape[1], hidden}));
+  e.bind(0, outputs.size() == 1
+                ? outputs[0]
+                : e.add({.name = "cat", .target = "cat", .inputs = outputs, .attrs = {{"dim", int64_t{0}}}, .inherit = {{"d1", "n"}, {"d2", "o"}}},
+                        {shape[0], shape[1], hidden}));
   e.bind(1, h);
   if (lstm) e.bind(2, c);
 }
