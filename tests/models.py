@@ -56,11 +56,6 @@ def by_pixel(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, targets)
 
 
-def gentle_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Steps of lr 0.1 on 94 fresh batch-normed layers amplify rounding 100 times each; a tenth of them doesn't."""
-    return 0.1 * F.cross_entropy(logits, target)
-
-
 def alexnet() -> Example:
     model = tv.AlexNet(num_classes=10)
     # Widths of the fully connected layers cut down: 55 million double parameters say no more than these.
@@ -91,8 +86,10 @@ def inception() -> Example:
     blocks = [functools.partial(getattr(tv.inception, n), conv_block=SlimConv) for n in names]
     model = tv.Inception3(num_classes=10, aux_logits=False, init_weights=False, inception_blocks=[SlimConv, *blocks, tv.inception.InceptionAux])
     model.fc = nn.Linear(256, 10)
-    example = image_example(model, 107)  # 2x2 before the last pool: a batch norm over 4 values would be ill-conditioned
-    return Example(example.module, example.inputs, gentle_loss)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = 0.1  # with 1e-3, 94 layers of fresh weights amplify rounding: one process with permuted rows moves by 3e-9
+    return image_example(model, 107)
 
 
 def mobilenet() -> Example:

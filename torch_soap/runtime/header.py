@@ -35,13 +35,14 @@ class Header:
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
 
-    def check(self, training: bool, grad: bool, tensors: Sequence[torch.Tensor]) -> None:
-        """All ranks call the module in the same mode, with the same number, dtypes and ranks of inputs."""
+    def check(self, training: bool, grad: bool, tensors: Sequence[torch.Tensor], structure: Any) -> None:
+        """All ranks call the module in the same mode, with the same number, dtypes and ranks of inputs, in the same structure with the same constants."""
         words = {
             "mode": "train" if training else "eval",
             "grad": grad,
             "autocast": (torch.is_autocast_enabled("cpu"), str(torch.get_autocast_dtype("cpu"))),
             "inputs": [(str(t.dtype), t.dim()) for t in tensors],
+            "arguments": structure,
         }
         sizes = [n for t in tensors for n in t.shape]
         mine = [number(repr(words)), len(sizes), *sizes]
@@ -55,8 +56,8 @@ class Header:
                         raise RankMismatchError(f"[forward] ranks disagree on {key}: rank {rank} has {value}, rank 0 has {everyone[0][key]}.{hint}")
             raise RankMismatchError("[forward] ranks disagree on their inputs")
 
-    def explain_failure(self, tensors: Sequence[torch.Tensor], error: Exception) -> None:
-        """After a capture failed on this rank: raises when the ranks' inputs differ in more than their rows, which then is the reason."""
+    def explain_failure(self, tensors: Sequence[torch.Tensor], error: Exception | None) -> None:
+        """After a capture failed on a rank: raises when the ranks' inputs differ in more than their rows, which then is the reason."""
         shapes = self._shapes(tensors)
         for i in range(len(tensors)):
             for rank, other in enumerate(shapes):

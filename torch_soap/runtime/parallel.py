@@ -26,7 +26,7 @@ from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.engine import Engine, StepState
-from torch_soap.runtime.header import Header, agree
+from torch_soap.runtime.header import Header, RankMismatchError, agree
 from torch_soap.runtime.storage import assemble, cut
 
 Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
@@ -69,7 +69,9 @@ class Parallel:
             on_meta = any(p.is_meta for p in twin.parameters())
             if on_meta:
                 with_memory(twin)
-            self.captures[key] = capture(twin, args, kwargs, train=self.module.training, loss=self.loss, check=not on_meta)
+            self.captures[key] = self.together(
+                lambda: capture(twin, args, kwargs, train=self.module.training, loss=self.loss, check=not on_meta), input_tensors(args, kwargs)
+            )
             for p in twin.parameters():
                 p.grad = None
                 p.data = torch.empty_like(p.data)
@@ -77,6 +79,24 @@ class Parallel:
         for mine, theirs in zip(self.module.parameters(), captured.module.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
         return captured
+
+    def together(self, make: Callable[[], Captured], tensors: Sequence[torch.Tensor]) -> Captured:
+        """make() on every rank; where one fails all raise, and say so when it is because their inputs differ. Collective."""
+        made, failure = None, None
+        try:
+            made = make()
+        except Exception as error:
+            failure = error
+        failures = self.comm.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if any(failures):
+            self.header.explain_failure(tensors, failure)
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(failures):
+            if text is not None:
+                raise RankMismatchError(f"[capture] rank {rank} failed: {text}")
+        assert made is not None
+        return made
 
     def plain_copy(self, memo: dict[int, Any]) -> nn.Module:
         """A copy of the module that knows nothing of us, with whole parameters. Collective where anything is cut."""
@@ -109,7 +129,7 @@ class Parallel:
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures and plans for this process' example inputs, without running."""
-        self.header.check(self.module.training, torch.is_grad_enabled(), input_tensors(args, kwargs))
+        self.header.check(self.module.training, torch.is_grad_enabled(), input_tensors(args, kwargs), structure_key(args, kwargs))
         captured = self.capture(args, kwargs)
         rows, signature = self.header.rows(captured.flatten_inputs(args, kwargs), captured.batch_dims)
         self.engine(captured, signature, rows)
@@ -222,7 +242,7 @@ class Parallel:
         """One forward of all ranks together."""
         self.calls += 1
         leaves = input_tensors(args, kwargs)
-        self.header.check(self.module.training, torch.is_grad_enabled(), leaves)
+        self.header.check(self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs))
         captured = self.capture(args, kwargs)
         tensors = captured.flatten_inputs(args, kwargs)
         rows, signature = self.header.rows(tensors, captured.batch_dims)
@@ -322,6 +342,13 @@ def input_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.T
 
 
 def structure_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a capture is bound to besides shapes: the structure of the call and its constants."""
+    """What a capture is bound to besides shapes: the structure of the call and its constants. Equal on ranks that call alike."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    return str(spec), tuple((leaf.dtype, leaf.dim(), leaf.requires_grad) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)
+
+    def key(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return str(leaf.dtype), leaf.dim(), leaf.requires_grad
+        plain = isinstance(leaf, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
+        return repr(leaf) if plain else type(leaf).__qualname__  # the repr of other objects may have their address
+
+    return str(spec), tuple(key(leaf) for leaf in leaves)

@@ -1,0 +1,108 @@
+"""`make test-processes`: every model on 2, 3 and 4 real processes under random plans, against one process.
+
+Writes benchmarks/results/processes.md and .json. Random delays come before the collectives of random ranks.
+
+    python tests/dist/sweep.py [--models a,b] [--worlds 2,3,4] [--plans 6]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.dist.launch import torchrun  # noqa: E402
+from tests.models import CASES  # noqa: E402
+
+BOUND = {"float64": 1e-10, "float32": 1e-3}
+
+
+def run_model(name: str, world: int, runs: list[str]) -> dict[str, Any]:
+    """Results by run; a launch that failed is started again with what comes after the failure."""
+    results: dict[str, Any] = {}
+    left = list(runs)
+    while left:
+        outcome = torchrun(world, "tests.dist.worker_sweep", name, *left, timeout_s=1800)
+        parts = [r or {} for r in outcome.results]
+        done = [run for run in left if any(run in p for p in parts)] or left[:1]
+        for run in done:
+            reports = [p.get(run, {"failure": outcome.output[-2000:].replace(str(ROOT), ".")}) for p in parts]
+            failed = next((r for r in reports if "failure" in r and "plan" in r), next((r for r in reports if "failure" in r), None))
+            results[run] = failed or max(reports, key=lambda r: r["error"])
+        left = [run for run in left if run not in done]
+    return results
+
+
+def is_ok(run: str, result: dict[str, Any]) -> bool:
+    return "error" in result and result["error"] <= BOUND[run.split(":")[1]]
+
+
+def write_report(everything: dict[str, dict[str, Any]], seconds: float, worlds: list[int], plans: int) -> str:
+    import torch
+
+    flat = [(key, run, r) for key, runs in everything.items() for run, r in runs.items()]
+    bad = [(key, run, r) for key, run, r in flat if not is_ok(run, r)]
+    used = sorted({u for _, _, r in flat for u in r.get("used", [])})
+    lines = [
+        "# Real processes against one process",
+        "",
+        f"`make test-processes`: {len(flat)} trainings of 3 steps ({plans} random plans a model, {', '.join(map(str, worlds))} ranks, float64 and float32, random delays), "
+        f"{len(bad)} failures, {seconds / 60:.0f} minutes. torch {torch.__version__}, gloo, {platform.machine()}.",
+        "",
+        f"The plans used: {', '.join(used)}.",
+        "",
+        "Worst difference (bound 1e-10 and 1e-3), over all plans:",
+        "",
+        "| model | " + " | ".join(f"{w} ranks {t}" for w in worlds for t in ("fp64", "fp32")) + " |",
+        "|---|" + "---|" * (2 * len(worlds)),
+    ]
+    for name in dict.fromkeys(key.split("@")[0] for key in everything):
+        cells = []
+        for w in worlds:
+            for dtype in BOUND:
+                runs = {run: r for run, r in everything.get(f"{name}@{w}", {}).items() if run.endswith(dtype)}
+                failures = sum(not is_ok(run, r) for run, r in runs.items())
+                worst = max((r["error"] for r in runs.values() if "error" in r), default=float("nan"))
+                cells.append(f"{worst:.0e}" + (f", {failures} of {len(runs)} failed" if failures else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for key, run, r in bad:
+        lines_of = r.get("failure", f"{r.get('where')} differs by {r.get('error', 0):.2e}").strip().splitlines()
+        what = next((line for line in reversed(lines_of) if "Error" in line), lines_of[-1])
+        lines.append(f"\n- {key} seed {run}: {what}")
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "processes.md").write_text("\n".join(lines) + "\n")
+    rows = [json.dumps({"model": key.split("@")[0], "ranks": int(key.split("@")[1]), "run": run, **r}) for key, run, r in flat]
+    (folder / "processes.json").write_text("[\n" + ",\n".join(rows) + "\n]\n")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(c.name for c in CASES))
+    parser.add_argument("--worlds", default="2,3,4")
+    parser.add_argument("--plans", type=int, default=6)
+    options = parser.parse_args()
+    worlds = [int(w) for w in options.worlds.split(",")]
+    runs = [f"{seed}:{dtype}" for seed in range(options.plans) for dtype in BOUND]
+    start = time.perf_counter()
+    everything: dict[str, dict[str, Any]] = {}
+    for name in options.models.split(","):
+        for world in worlds:
+            results = everything[f"{name}@{world}"] = run_model(name, world, runs)
+            good = sum(is_ok(run, r) for run, r in results.items())
+            print(f"{name} on {world} ranks: {good} of {len(results)} ok ({time.perf_counter() - start:.0f} s)", flush=True)
+            text = write_report(everything, time.perf_counter() - start, worlds, options.plans)
+    print("\n" + text)
+    return 0 if all(is_ok(run, r) for runs_ in everything.values() for run, r in runs_.items()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

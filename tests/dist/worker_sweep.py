@@ -1,0 +1,82 @@
+"""On each rank: one model under random plans; reports the worst difference of each and what the plans used.
+
+    torchrun --nproc-per-node=N -m tests.dist.worker_sweep MODEL SEED:DTYPE ...
+"""
+
+from __future__ import annotations
+
+import datetime
+import random
+import sys
+import time
+import traceback
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.dist.launch import ROOT, report
+from tests.dist.training import alone, difference, in_dtype, together
+from tests.models import case
+from torch_soap import _C
+from torch_soap.capture import capture
+from torch_soap.plan import Plan
+from torch_soap.rewrite.graph_import import to_op_graph
+from torch_soap.testing import random_plan_of
+
+STEPS = 3
+
+
+def random_rows(total: int, world_size: int, rng: random.Random) -> list[int]:
+    """At least one row each: a mean over no rows is no number."""
+    cuts = sorted(rng.sample(range(1, total), world_size - 1))
+    return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+def used_by(plan: Plan, graph: Any) -> list[str]:
+    """What a plan is made of: factor kinds that are cut, chunks, placements, ..."""
+    out = set()
+    for node in graph.nodes:
+        if node.name not in plan.strategy.nodes:
+            continue
+        config = plan.strategy.nodes[node.name]
+        kinds = {f.name: f.kind.name for f in _C.make_rule(graph, node, plan.world_size).factors}
+        for factor, cut in config.cuts:
+            out.add("storage" if node.kind == _C.NodeKind.param else f"{kinds.get(factor, 'sample')} factor")
+            traits = {"chunks": cut.chunks > 1, "uneven cuts": bool(cut.bounds), "zigzag": cut.zigzag, "mixed radix": bool(cut.radix)}
+            out |= {label for label, on in traits.items() if on}
+        out |= {label for label, on in {"device lists": bool(config.devices), "replicas": config.replicas > 1}.items() if on}
+    if plan.strategy.order == _C.Order.interleaved:
+        out.add("1f1b")
+    return sorted(out)
+
+
+def main(name: str, runs: list[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    example = case(name).example()
+    wide = in_dtype(example, torch.float64)
+    captured = capture(wide.module, wide.inputs, {}, loss=wide.loss, check=False)
+    graph = to_op_graph(captured.instantiate(captured._signature_of([captured.leaves[i] for i in captured.tensor_slots])))
+    results: dict[str, Any] = {}
+    for run in runs:
+        seed, dtype = int(run.split(":")[0]), getattr(torch, run.split(":")[1])
+        start = time.perf_counter()
+        rows = random_rows(len(example.inputs[0]), world, random.Random(seed))
+        plan = random_plan_of(captured, world, seed, rows)
+        try:
+            got = together(in_dtype(example, dtype), plan.text, rows, STEPS, random.Random(1000 * seed + rank))
+        except Exception:  # reported with the plan; the launcher goes on with the next run
+            report({**results, run: {"failure": traceback.format_exc()[-2500:].replace(str(ROOT), "."), "plan": plan.text, "rows": rows}})
+            raise
+        error, where = difference(got, alone(in_dtype(example, dtype), rows, STEPS), STEPS)
+        results[run] = {"error": error, "where": where, "rows": rows, "used": used_by(plan, graph), "seconds": time.perf_counter() - start}
+        report(results)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
