@@ -1,4 +1,4 @@
-"""Every model on 2 real processes under torchrun with gloo: one hybrid plan, float64, 3 steps, against one process."""
+"""Real processes under torchrun with gloo against one process: every model on 2 ranks, one hybrid plan, float64, 3 steps; some on 3 and 4."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def test_same_as_one_process(names: list[str]) -> None:
             assert result["error"] <= 1e-10, f"{name} on rank {rank}: {result['where']} differs by {result['error']:.2e}"
             assert result["losses"][-1] != result["losses"][0]
     assert outcome.returncode == 0, outcome.output
+
+
+@pytest.mark.parametrize(("ranks", "name", "seed"), [(3, "alexnet", 0), (4, "gpt_loss", 0)])
+def test_random_plans_on_more_ranks(ranks: int, name: str, seed: int) -> None:
+    """Ranks meet in groups of some of them, and come to these in different orders (alexnet's plan: {0,1}, {0,2}, all)."""
+    run = f"{seed}:float64"
+    outcome = torchrun(ranks, "tests.dist.worker_sweep", name, run)
+    for results in outcome.results:
+        assert results is not None and "error" in results.get(run, {}), outcome.output
+        assert results[run]["error"] <= 1e-10, results[run]

@@ -10,20 +10,25 @@ from torch import nn
 from torch_soap.runtime.parallel import Parallel
 from torch_soap.runtime.storage import cut
 
-RANDOM_KEY = "torch_soap_random"
+RANDOM_KEY = "torch_soap_random"  # in a state_dict's _metadata, which plain modules ignore
 
 
 def install_state_dict(parallel: Parallel) -> None:
     """Hooks on the module: `state_dict()` gathers (collective), `load_state_dict()` cuts."""
     names = {n: canonical for canonical, n in aliases(parallel.module)}
 
-    def gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    def gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+        local_metadata[RANDOM_KEY] = parallel.random.state_dict()
+        if any(parallel.is_cut(n) for n in names.values()):
+            parallel.comm.gather_ints([0])  # names the ranks that don't call state_dict
         for name, canonical in names.items():
             key = prefix + name
             if key in state and parallel.is_cut(canonical):
                 state[key] = parallel.gather(canonical, state[key]).to(state[key].dtype)
 
-    def scatter(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def scatter(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
+        if RANDOM_KEY in local_metadata:
+            parallel.random.load_state_dict(local_metadata[RANDOM_KEY])
         for name, canonical in names.items():
             key = prefix + name
             if key in state and parallel.is_cut(canonical):

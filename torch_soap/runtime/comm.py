@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,6 +37,9 @@ class Comm(Protocol):
     def exchange(self, sends: dict[int, torch.Tensor], recv_bytes: dict[int, int], ranks: Sequence[int]) -> dict[int, torch.Tensor]:
         """One grouped exchange of bytes (1-D uint8 tensors) among `ranks`; every one of them must call it."""
 
+    def join(self, groups: Iterable[Sequence[int]]) -> None:
+        """The sets of ranks among which this rank will exchange and reduce from now on. Collective over all ranks."""
+
     def gather_objects(self, value: Any) -> list[Any]:
         """The values of all ranks, in order."""
 
@@ -45,7 +48,8 @@ class Comm(Protocol):
 
 
 class TorchComm:
-    """c10d process groups. Groups of some ranks are made when first used, by their members alone."""
+    """c10d process groups. Groups of some ranks are made by all ranks together, in one order (`join`): c10d names a group by how many a
+    process has made before, so members that make theirs alone, in an order of their own, wait for each other for ever."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.world = group if group is not None else dist.group.WORLD
@@ -63,12 +67,14 @@ class TorchComm:
                 raise RuntimeError("[comm] there is no process group")
             return self.world
         if key not in self.groups:
-            # Named by its ranks, so that members may make their groups in any order.
-            made = dist.new_group(list(key), use_local_synchronization=True, group_desc="soap_" + "_".join(map(str, key)))
-            if not isinstance(made, dist.ProcessGroup):
-                raise RuntimeError(f"[comm] rank {self.rank} isn't one of the ranks {list(key)}")
-            self.groups[key] = made
+            raise RuntimeError(f"[comm] no group of ranks {list(key)} has been joined")
         return self.groups[key]
+
+    def join(self, groups: Iterable[Sequence[int]]) -> None:
+        everyone = self.gather_objects([tuple(g) for g in groups])
+        for key in sorted({g for mine in everyone for g in mine}):
+            if key not in self.groups and len(key) < self.world_size:
+                self.groups[key] = dist.new_group(list(key), group_desc="soap_" + "_".join(map(str, key)))
 
     def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], maximum: bool) -> torch.Tensor:
         tensor = tensor.contiguous()
@@ -199,6 +205,9 @@ class ThreadComm:
             raise RuntimeError(f"[comm] rank {self.rank} expected {recv_bytes} bytes, got {sizes}")
         self.traffic.add("exchange", sum(t.numel() for t in sends.values()))
         return out
+
+    def join(self, groups: Iterable[Sequence[int]]) -> None:
+        """Nothing to make: threads meet under any key."""
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         return [list(v) for v in self.gather_objects(list(values))]

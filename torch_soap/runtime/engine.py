@@ -30,6 +30,12 @@ class StepState:
     copies: dict[int, torch.Tensor] = field(default_factory=dict)  # gathered parameters whose storage is given back until backward
     random: CounterState | None = None
     position: int = 0  # next instruction
+    retain_graph: bool = False
+
+    def copy(self) -> StepState:
+        """For a backward after which another one may come."""
+        kept = {name: dict(getattr(self, name)) for name in ("values", "leaves", "outputs", "grads", "copies")}
+        return replace(self, **kept)
 
 
 class Engine:
@@ -72,6 +78,13 @@ class Engine:
         if program.interleaved:
             self.num_forward = len(self.kinds)
         self.released = self._released()
+        self.before: dict[frozenset[int], set[int]] = {}
+
+    def groups(self) -> set[tuple[int, ...]]:
+        """Sets of ranks among which this rank's program exchanges and reduces."""
+        steps = [p for p in self.planned if p is not None]
+        reductions = {tuple(t.ranks) for p in steps for t in p.transfers if t.all_reduce and self.comm.rank in t.ranks}
+        return {tuple(p.ranks) for p in steps if p.ranks} | reductions
 
     def _released(self) -> dict[int, list[int]]:
         """Instruction -> gathered copies (Keep.use) that forward has used for the last time there."""
@@ -139,12 +152,30 @@ class Engine:
                 self._accumulate(state, value, grads[self.names[node]])
 
     # -- backward ----------------------------------------------------------------------------------------------------
-    def backward(self, state: StepState, grads: dict[str, torch.Tensor]) -> None:
-        """Runs the rest. `grads`: of the returns, by node name. Leaves the gradients in `state.grads`."""
+    def backward(self, state: StepState, grads: dict[str, torch.Tensor], *, retain_graph: bool = False) -> None:
+        """Runs the rest. `grads`: of the returns, by node name. Leaves the gradients in `state.grads`.
+
+        With retain_graph the segments' graphs stay; give a copy of the state then.
+        """
         if state.position != self.num_forward:
-            raise RuntimeError("[engine] backward a second time: pass retain_graph=True to the first")
+            raise RuntimeError("[engine] this state's backward has run already")
         self.seed(state, grads)
+        state.retain_graph = retain_graph
         self._run(state, len(self.instructions), True)
+
+    def nodes_before(self, returns: frozenset[int]) -> set[int]:
+        """Nodes of the graph on which one of these returns depends, themselves included."""
+        if returns not in self.before:
+            graph = self.program.graph
+            seen, todo = set(returns), list(returns)
+            while todo:
+                for tensor in graph.nodes[todo.pop()].inputs:
+                    producer = graph.tensors[tensor].producer
+                    if producer not in seen:
+                        seen.add(producer)
+                        todo.append(producer)
+            self.before[returns] = seen
+        return self.before[returns]
 
     def gradient(self, state: StepState, node: int) -> torch.Tensor | None:
         """Of this rank's part of a parameter or feed; None where it isn't used. An empty part's is empty (GradScaler insists)."""
@@ -209,7 +240,7 @@ class Engine:
         if not wanted or not leaves:
             return
         grads = [state.grads.pop(v) for v, _ in wanted]
-        results = torch.autograd.grad([t for _, t in wanted], list(leaves.values()), grads, allow_unused=True)
+        results = torch.autograd.grad([t for _, t in wanted], list(leaves.values()), grads, retain_graph=state.retain_graph, allow_unused=True)
         for value, result in zip(leaves, results, strict=True):
             if result is not None:
                 self._accumulate(state, value, result)

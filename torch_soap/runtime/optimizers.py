@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -29,6 +30,8 @@ class Registry:
         register_optimizer_step_post_hook(self.after_step)
         self.local_norm = clip_grad._get_total_norm
         clip_grad._get_total_norm = self.total_norm
+        self.local_unscale = torch.amp.GradScaler._unscale_grads_
+        torch.amp.GradScaler._unscale_grads_ = functools.partialmethod(Registry.unscale_of, self)  # type: ignore[assignment,arg-type]
 
     def owner(self, p: torch.Tensor) -> tuple[Parallel, str] | None:
         for parallel in self.parallels:
@@ -36,6 +39,20 @@ class Registry:
                 if q is p:
                     return parallel, name
         return None
+
+    # -- gradient scaling ----------------------------------------------------------------------------------------------
+    @staticmethod
+    def unscale_of(scaler: torch.amp.GradScaler, registry: Registry, optimizer: torch.optim.Optimizer, *args: Any) -> dict[torch.device, torch.Tensor]:
+        """GradScaler's own unscaling, then found_inf of all ranks: a part that overflows on one rank skips the step on all. Collective."""
+        found = registry.local_unscale(scaler, optimizer, *args)
+        ours = registry.cut_parameters(optimizer)
+        if ours:
+            comm = ours[0][0].comm
+            mine = torch.stack([t.detach().cpu().float().reshape(()) for t in found.values()]).amax() if found else torch.zeros(())
+            total = comm.all_reduce(mine.reshape(1), list(range(comm.world_size)), True)[0]
+            for t in found.values():
+                t.fill_(total)
+        return found
 
     # -- steps ---------------------------------------------------------------------------------------------------------
     def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

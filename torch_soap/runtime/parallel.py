@@ -28,6 +28,7 @@ from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import Header, RankMismatchError, agree
 from torch_soap.runtime.storage import assemble, cut
+from torch_soap.runtime.watch import GradientWatch, HookWatch, ReplicaWatch, compare_replicas
 
 Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
 
@@ -55,6 +56,7 @@ class Parallel:
         self.random = CounterState.from_torch()
         self.header = Header(comm)
         self.calls = 0
+        self.replicas, self.gradients, self.hooks = ReplicaWatch(), GradientWatch(), HookWatch()
 
     # -- planning ------------------------------------------------------------------------------------------------------
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
@@ -159,6 +161,7 @@ class Parallel:
         if not self.storage:
             self.cut_parameters(program)
         engine = Engine(program, graph, self.comm.rank, self.comm)
+        self.comm.join(engine.groups())
         self.engines[key] = engine, graph
         return engine, graph
 
@@ -176,6 +179,7 @@ class Parallel:
             self.boxes[name] = mine.box if mine is not None else None
             self.owners[name] = mine is not None and mine.devices[0] == self.comm.rank
         self.materialise()
+        self.gradients.attach(dict(self.parameters()))
         for name, p in self.parameters():
             if name in self.boxes and self.is_cut(name) and tuple(p.shape) == self.shapes[name]:
                 part = cut(p.data, self.boxes[name]).clone(memory_format=torch.contiguous_format)
@@ -247,10 +251,13 @@ class Parallel:
         tensors = captured.flatten_inputs(args, kwargs)
         rows, signature = self.header.rows(tensors, captured.batch_dims)
         engine, graph = self.engine(captured, signature, rows)
+        self.hooks.look(self.module)
         self.random.next_call()
         names = [n.name for n in graph.nodes if n.kind == "feed"]
         feeds = dict(zip(names, tensors, strict=True))
         stored = self.stored(captured, graph)
+        if self.replicas.due(self.calls):
+            compare_replicas(self.comm, {n: t for n, t in stored.items() if n in self.storage}, self.storage)
         params = [(n.name, stored[n.name]) for n in graph.nodes if n.kind == "param"]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in itertools.chain(tensors, (p for _, p in params)))
         if grad:
@@ -297,28 +304,44 @@ class RunProgram(torch.autograd.Function):
             raise RuntimeError(
                 "[torch_soap] double backward (create_graph=True) doesn't go through the parallel program; compute such a term on the plain module"
             )
-        engine, state, world = ctx.engine, ctx.state, ctx.parallel.comm.world_size
+        engine, state, comm = ctx.engine, ctx.state, ctx.parallel.comm
         if state is None:
-            raise RuntimeError("[torch_soap] backward a second time through the same forward: retain_graph isn't kept across the parallel program")
-        names = [engine.names[n] for n in engine.returns]
+            raise RuntimeError("[torch_soap] backward a second time through the same forward: pass retain_graph=True to the first")
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if keep:
+            state = state.copy()
+        else:
+            ctx.state = None
+        used = used_returns(engine, comm, grads)
         scale: torch.Tensor | None = None
         if engine.program.interleaved:
             # Forward ran with a gradient of 1: what comes in now is the mean of the processes' gradients of the loss.
             own = next((g for g in grads if g is not None), torch.zeros(()))
-            scale = ctx.parallel.comm.all_reduce(own.detach().clone().reshape(-1) / world, list(range(world)), False)[0]
+            scale = comm.all_reduce(own.detach().clone().reshape(-1) / comm.world_size, list(range(comm.world_size)), False)[0]
         else:
-            engine.backward(state, {n: g / world for n, g in zip(names, grads, strict=True) if g is not None})
-        ctx.state = None
+            incoming = {engine.names[n]: g / comm.world_size for n, g in zip(engine.returns, grads, strict=True) if g is not None}
+            engine.backward(state, incoming, retain_graph=keep)
+        reached = engine.nodes_before(used)
         nodes = {n: i for i, n in enumerate(engine.names)}
         out: list[torch.Tensor | None] = []
         for name, shape, needed in zip([*ctx.feed_names, *ctx.param_names], ctx.shapes, ctx.needs, strict=True):
-            grad = engine.gradient(state, nodes[name]) if needed else None
-            if grad is None and needed and name.startswith("param:") and engine.value_of_store[nodes[name]] < 0:
+            grad = engine.gradient(state, nodes[name]) if needed and nodes[name] in reached else None
+            if grad is None and needed and nodes[name] in reached and name.startswith("param:") and engine.value_of_store[nodes[name]] < 0:
                 grad = torch.zeros(shape, dtype=engine.dtype_of(nodes[name]))  # stored elsewhere: an empty part
             if grad is not None and scale is not None:
                 grad = grad * scale.to(grad.dtype)
+            if grad is not None:
+                ctx.parallel.gradients.expect(name, grad)
             out.append(grad)
         return (None, None, None, None, None, *out)
+
+
+def used_returns(engine: Engine, comm: Comm, grads: Sequence[torch.Tensor | None]) -> frozenset[int]:
+    """The returns whose gradient comes in on some rank: one that is used on no rank gives its parameters None, as in one process. Collective."""
+    if len(engine.returns) == 1:
+        return frozenset(engine.returns)
+    mask = comm.all_reduce(torch.tensor([g is not None for g in grads], dtype=torch.float32), list(range(comm.world_size)), True)
+    return frozenset(n for n, used in zip(engine.returns, mask.tolist(), strict=True) if used)
 
 
 def with_memory(module: nn.Module) -> None:

@@ -1,0 +1,109 @@
+"""What goes wrong silently, watched at small cost: replicas that drift apart, gradients from outside of the program, hooks that
+will never fire.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_soap import _C
+from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.header import RankMismatchError
+
+# Forwards between two comparisons of replicas; 0: never.
+CHECK_EVERY = "TORCH_SOAP_CHECK_REPLICAS_EVERY"
+BIT_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Sum of the bit patterns, each weighted by its place among 64: equal for bitwise equal tensors."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.detach().contiguous().view(-1).view(BIT_PATTERNS[tensor.element_size()]).to(torch.int64)
+    return int((bits * (torch.arange(bits.numel()) % 64 + 1)).sum())
+
+
+def compare_replicas(comm: Comm, tensors: Mapping[str, torch.Tensor], storage: Mapping[str, _C.Sharding]) -> None:
+    """Parameters and buffers (by node name) that several ranks hold are the same there, to the last bit. Collective.
+
+    Raises RankMismatchError, naming the first that isn't and a rank, on all ranks.
+    """
+    everyone = comm.gather_objects({name: checksum(t) for name, t in tensors.items()})
+    for name, sharding in storage.items():
+        for coord in sharding.coords:
+            holders = [d for d in coord.devices if name in everyone[d]]
+            for rank in holders[1:]:
+                if everyone[rank][name] != everyone[holders[0]][name]:
+                    raise RankMismatchError(
+                        f"[torch_soap] {name} is not the same on ranks {holders[0]} and {rank} any more: it was written, or got a gradient, "
+                        f"on one rank only. ({CHECK_EVERY}=0 stops this check.)"
+                    )
+
+
+class ReplicaWatch:
+    """Compares replicas at the first forward and every `TORCH_SOAP_CHECK_REPLICAS_EVERY` (default 100) ones."""
+
+    def __init__(self) -> None:
+        self.every = int(os.environ.get(CHECK_EVERY, "100"))
+
+    def due(self, call: int) -> bool:
+        return self.every > 0 and call % self.every == 0
+
+
+class GradientWatch:
+    """Warns, once for a parameter, when its gradient has a part that the program didn't make: that part isn't summed over ranks."""
+
+    def __init__(self) -> None:
+        self.expected: dict[str, int | None] = {}  # parameter -> address of the gradient that the program gave; None: several came
+        self.told: set[str] = set()
+
+    def expect(self, node: str, grad: torch.Tensor) -> None:
+        """The program hands this gradient of a node to autograd."""
+        if node.startswith("param:"):
+            name = node.removeprefix("param:")
+            self.expected[name] = None if name in self.expected else grad.data_ptr()
+
+    def attach(self, named: Mapping[str, nn.Parameter]) -> None:
+        me = weakref.ref(self)
+        for name, p in named.items():
+            if p.requires_grad:
+                p.register_hook(lambda grad, name=name: None if (watch := me()) is None else watch.look(name, grad))  # type: ignore[misc]
+
+    def look(self, name: str, grad: torch.Tensor | None) -> None:
+        expected = self.expected.pop(name, -1)
+        if grad is None or expected in (None, grad.data_ptr()) or name in self.told:
+            return
+        self.told.add(name)
+        warnings.warn(
+            f"[torch_soap] the gradient of {name} has a part from outside of the model's forward: it is this rank's own, and isn't summed over ranks "
+            "as the rest is. Give such a term to parallelize(loss=...), or compute it in forward.",
+            stacklevel=2,
+        )
+
+
+class HookWatch:
+    """Warns when hooks were put on submodules after capture: the program doesn't call submodules, so they don't fire."""
+
+    def __init__(self) -> None:
+        self.known = -1
+
+    def look(self, module: nn.Module) -> None:
+        count = sum(self._hooks(child) for child in module.modules() if child is not module)
+        if 0 <= self.known < count:
+            warnings.warn(
+                "[torch_soap] hooks were put on submodules after the model was captured: they don't fire, since submodules aren't called any more. "
+                "Put them on before parallelize, or on the whole model.",
+                stacklevel=3,
+            )
+        self.known = count
+
+    @staticmethod
+    def _hooks(child: Any) -> int:
+        return sum(len(getattr(child, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
