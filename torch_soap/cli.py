@@ -17,7 +17,7 @@ import torch
 import torch_soap
 from torch_soap import _C
 from torch_soap.capture import capture
-from torch_soap.plan import Plan, as_plan
+from torch_soap.plan import Plan, as_plan, lower
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.trace import chrome_trace, simulated_events
 from torch_soap.verify import as_arguments, even_rows
@@ -74,7 +74,7 @@ def run_explain(arguments: argparse.Namespace) -> str:
     plan, graph, rows = chosen(arguments)
     if plan.explanation:
         return plan.explain()
-    program = _C.lower(graph, plan.strategy, rows)
+    program = lower(graph, plan, rows)
     return str(_C.explain(program, _C.simulate(program, _C.CostModel(machine(arguments)))))
 
 
@@ -89,7 +89,7 @@ def run_verify(arguments: argparse.Namespace) -> str:
 
 def run_trace(arguments: argparse.Namespace) -> str:
     plan, graph, rows = chosen(arguments)
-    program = _C.lower(graph, plan.strategy, rows)
+    program = lower(graph, plan, rows)
     plan.cost = plan.cost or _C.CostModel(machine(arguments))
     out = arguments.out or Path("trace.json")
     out.write_text(chrome_trace({"simulated": simulated_events(program, plan)}))

@@ -29,6 +29,23 @@ def ce_count(target: torch.Tensor, weight: torch.Tensor | None = None, ignore_in
     return torch.where(counted, weight[torch.where(counted, target, torch.zeros_like(target))], torch.zeros((), dtype=weight.dtype)).sum()
 
 
+# -- products and indexing -----------------------------------------------------------------------------------------------
+def einsum(equation: str, operands: list[torch.Tensor]) -> torch.Tensor:
+    """Explicit output, no ellipsis, each letter at most once in an operand."""
+    return torch.einsum(equation, *operands)
+
+
+def index_take(input: torch.Tensor, indices: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """input[:, .., i, j, .., :] with the index tensors side by side from `dim`."""
+    before: list[Any] = [slice(None)] * dim
+    return input[(*before, *indices)]
+
+
+def index_write(input: torch.Tensor, values: torch.Tensor, indices: list[torch.Tensor], dim: int, accumulate: bool = False) -> torch.Tensor:
+    """A copy of input with `values` at input[:, .., i, j, .., :], added where accumulate."""
+    return torch.ops.aten.index_put(input, [*[None] * dim, *indices], values, accumulate)  # type: ignore[no-any-return]
+
+
 # -- embedding bags of equal length --------------------------------------------------------------------------------------
 def embedding_bag_fixed(
     weight: torch.Tensor, indices: torch.Tensor, per_sample_weights: torch.Tensor | None = None, mode: int = 0, sparse: bool = False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ class Plan:
     stats: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
     explanation: str = ""
+    source: str = ""  # the text that a person wrote, for errors that only lowering finds
     cost: _C.CostModel | None = None  # what it was priced with, in the process that planned
 
     @property
@@ -76,6 +80,24 @@ def make_plan(graph: _C.OpGraph, strategy: _C.Strategy, **known: Any) -> Plan:
     return Plan(strategy=strategy, text=_C.print_plan(graph, strategy), fingerprint=fingerprint(graph), **known)
 
 
+def lower(graph: _C.OpGraph, plan: Plan, rows: Sequence[int], strategy: _C.Strategy | None = None) -> _C.Program:
+    """The Program of a plan (or of `strategy`, made from it) for these rows of each process.
+
+    Raises:
+        ValueError: what only the whole graph shows; names the line of the text that the plan was written as.
+    """
+    try:
+        return _C.lower(graph, strategy or plan.strategy, list(rows))
+    except ValueError as error:
+        message = str(error)
+        named = re.match(r"\[plan\] (?:there is no operator )?(order|\S+?):?(?:\s|$)", message)
+        for number, line in enumerate(plan.source.splitlines() if named else [], 1):
+            words = line.split("#")[0].replace("set order=", "order ").split()
+            if named and words and fnmatch.fnmatchcase(named[1], words[0]):
+                raise ValueError(f"plan line {number}: {message.removeprefix('[plan] ')}\n  {line.strip()}") from error
+        raise
+
+
 def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None = None) -> Plan:
     """A Plan from a Plan, the path of a saved one, or the text that a person writes.
 
@@ -102,4 +124,4 @@ def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None =
     if world_size is None:
         raise ValueError("[plan] a plan given as text needs the number of devices (world_size)")
     strategy = _C.parse_plan(graph, text, world_size)
-    return make_plan(graph, strategy, **{k: saved[k] for k in ("machine", "predicted", "stats", "exact") if k in saved})
+    return make_plan(graph, strategy, source=text, **{k: saved[k] for k in ("machine", "predicted", "stats", "exact") if k in saved})

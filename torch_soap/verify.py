@@ -15,7 +15,7 @@ from torch import nn
 
 from torch_soap import _C
 from torch_soap.capture import Captured, capture
-from torch_soap.plan import Plan, as_plan
+from torch_soap.plan import Plan, as_plan, lower
 from torch_soap.random import CounterState
 from torch_soap.random_ops import counter_rng
 from torch_soap.rewrite.graph_import import to_op_graph
@@ -242,7 +242,7 @@ def verify_captured(
     dims = [d for d in captured.batch_dims if d is not None]
     total = next((t.shape[d] for t, d in zip(inputs, captured.batch_dims, strict=True) if d is not None), 0)
     parts = list(rows) if rows is not None else even_rows(total if dims else plan.world_size, plan.world_size)
-    program = _C.lower(op_graph, plan.strategy, parts)
+    program = lower(op_graph, plan, parts)
     saved = {n: t.detach().clone() for n, t in itertools.chain(captured.module.named_parameters(), captured.module.named_buffers())}
     world = ThreadWorld(plan.world_size)
     ranks: list[RankResult] = world.run(lambda comm: run_rank(captured, program, graph, inputs, steps, seed, comm))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.property.cases import CASES
-from tests.property.sweep import Setting
+from tests.property.sweep import CASES, Setting
 
 NAMES = sorted(CASES)
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from torch_soap import _C
 from torch_soap.capture import capture
+from torch_soap.plan import as_plan
+from torch_soap.plan import lower as lower_plan
 from torch_soap.rewrite.graph_import import to_op_graph
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "plan-format.md").read_text()
@@ -32,7 +34,7 @@ def graph() -> _C.OpGraph:
 
 
 def lower(text: str) -> _C.Program:
-    return _C.lower(graph(), _C.parse_plan(graph(), text, WORLD), [4, 4])
+    return lower_plan(graph(), as_plan(text, graph(), WORLD), [4, 4])
 
 
 @pytest.mark.parametrize("text", blocks("plan"))
@@ -44,9 +46,9 @@ def test_plans(text: str) -> None:
 
 @pytest.mark.parametrize("text", blocks("refused"))
 def test_refused(text: str) -> None:
-    plan, message = text.rsplit("! ", 1)
+    written, message = text.rsplit("! ", 1)
     with pytest.raises(ValueError, match=re.escape(message.strip())):
-        lower(plan)
+        lower(written)
 
 
 def rows(heading: str, after: str) -> list[tuple[str, str]]:

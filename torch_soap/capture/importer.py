@@ -17,8 +17,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_soap import functional
+from torch_soap.capture import canonical, compound
 from torch_soap.capture.alias import Aliases, View
-from torch_soap.capture.canonical import INPLACE, REWRITES
+from torch_soap.capture.canonical import INPLACE
 from torch_soap.capture.graph import Graph, Node, Ref, refs
 from torch_soap.capture.names import clean_path, last_line, name_nodes, prune
 from torch_soap.capture.opaque import OPAQUE_NAMESPACE, FunctionCall, ModuleCall
@@ -31,11 +32,12 @@ POINTWISE = {
     "__and__", "__or__", "__xor__", "multiply", "divide", "subtract", "floor_divide", "real", "imag", "log_sigmoid", "hardswish", "clone", "to",
     "type_as", "_to_copy", "detach", "softplus", "logit", "masked_fill", "where", "true_divide", "not_equal", "greater", "less", "dropout_mask",
     "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu",
-    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "mse_loss", "l1_loss", "kl_div", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "relu6", "mish", "hardtanh", "leaky_relu", "elu", "rrelu", "fill", "addcmul", "addcdiv", "lerp", "sigmoid", "tanh",
 }  # fmt: skip
 NOT_POINTWISE = {"bernoulli", "dropout", "rand_like", "randn_like", "randint_like", "native_dropout", "rrelu"}
 
+REWRITES = canonical.REWRITES | compound.REWRITES
 SCALAR_OPERATORS = {
     "add": torch.ops.aten.add.Tensor, "sub": torch.ops.aten.sub.Tensor, "mul": torch.ops.aten.mul.Tensor, "truediv": torch.ops.aten.div.Tensor,
 }  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from torch_soap.rewrite.local import Call, Emit, local
+from torch_soap.rewrite.local import Call, Emit, captured_call, local
 
 
 def first(call: Call) -> fx.Node:
@@ -43,6 +43,20 @@ def cat(e: Emit, call: Call) -> fx.Node:
 @local("full")
 def full(e: Emit, call: Call) -> fx.Node:
     return e(torch.full, call.shapes[0], call.attr("fill_value"), dtype=call.dtypes[0])
+
+
+def own_part(whole: torch.Tensor, boxes: list[list[tuple[int, int]]]) -> torch.Tensor:
+    """The indices `boxes` (runs for each dim) of a tensor."""
+    for dim, runs in enumerate(boxes):
+        parts = [whole.narrow(dim, begin, end - begin) for begin, end in runs]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return whole
+
+
+@local("arange", "eye", "linspace")
+def created(e: Emit, call: Call) -> fx.Node:
+    """Made whole, which costs nothing next to what reads it, so that every element is torch's own to the last bit."""
+    return e(own_part, captured_call(e, call)[0], [list(s.runs) for s in call.results[0]])
 
 
 @local("linear")

@@ -55,7 +55,8 @@ class TorchComm:
         self.world = group if group is not None else dist.group.WORLD
         self.rank = dist.get_rank(self.world)
         self.world_size = dist.get_world_size(self.world)
-        self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of those joined the ones with this rank
+        self.joined: set[tuple[int, ...]] = set()
         self.traffic = Traffic()
         self.num_meetings = 0
         self.store: Any = dist.distributed_c10d._get_default_store() if self.world is dist.group.WORLD else None
@@ -73,8 +74,11 @@ class TorchComm:
     def join(self, groups: Iterable[Sequence[int]]) -> None:
         everyone = self.gather_objects([tuple(g) for g in groups])
         for key in sorted({g for mine in everyone for g in mine}):
-            if key not in self.groups and len(key) < self.world_size:
-                self.groups[key] = dist.new_group(list(key), group_desc="soap_" + "_".join(map(str, key)))
+            if key not in self.joined and len(key) < self.world_size:
+                self.joined.add(key)
+                made = dist.new_group(list(key), group_desc="soap_" + "_".join(map(str, key)))
+                if isinstance(made, dist.ProcessGroup):  # this rank is a member
+                    self.groups[key] = made
 
     def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], maximum: bool) -> torch.Tensor:
         tensor = tensor.contiguous()

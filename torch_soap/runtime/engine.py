@@ -34,8 +34,7 @@ class StepState:
 
     def copy(self) -> StepState:
         """For a backward after which another one may come."""
-        kept = {name: dict(getattr(self, name)) for name in ("values", "leaves", "outputs", "grads", "copies")}
-        return replace(self, **kept)
+        return replace(self, values=dict(self.values), leaves=dict(self.leaves), outputs=dict(self.outputs), grads=dict(self.grads), copies=dict(self.copies))
 
 
 class Engine:

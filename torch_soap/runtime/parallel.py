@@ -21,7 +21,7 @@ from torch import nn
 from torch_soap import _C
 from torch_soap.capture import Captured, capture
 from torch_soap.capture.graph import Graph
-from torch_soap.plan import Plan
+from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
@@ -156,7 +156,7 @@ class Parallel:
                 strategy.remove(name)
             for name, sharding in self.storage.items():
                 strategy.keep_storage(name, sharding)
-        program = _C.lower(op_graph, strategy, list(rows))
+        program = lower(op_graph, self.plan, rows, strategy)
         agree(self.comm, "program", hashlib.sha256(str(program).encode()).hexdigest(), "the lowered programs differ")
         if not self.storage:
             self.cut_parameters(program)

@@ -17,6 +17,7 @@ void register_norm(RuleRegistry& rules, ExpansionRegistry& expansions);
 void register_attention(RuleRegistry& rules, ExpansionRegistry& expansions);
 void register_loss(RuleRegistry& rules, ExpansionRegistry& expansions);
 void register_rnn(RuleRegistry& rules, ExpansionRegistry& expansions);
+void register_indexing(RuleRegistry& rules);
 void register_random(RuleRegistry& rules);
 
 }  // namespace soap

@@ -90,12 +90,83 @@ Rule addmm(const OpGraph& graph, const Node& node) {
   return r.operand(0, b).anchor("i").operand(1, left).operand(2, right).result(out, Reduce::kSum).build();
 }
 
+// einsum with an explicit output in which each letter stands once in an operand (capture sees to that): a letter is a factor, and those
+// that the result lacks are summed over.
+Rule einsum(const OpGraph& graph, const Node& node) {
+  const std::string equation = node.attr<std::string>("equation", "");
+  const size_t arrow = equation.find("->");
+  SOAP_CHECK(arrow != std::string::npos, "{}: einsum \"{}\" without an output", node.name, equation);
+  const std::string left = equation.substr(0, arrow), result = equation.substr(arrow + 2);
+  std::vector<std::vector<std::string>> terms(1);
+  for (char c : left) {
+    if (c == ',')
+      terms.emplace_back();
+    else
+      terms.back().emplace_back(1, c);
+  }
+  RuleSpec r(graph, node);
+  std::string known;
+  for (size_t i = 0; i < terms.size(); ++i) {
+    for (size_t d = 0; d < terms[i].size(); ++d) {
+      const std::string& name = terms[i][d];
+      if (known.find(name) != std::string::npos) continue;
+      known += name;
+      const size_t at = result.find(name);
+      const FactorKind kind = at == std::string::npos ? FactorKind::kReduction
+                              : at == 0               ? FactorKind::kSample
+                              : i == 0                ? FactorKind::kAttribute
+                                                      : FactorKind::kParameter;
+      r.factor(name, graph.input(node, static_cast<int>(i)).shape[d], kind);
+    }
+  }
+  for (size_t i = 0; i < terms.size(); ++i) r.operand(static_cast<int>(i), terms[i]);
+  std::vector<std::string> out;
+  for (char c : result) out.emplace_back(1, c);
+  return r.result(out, Reduce::kSum).build();
+}
+
+// Distances between all rows of a[b.. m d] and b[b.. n d].
+Rule cdist(const OpGraph& graph, const Node& node) {
+  RuleSpec r(graph, node);
+  const auto &a = graph.input(node, 0).shape, &b = graph.input(node, 1).shape, &y = graph.output(node, 0).shape;
+  std::vector<std::string> out;
+  for (size_t d = 0; d + 2 < y.size(); ++d) {
+    out.push_back(fmt::format("b{}", d));
+    r.factor(out.back(), y[d], d == 0 ? FactorKind::kSample : FactorKind::kAttribute);
+  }
+  const auto rows = [&](const std::vector<int64_t>& shape, const char* name) {
+    std::vector<std::string> dims;
+    for (size_t d = 0; d + 2 < shape.size(); ++d) {
+      const size_t at = y.size() - shape.size() + d;
+      dims.push_back(shape[d] == y[at] ? out[at] : "*");
+    }
+    dims.insert(dims.end(), {name, "*"});
+    return dims;
+  };
+  r.factor("m", a[a.size() - 2], FactorKind::kAttribute).factor("o", b[b.size() - 2], FactorKind::kAttribute);
+  const auto left = rows(a, "m"), right = rows(b, "o");
+  out.insert(out.end(), {"m", "o"});
+  return r.operand(0, left).operand(1, right).result(out).build();
+}
+
+// One matrix for each group of rows: x[t i] w[g i o], the rows' groups given by offsets -> y[t o]. Rows stay together: offsets count them.
+Rule grouped(const OpGraph& graph, const Node& node) {
+  const auto &x = graph.input(node, 0).shape, &w = graph.input(node, 1).shape;
+  if (x.size() != 2 || w.size() != 3) return whole_rule(graph, node);
+  RuleSpec r(graph, node);
+  r.factor("i", x[1], FactorKind::kReduction).factor("o", w[2], FactorKind::kParameter);
+  return r.operand(0, {"*", "i"}).operand(1, {"*", "i", "o"}).result({"*", "o"}, Reduce::kSum).build();
+}
+
 }  // namespace
 
 void register_matmul(RuleRegistry& rules) {
   rules.add({"linear"}, linear);
   rules.add({"matmul", "mm", "bmm", "mv", "dot"}, matmul);
   rules.add({"addmm", "baddbmm"}, addmm);
+  rules.add({"einsum"}, einsum);
+  rules.add({"cdist", "_cdist_forward"}, cdist);
+  rules.add({"grouped_mm_fallback"}, grouped);
 }
 
 }  // namespace soap

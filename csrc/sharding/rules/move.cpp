@@ -89,7 +89,8 @@ Rule pad(const OpGraph& graph, const Node& node) {
   return r.result(names).build();
 }
 
-Rule full(const OpGraph& graph, const Node& node) {
+// Each tile makes its own part.
+Rule created(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
   return r.result(result_factors(r, graph.output(node, 0).shape)).build();
 }
@@ -102,7 +103,7 @@ void register_move(RuleRegistry& rules) {
   rules.add({"expand"}, expand);
   rules.add({"flip"}, flip);
   rules.add({"pad", "constant_pad_nd"}, pad);
-  rules.add({"full"}, full);
+  rules.add({"full", "arange", "eye", "linspace"}, created);
 }
 
 }  // namespace soap

@@ -56,35 +56,6 @@ Rule whole_reduction(const OpGraph& graph, const Node& node) {
   return reduction(graph, node, Reduce::kNone, Cuttable::kWhole);
 }
 
-// Shape-keeping operators along `dim` (cumsum, sort, topk, ...): the dim is whole, the others are free.
-Rule along(const OpGraph& graph, const Node& node) {
-  RuleSpec r(graph, node);
-  const auto& x = graph.input(node, 0).shape;
-  int64_t dim = node.attr<int64_t>("dim", -1);
-  if (dim < 0) dim += static_cast<int64_t>(x.size());
-  std::vector<std::string> in;
-  for (size_t d = 0; d < x.size(); ++d) {
-    if (static_cast<int64_t>(d) == dim) {
-      in.push_back("*");
-      continue;
-    }
-    in.push_back(fmt::format("d{}", d));
-    r.factor(in.back(), x[d], d == 0 ? FactorKind::kSample : FactorKind::kAttribute);
-  }
-  for (size_t i = 0; i < node.inputs.size(); ++i) {
-    if (graph.input(node, static_cast<int>(i)).shape.size() == x.size()) {
-      std::vector<std::string> own = in;
-      for (size_t d = 0; d < x.size(); ++d) {
-        if (graph.input(node, static_cast<int>(i)).shape[d] != x[d]) own[d] = "*";
-      }
-      if (i > 0 && own != in) return whole_rule(graph, node);
-      r.operand(static_cast<int>(i), own);
-    }
-  }
-  for (size_t i = 0; i < node.outputs.size(); ++i) r.result(in);
-  return r.build();
-}
-
 Rule softmax(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
   const auto& x = graph.input(node, 0).shape;
@@ -127,10 +98,9 @@ void expand_softmax(Expander& e, const Node& node, const Rule&, const Tiling&) {
 void register_reduce(RuleRegistry& rules, ExpansionRegistry& expansions) {
   rules.add({"sum", "mean"}, sum);
   rules.add({"max_shift"}, max_shift);
-  rules.add(
-      {"amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "prod", "argmax", "argmin", "any", "all", "linalg_vector_norm", "norm", "median"},
-      whole_reduction);
-  rules.add({"cumsum", "cumprod", "sort", "argsort", "logcumsumexp", "gather"}, along);
+  rules.add({"amax", "amin",   "var",     "std",     "var_mean", "std_mean", "logsumexp", "prod", "argmax", "argmin", "any", "all", "linalg_vector_norm",
+             "norm", "median", "max_dim", "min_dim", "mode",     "kthvalue", "nanmedian"},
+            whole_reduction);
   rules.add({"softmax", "log_softmax"}, softmax);
   expansions.add({"softmax", "log_softmax"}, expand_softmax);
 }
