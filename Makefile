@@ -65,7 +65,7 @@ format:
 	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h')
 
 golden-update: build
-	UPDATE_GOLDEN=1 $(PYTEST) tests/golden
+	SOAP_GOLDEN_UPDATE=1 $(PYTEST) tests/golden
 
 benchmark: build
 	$(PYTEST) benchmarks -s

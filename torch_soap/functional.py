@@ -46,6 +46,12 @@ def index_write(input: torch.Tensor, values: torch.Tensor, indices: list[torch.T
     return torch.ops.aten.index_put(input, [*[None] * dim, *indices], values, accumulate)  # type: ignore[no-any-return]
 
 
+# -- statistics ----------------------------------------------------------------------------------------------------------
+def running_average(old: torch.Tensor, new: torch.Tensor, share: Any) -> torch.Tensor:
+    """A batch norm's: `share` (a number or a tensor) of the new value."""
+    return old * (1 - share) + new * share
+
+
 # -- embedding bags of equal length --------------------------------------------------------------------------------------
 def embedding_bag_fixed(
     weight: torch.Tensor, indices: torch.Tensor, per_sample_weights: torch.Tensor | None = None, mode: int = 0, sparse: bool = False

@@ -340,7 +340,9 @@ def compare(program: _C.Program, graph: Any, reference: Trace, ranks: list[RankR
 
 
 def largest(tensors: Any) -> float:
-    return max((float(t.detach().double().abs().max()) for t in tensors if t.numel() and t.dtype != torch.bool), default=0.0)
+    """The largest finite magnitude."""
+    finite = (t.detach()[torch.isfinite(t.detach())].abs() for t in tensors if t.dtype != torch.bool)
+    return max((float(t.double().max()) for t in finite if t.numel()), default=0.0)
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:

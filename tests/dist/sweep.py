@@ -58,7 +58,7 @@ def write_report(everything: dict[str, dict[str, Any]], seconds: float, worlds: 
         "",
         f"The plans used: {', '.join(used)}.",
         "",
-        "Worst difference (bound 1e-10 and 1e-3), over all plans:",
+        "Worst difference over all plans: in float64 of any loss, parameter or buffer (bound 1e-10), in float32 of the losses and of the state as one vector (1e-3).",
         "",
         "| model | " + " | ".join(f"{w} ranks {t}" for w in worlds for t in ("fp64", "fp32")) + " |",
         "|---|" + "---|" * (2 * len(worlds)),

@@ -174,9 +174,8 @@ def _glu(e: Emitter, x: Any, dim: int = -1) -> Any:
 
 
 def _prelu(e: Emitter, x: Any, weight: Any) -> Any:
-    channels = 1 if x.dim() < 2 else 1 + (x.dim() - 2)
-    slope = view(e, weight, [math.prod(weight.shape), *[1] * (channels - 1)]) if x.dim() >= 2 else weight
-    return e.emit("where", aten.where.self, e.emit("gt", aten.gt.Scalar, x, 0), x, mul(e, x, slope))
+    slope = view(e, weight, [math.prod(weight.shape), *[1] * (x.dim() - 2)]) if x.dim() >= 2 else weight
+    return e.emit("_prelu_kernel", aten._prelu_kernel.default, x, slope)
 
 
 def _instance_norm(

@@ -31,6 +31,7 @@ SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_co
 POINTWISE = {
     "__and__", "__or__", "__xor__", "multiply", "divide", "subtract", "floor_divide", "real", "imag", "log_sigmoid", "hardswish", "clone", "to",
     "type_as", "_to_copy", "detach", "softplus", "logit", "masked_fill", "where", "true_divide", "not_equal", "greater", "less", "dropout_mask",
+    "running_average", "_prelu_kernel",
     "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu",
     "mse_loss", "l1_loss", "kl_div", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "relu6", "mish", "hardtanh", "leaky_relu", "elu", "rrelu", "fill", "addcmul", "addcdiv", "lerp", "sigmoid", "tanh",
@@ -330,10 +331,9 @@ class Importer:
             if momentum == CUMULATIVE:
                 count = self.aliases.read(self.buffers[f"{self.path}.num_batches_tracked".removeprefix(".")])
                 share = self.emit("reciprocal", torch.ops.aten.reciprocal.default, self.emit("to", torch.ops.aten.to.dtype, count, buffer.dtype))
-                mixed = self.emit("lerp", torch.ops.aten.lerp.Tensor, buffer, new, share)
             else:
-                mixed = self.emit("lerp", torch.ops.aten.lerp.Scalar, buffer, new, momentum)
-            self.buffer_updates.append((index, mixed))
+                share = momentum
+            self.buffer_updates.append((index, self.emit("running_average", functional.running_average, buffer, new, share)))
         self.no_grad = old
         return y
 

@@ -181,7 +181,7 @@ def interpolate(e: Emit, call: Call) -> fx.Node:
         if linear:
             b = e(torch.index_select, x, dim, e(torch.tensor, high))
             w = e(torch.reshape, e(torch.tensor, weights, dtype=call.dtypes[0]), [-1] + [1] * (n - 1 - d))
-            a = e(torch.lerp, a, b, w)
+            a = e(torch.add, e(torch.mul, a, e(torch.rsub, w, 1)), e(torch.mul, b, w))
         x = a
     return x
 
