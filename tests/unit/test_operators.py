@@ -17,6 +17,8 @@ from torch_soap import _C
 
 X = torch.linspace(-1, 1, 4 * 6 * 8).reshape(4, 6, 8)
 INDEX = torch.arange(4 * 3 * 8).reshape(4, 3, 8) % 6
+EXPERTS = torch.ones(4, 8, 5)
+STATE, LSTM = X[:1, :, :2], [torch.ones(8, 8), torch.ones(8, 2)]
 Fn = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -54,7 +56,7 @@ RANKED: list[tuple[str, Fn, str, str]] = [
     ("upsample_bilinear2d", lambda x: F.interpolate(image(x), scale_factor=2, mode="bilinear"), "upsample_bilinear2d", "n c h w"),
     ("linalg_vector_norm", lambda x: torch.linalg.vector_norm(x, dim=-1), "linalg_vector_norm", "d0 d1"),
     ("conv3d", lambda x: F.conv3d(volume(x), X.reshape(-1)[:16].reshape(2, 2, 1, 2, 2)), "conv3d", "n c k d w"),
-    ("grouped matrix products", lambda x: grouped_mm_fallback(x[0].detach(), X[:, :, :5].permute(0, 2, 1).repeat(1, 2, 1)[:, :8]), "grouped_mm_fallback", "i o"),
+    ("grouped matrix products", lambda x: grouped_mm_fallback(x[0].detach(), EXPERTS, torch.tensor([1, 3, 3, 6], dtype=torch.int32)), "transformers.grouped_mm_fallback", "i o"),
     ("topk", lambda x: x.topk(3, -1)[0], "topk", "d0 d1"),
     ("histc", lambda x: torch.histc(x.detach(), 4, -1, 1), "histc", "d0 d1 d2"),
     ("index_put", lambda x: x.index_put((torch.tensor([0, 1]),), X[:2]), "index_write", "d1 d2"),
@@ -71,8 +73,7 @@ RANKED: list[tuple[str, Fn, str, str]] = [
     ("amax", lambda x: x.amax(1), "amax", "d0 d2"),
     ("baddbmm", lambda x: torch.baddbmm(X[:, :, :6], x, x.mT), "baddbmm", "b m o i"),
     ("upsample_bicubic2d", lambda x: F.interpolate(image(x), scale_factor=2, mode="bicubic"), "upsample_bicubic2d", "n c"),
-    ("lstm", lambda x: torch.lstm(x, (X[:1, :, :2], X[:1, :, :2]), [X[0, :, :8].repeat(2, 1)[:8], X[0, :, :2].repeat(2, 1)[:8]], False, 1, 0.0, True, False, False)[0],
-     "lstm_layer", "t n o"),
+    ("lstm", lambda x: torch.lstm(x, (STATE, STATE), LSTM, False, 1, 0.0, True, False, False)[0], "lstm_layer", "t n o"),
     ("addmm", lambda x: torch.addmm(X[0, 0, :6], x[0], x[0].t()), "addmm", "m o i"),
     ("conv_transpose2d", lambda x: F.conv_transpose2d(image(x), X.reshape(-1)[:36].reshape(2, 2, 3, 3)), "conv_transpose2d", "n c k h w"),
     ("col2im", lambda x: F.fold(x[:, :4, :6], (3, 4), (2, 2)), "col2im", "n"),
@@ -103,14 +104,15 @@ FAMILIES: list[tuple[str, Fn, str, str]] = [
 ]
 
 
-@torch.library.custom_op("soap_tests::grouped_mm_fallback", mutates_args=())
-def grouped_mm_fallback(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As libraries register it: rows in equal groups, one matrix each (their offsets don't matter to the rule)."""
-    return torch.cat([part @ w for part, w in zip(x.chunk(weight.shape[0]), weight, strict=False)])
+@torch.library.custom_op("transformers::grouped_mm_fallback", mutates_args=())
+def grouped_mm_fallback(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """Of the name and arguments that transformers' mixtures of experts call."""
+    begins = [0, *offs.tolist()]
+    return torch.cat([x[a:b] @ w for a, b, w in zip(begins, begins[1:], weight, strict=False)])
 
 
 @grouped_mm_fallback.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 

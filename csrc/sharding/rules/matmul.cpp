@@ -152,7 +152,7 @@ Rule cdist(const OpGraph& graph, const Node& node) {
 // One matrix for each group of rows: x[t i] w[g i o], the rows' groups given by offsets -> y[t o]. Rows stay together: offsets count them.
 Rule grouped(const OpGraph& graph, const Node& node) {
   const auto &x = graph.input(node, 0).shape, &w = graph.input(node, 1).shape;
-  if (x.size() != 2 || w.size() != 3) return whole_rule(graph, node);
+  if (x.size() != 2 || w.size() != 3 || node.inputs.size() != 3) return whole_rule(graph, node);
   RuleSpec r(graph, node);
   r.factor("i", x[1], FactorKind::kReduction).factor("o", w[2], FactorKind::kParameter);
   return r.operand(0, {"*", "i"}).operand(1, {"*", "i", "o"}).result({"*", "o"}, Reduce::kSum).build();
@@ -166,7 +166,7 @@ void register_matmul(RuleRegistry& rules) {
   rules.add({"addmm", "baddbmm"}, addmm);
   rules.add({"einsum"}, einsum);
   rules.add({"cdist", "_cdist_forward"}, cdist);
-  rules.add({"grouped_mm_fallback"}, grouped);
+  rules.add({"_grouped_mm", "transformers.grouped_mm_fallback"}, grouped);
 }
 
 }  // namespace soap
