@@ -134,7 +134,7 @@ def work(name: str, steps: int, out: Path, plan_text: str | None) -> None:
         bar.update()
     bar.close()
     engine = next(iter(model._soap.engines.values()))[0]
-    measured = measured_events, simulated_events(engine, model._soap.comm)
+    measured = measured_events(engine, model._soap.comm)
     state = model.state_dict()
     if rank == 0:
         single, parameters = one_process(plain, task, steps, world)

@@ -17,7 +17,7 @@ from torch_soap import _C
 
 X = torch.linspace(-1, 1, 4 * 6 * 8).reshape(4, 6, 8)
 INDEX = torch.arange(4 * 3 * 8).reshape(4, 3, 8) % 6
-EXPERTS = torch.ones(4, 8, 5)
+EXPERTS, OFFSETS = torch.ones(4, 8, 5), torch.tensor([1, 3, 3, 6], dtype=torch.int32)
 STATE, LSTM = X[:1, :, :2], [torch.ones(8, 8), torch.ones(8, 2)]
 Fn = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,7 +56,7 @@ RANKED: list[tuple[str, Fn, str, str]] = [
     ("upsample_bilinear2d", lambda x: F.interpolate(image(x), scale_factor=2, mode="bilinear"), "upsample_bilinear2d", "n c h w"),
     ("linalg_vector_norm", lambda x: torch.linalg.vector_norm(x, dim=-1), "linalg_vector_norm", "d0 d1"),
     ("conv3d", lambda x: F.conv3d(volume(x), X.reshape(-1)[:16].reshape(2, 2, 1, 2, 2)), "conv3d", "n c k d w"),
-    ("grouped matrix products", lambda x: grouped_mm_fallback(x[0].detach(), EXPERTS, torch.tensor([1, 3, 3, 6], dtype=torch.int32)), "transformers.grouped_mm_fallback", "i o"),
+    ("grouped matrix products", lambda x: grouped_mm_fallback(x[0].detach(), EXPERTS, OFFSETS), "transformers.grouped_mm_fallback", "i o"),
     ("topk", lambda x: x.topk(3, -1)[0], "topk", "d0 d1"),
     ("histc", lambda x: torch.histc(x.detach(), 4, -1, 1), "histc", "d0 d1 d2"),
     ("index_put", lambda x: x.index_put((torch.tensor([0, 1]),), X[:2]), "index_write", "d1 d2"),
