@@ -19,6 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import torch_soap
+from torch_soap.trace import Event, chrome_trace, measured_events, simulated_events
+
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 8  # of each process
 WARM_UP = 2  # steps that the medians leave out
@@ -225,11 +232,4 @@ def plot(title: str, path: Path, curves: dict[str, list[float]]) -> None:
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        import torch
-        import torch.distributed as dist
-        from tqdm import tqdm
-
-        import torch_soap
-        from torch_soap.trace import Event, chrome_trace, measured_events, simulated_events
     sys.exit(main())

@@ -50,7 +50,7 @@ def bag(indices: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None
     local_index = torch.where(here, indices - begin, torch.zeros_like(indices))
     factor = here.to(weight.dtype) / (indices.shape[1] if mode == 1 else 1)
     if scales is not None:
-        factor = factor * scales
+        factor = factor * torch.where(here, scales, torch.zeros_like(scales))
     return F.embedding_bag(local_index, weight, mode="sum", per_sample_weights=factor, sparse=sparse)
 
 
