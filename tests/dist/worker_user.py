@@ -268,6 +268,38 @@ def modes() -> float:
     return max(worst, difference({k: v.double() for k, v in model.state_dict().items()}, {k: v.double() for k, v in reference.state_dict().items()}))
 
 
+class Tempered(nn.Module):
+    """Reads a plain attribute, and leaves something behind that a parallelized forward can't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.linear, self.norm, self.temperature, self.seen = nn.Linear(6, 4), nn.BatchNorm1d(4), 1.0, torch.zeros(())
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.linear(x)) * self.temperature
+        self.seen = y.detach().mean()
+        return y
+
+
+def attributes() -> float:
+    """A changed attribute, and a submodule that alone goes to eval, are another program."""
+    reference, model = Tempered(), torch_soap.parallelize(Tempered(), plan="* n=fed")
+    x, _ = batch()
+    worst = 0.0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for temperature, norm_trains in ((1.0, True), (3.0, True), (3.0, False), (1.0, True)):
+            for m, cut in ((reference, whole), (model, own)):
+                m.temperature = temperature
+                m.norm.train(norm_trains)
+                m(cut(x)).square().sum().backward()
+            worst = max(worst, float((model(own(x)) - own(reference(x))).abs().amax().detach()))
+    assert any("forward changes the module's seen" in str(w.message) for w in told), [str(w.message) for w in told]
+    return max(worst, difference({k: v.double() for k, v in model.state_dict().items()}, {k: v.double() for k, v in reference.state_dict().items()}))
+
+
 def loss_inside() -> float:
     worst = 0.0
     x, _ = batch(8)
@@ -372,7 +404,7 @@ def watches() -> float:
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, accumulation, retained_graphs, special, modes, loss_inside, plans, refusals, copies, meta, watches)
+    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, accumulation, retained_graphs, special, modes, attributes, loss_inside, plans, refusals, copies, meta, watches)
 }
 
 

@@ -32,9 +32,15 @@ def einsum_forms() -> Built:
 def distances() -> Built:
     def forward(m: Any, x: torch.Tensor) -> Any:
         y = m.lin(x)
-        return torch.cdist(y, m.centres), torch.outer(y[:, 0, 0], m.centres[0]), F.cosine_similarity(y, m.centres[:1], dim=-1), F.cosine_similarity(y, x, 1)
+        return (
+            torch.cdist(y, m.centres),
+            torch.cdist(y, m.many),
+            torch.outer(y[:, 0, 0], m.centres[0]),
+            F.cosine_similarity(y, m.centres[:1], dim=-1),
+            F.cosine_similarity(y, x, 1),
+        )
 
-    return Built(Fn(forward, lin=nn.Linear(4, 4), centres=weights(6, 4)), (torch.randn(ROWS, 3, 4),))
+    return Built(Fn(forward, lin=nn.Linear(4, 4), centres=weights(6, 4), many=weights(30, 4)), (torch.randn(ROWS, 3, 4),))
 
 
 @case

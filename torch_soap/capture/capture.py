@@ -36,6 +36,7 @@ class Trace:
     out_spec: pytree.TreeSpec | None = None
     out_names: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # Python attributes that the forward changed: the trace has baked them
+    assigned: list[str] = field(default_factory=list)  # attributes to which the forward assigned tensors: the trace has dropped them
 
 
 class Captured:
@@ -159,7 +160,7 @@ class Captured:
         if watch.drew:
             raise CaptureError("it draws from Python's or NumPy's random numbers, which a trace would bake", watch.drew[0])
         result = flat.result
-        return Trace(program, ops, result.constants, result.slots, result.spec, result.names, result.changed)
+        return Trace(program, ops, result.constants, result.slots, result.spec, result.names, result.changed, result.assigned)
 
     def instantiate(self, inputs: Any) -> Graph:
         """The graph at the global shapes of these inputs (tensors of any kind in the structure of a call, or a

@@ -279,6 +279,9 @@ def _index_put(e: Emitter, x: Any, indices: list[Any], values: Any, accumulate: 
     return permute(e, y, [order.index(d) for d in range(len(order))])
 
 
+# Not under autocast, which casts these as wholes.
+WHOLE_UNDER_AUTOCAST = {"prelu", "cosine_similarity"}
+
 REWRITES: dict[str, Callable[..., Any]] = {
     "zeros": _created(0),
     "ones": _created(1),

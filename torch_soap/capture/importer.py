@@ -241,7 +241,7 @@ class Importer:
         return self.emit(name.replace("true", ""), fn, *args)
 
     def functional(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rewrite = REWRITES.get(name)
+        rewrite = None if self.autocast is not None and name in compound.WHOLE_UNDER_AUTOCAST else REWRITES.get(name)
         if rewrite is not None and not any(isinstance(a, torch.dtype) for a in args):
             kwargs.pop("device", None)
             result = rewrite(self, *args, **kwargs)

@@ -72,6 +72,11 @@ def python_attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def tensor_attributes(module: nn.Module) -> dict[str, int]:
+    """Identities of tensors that are attributes, but neither parameters nor buffers."""
+    return {f"{path}.{name}": id(value) for path, m in module.named_modules() for name, value in vars(m).items() if isinstance(value, torch.Tensor)}
+
+
 @dataclass
 class Result:
     """The structure of the last output."""
@@ -81,6 +86,7 @@ class Result:
     spec: pytree.TreeSpec | None = None
     names: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # "path.attribute" of Python values that the forward changed
+    assigned: list[str] = field(default_factory=list)  # of tensors that the forward assigned
 
 
 class FlatCall(nn.Module):
@@ -100,11 +106,12 @@ class FlatCall(nn.Module):
             leaves[slot] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         owned = [(m, n, b) for m in self.objective.modules() for n, b in m._buffers.items() if b is not None]
-        before = python_attributes(self.objective)
+        before, tensors_before = python_attributes(self.objective), tensor_attributes(self.objective)
         output = self.objective(*args, **kwargs)
         keep_buffers(owned)
         after = python_attributes(self.objective)
         self.result.changed = [name for name, value in after.items() if before.get(name, value) != value]
+        self.result.assigned = [name for name, value in tensor_attributes(self.objective).items() if tensors_before.get(name) != value]
         made, self.result.spec = flatten(output)
         names = unique(leaf_names(output))
         self.result.constants, self.result.slots = split_leaves(made)

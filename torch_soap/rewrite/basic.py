@@ -59,6 +59,16 @@ def created(e: Emit, call: Call) -> fx.Node:
     return e(own_part, captured_call(e, call)[0], [list(s.runs) for s in call.results[0]])
 
 
+@local("cdist")
+def distances(e: Emit, call: Call) -> fx.Node:
+    """With the formula (products, or differences) that torch takes for the *global* numbers of rows: they differ by more than rounding."""
+    mode = call.attr("compute_mode") or 0
+    if mode == 0:
+        rows = [call.global_shape(name)[-2] for name in call.node.operand_names]
+        mode = 1 if max(rows) > 25 else 2
+    return e(torch.ops.aten.cdist.default, call.operands[0], call.operands[1], float(call.attr("p", 2.0)), mode)
+
+
 @local("linear")
 def linear(e: Emit, call: Call) -> fx.Node:
     return e(F.linear, call.operand("input"), call.operand("weight"), call.operand("bias"))

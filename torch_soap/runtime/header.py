@@ -35,14 +35,18 @@ class Header:
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
 
-    def check(self, training: bool, grad: bool, tensors: Sequence[torch.Tensor], structure: Any) -> None:
-        """All ranks call the module in the same mode, with the same number, dtypes and ranks of inputs, in the same structure with the same constants."""
+    def check(self, training: bool, grad: bool, tensors: Sequence[torch.Tensor], structure: Any, attributes: int) -> None:
+        """All ranks call the module in the same mode, with the same number, dtypes and ranks of inputs, in the same structure with the same constants.
+
+        attributes: a number that stands for the modes and plain attributes of all submodules.
+        """
         words = {
             "mode": "train" if training else "eval",
             "grad": grad,
             "autocast": (torch.is_autocast_enabled("cpu"), str(torch.get_autocast_dtype("cpu"))),
             "inputs": [(str(t.dtype), t.dim()) for t in tensors],
             "arguments": structure,
+            "attributes": attributes,
         }
         sizes = [n for t in tensors for n in t.shape]
         mine = [number(repr(words)), len(sizes), *sizes]
@@ -52,6 +56,10 @@ class Header:
             for rank, other in enumerate(everyone):
                 for key, value in other.items():
                     if value != everyone[0][key]:
+                        if key == "attributes":
+                            raise RankMismatchError(
+                                f"[forward] on rank {rank} a submodule's mode or an attribute of it (a number, a text) isn't what it is on rank 0"
+                            )
                         hint = " A forward on some ranks only, or in another mode, must be called on all ranks." if key in ("mode", "grad") else ""
                         raise RankMismatchError(f"[forward] ranks disagree on {key}: rank {rank} has {value}, rank 0 has {everyone[0][key]}.{hint}")
             raise RankMismatchError("[forward] ranks disagree on their inputs")

@@ -28,7 +28,7 @@ from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import Header, RankMismatchError, agree
 from torch_soap.runtime.storage import assemble, cut
-from torch_soap.runtime.watch import GradientWatch, HookWatch, ReplicaWatch, compare_replicas
+from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ReplicaWatch, compare_replicas
 
 Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
 
@@ -56,7 +56,7 @@ class Parallel:
         self.random = CounterState.from_torch()
         self.header = Header(comm)
         self.calls = 0
-        self.replicas, self.gradients, self.hooks = ReplicaWatch(), GradientWatch(), HookWatch()
+        self.replicas, self.gradients, self.hooks, self.attributes = ReplicaWatch(), GradientWatch(), HookWatch(), AttributeWatch(module)
 
     # -- planning ------------------------------------------------------------------------------------------------------
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
@@ -65,7 +65,7 @@ class Parallel:
         It is made of a plain twin with whole parameters, so that tracing and checking never touch the user's Parameters. What the
         twin's parameters hold is given back afterwards: later traces need their shapes only.
         """
-        key = (self.module.training, structure_key(args, kwargs))
+        key = (self.attributes.values, structure_key(args, kwargs))
         if key not in self.captures:
             twin = self.plain_copy({})
             on_meta = any(p.is_meta for p in twin.parameters())
@@ -77,6 +77,7 @@ class Parallel:
             for p in twin.parameters():
                 p.grad = None
                 p.data = torch.empty_like(p.data)
+            self.attributes.captured(self.captures[key])
         captured = self.captures[key]
         for mine, theirs in zip(self.module.parameters(), captured.module.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
@@ -131,7 +132,7 @@ class Parallel:
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures and plans for this process' example inputs, without running."""
-        self.header.check(self.module.training, torch.is_grad_enabled(), input_tensors(args, kwargs), structure_key(args, kwargs))
+        self.header.check(self.module.training, torch.is_grad_enabled(), input_tensors(args, kwargs), structure_key(args, kwargs), self.attributes.look())
         captured = self.capture(args, kwargs)
         rows, signature = self.header.rows(captured.flatten_inputs(args, kwargs), captured.batch_dims)
         self.engine(captured, signature, rows)
@@ -246,7 +247,7 @@ class Parallel:
         """One forward of all ranks together."""
         self.calls += 1
         leaves = input_tensors(args, kwargs)
-        self.header.check(self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs))
+        self.header.check(self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs), self.attributes.look())
         captured = self.capture(args, kwargs)
         tensors = captured.flatten_inputs(args, kwargs)
         rows, signature = self.header.rows(tensors, captured.batch_dims)

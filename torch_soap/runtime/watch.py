@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from torch_soap import _C
+from torch_soap.capture import Captured
 from torch_soap.runtime.comm import Comm
-from torch_soap.runtime.header import RankMismatchError
+from torch_soap.runtime.header import RankMismatchError, number
 
 # Forwards between two comparisons of replicas; 0: never.
 CHECK_EVERY = "TORCH_SOAP_CHECK_REPLICAS_EVERY"
@@ -86,6 +87,45 @@ class GradientWatch:
             "as the rest is. Give such a term to parallelize(loss=...), or compute it in forward.",
             stacklevel=2,
         )
+
+
+class AttributeWatch:
+    """What a capture is bound to besides its inputs: mode and plain attributes (a dropout's p, a temperature) of every submodule.
+
+    Attributes:
+        values: of the last `look`.
+    """
+
+    MANY = 8
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.values: tuple[Any, ...] = ()
+        self.digest = 0
+        self.num_captures = 0
+
+    def look(self) -> int:
+        """A number that is equal on ranks with equal attributes."""
+        plain = (bool, int, float, str)
+        values = tuple((m.training, *(v for v in vars(m).values() if type(v) in plain)) for m in self.module.modules())
+        if values != self.values or not self.digest:
+            self.values, self.digest = values, number(repr(values))
+        return self.digest
+
+    def captured(self, capture: Captured) -> None:
+        """Warns about what a parallel forward can't do to the module, and when it is captured again and again."""
+        lost = [name.removeprefix("model").removeprefix(".") for name in dict.fromkeys((*capture._last().changed, *capture._last().assigned))]
+        if lost:
+            warnings.warn(
+                f"[torch_soap] forward changes the module's {', '.join(lost)}: a parallelized forward doesn't. Return it, or make it a buffer.", stacklevel=4
+            )
+        self.num_captures += 1
+        if self.num_captures == self.MANY:
+            warnings.warn(
+                f"[torch_soap] captured {self.MANY} times: each new value of a module's attribute or of an argument that is no tensor is another program. "
+                "Make what changes often a tensor input or a buffer.",
+                stacklevel=4,
+            )
 
 
 class HookWatch:
