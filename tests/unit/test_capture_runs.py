@@ -7,7 +7,41 @@ import torch
 from torch import nn
 
 from tests.unit.test_capture import Branches, Counts, Custom, Writes, around
+from torch_soap.capture import capture
 from torch_soap.verify import verify
+
+
+class Undecided(nn.Module):
+    """A branch on data: no trace. Rows don't depend on each other unless `coupled`."""
+
+    def __init__(self, coupled: bool) -> None:
+        super().__init__()
+        self.linear, self.coupled = nn.Linear(4, 4), coupled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if bool((y.abs() > 1e6).any()):
+            return y * 0
+        return torch.tanh(y - y.mean(0)) if self.coupled else torch.tanh(y)
+
+
+def test_opaque_rows_are_split_where_whole_and_split_runs_agree() -> None:
+    x = torch.randn(5, 4)
+    captured = capture(around(Undecided(coupled=False)), (x,))
+    assert captured.opaque == ["child"] and captured.rows_apart and not captured.exact
+    report = verify(around(Undecided(coupled=False)), (x,), "first o=2\nchild n=[0,1,5]\n* n=fed", world_size=2)
+    assert report.ok, str(report)
+
+
+def test_opaque_rows_that_depend_on_each_other_stay_together() -> None:
+    x = torch.randn(5, 4)
+    captured = capture(around(Undecided(coupled=True)), (x,))
+    assert captured.opaque == ["child"] and not captured.rows_apart and captured.exact
+    assert any("run whole" in r for r in captured.reasons), captured.reasons
+    with pytest.raises(ValueError, match="can only be placed or replicated"):
+        verify(around(Undecided(coupled=True)), (x,), "child o=2", world_size=2)
+    report = verify(around(Undecided(coupled=True)), (x,), "* n=fed", world_size=2)
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ class Captured:
         dynamic: one trace serves every batch size; else each input signature is traced by itself.
         reasons: why a rung of the ladder was left, one line each.
         opaque: paths of the modules that are one operator each; [""] where the whole module is.
+        rows_apart: they gave the same on the first batch when their rows were computed in two parts: they may be split on the sample dim.
         batch_dims: for each input tensor the dim that moves with the batch, None for none.
         checked: compared with eager (False on the meta device).
     """
@@ -56,6 +57,7 @@ class Captured:
         self.train = train
         self.reasons: list[str] = []
         self.opaque: list[str] = []
+        self.rows_apart = False
         self.checked = False
         self.dynamic = False
         self.leaves, self.in_spec = flatten((args, kwargs))
@@ -78,9 +80,9 @@ class Captured:
 
     @property
     def exact(self) -> bool:
-        """False where a plan can't compute what one process does: all of it opaque, or something opaque draws random
-        numbers, each rank its own."""
-        return self.opaque != [""] and not any(r.random for calls in self.recordings.values() for call in calls for r in call)
+        """False where a plan may not compute what one process does: all of it opaque, something opaque draws random numbers,
+        each rank its own, or opaque rows may be computed apart because they could be on the first batch."""
+        return self.opaque != [""] and not self.rows_apart and not any(r.random for calls in self.recordings.values() for call in calls for r in call)
 
     @property
     def inputs(self) -> list[torch.Tensor]:
@@ -210,6 +212,7 @@ class Captured:
         importer = Importer(FakeTensorMode(allow_non_fake_inputs=True))
         if torch.is_autocast_enabled("cpu"):  # around the call: not in the trace
             importer.autocast = ("cpu", torch.get_autocast_dtype("cpu"), True)
+        importer.rows_apart = self.rows_apart
         if self.opaque == [""]:
             return self._import_whole(importer, signature)
         trace = self._trace(signature)
@@ -250,7 +253,7 @@ class Captured:
         handles += [self._source(importer, "param", self.names_of[id(t)], t) for _, t in self.objective.named_parameters()]
         handles += [self._source(importer, "buffer", self.names_of.get(id(t), clean_path(n)), t) for n, t in self.objective.named_buffers()]
         made = importer.emit("opaque", call, *handles)
-        importer.graph.nodes[-1].arg_names["random"] = call.random
+        importer.describe_opaque(call)
         results = [made] if isinstance(made, torch.Tensor) else made
         outputs, written = results[: len(r.out_slots)], results[len(r.out_slots) :]
         return self._finish(importer, outputs, {clean_path(n): v for n, v in zip(r.written, written, strict=True)})

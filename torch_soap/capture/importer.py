@@ -77,6 +77,7 @@ class Importer:
         self.aliases = Aliases(self)
         self.buffer_updates: list[tuple[int, torch.Tensor]] = []  # (argument, new value) of the call at hand
         self.buffers: dict[str, torch.Tensor] = {}  # handles by name
+        self.rows_apart = False  # opaque modules may be split on the sample dim
         self.opaques: dict[str, FunctionCall | ModuleCall] = {}  # by name of the operator that stands for it in the trace
         self.path = ""
         self.source = ""
@@ -211,7 +212,7 @@ class Importer:
         if target.namespace == OPAQUE_NAMESPACE:
             opaque = self.opaques[target._opname]
             made = self.emit("opaque", opaque, *args[0])
-            self.graph.nodes[-1].arg_names["random"] = opaque.random
+            self.describe_opaque(opaque)
             self.num_random += opaque.num_random  # so that what follows has the numbers that counter_rng gives it
             return [made] if isinstance(made, torch.Tensor) else made
         if name == "item":
@@ -228,6 +229,14 @@ class Importer:
         if mutated:
             return self.inplace(name, target, args, kwargs, mutated)
         return self.functional(name, target, args, kwargs)
+
+    def describe_opaque(self, call: FunctionCall | ModuleCall) -> None:
+        """What the rule of the node just made needs to know."""
+        names = self.graph.nodes[-1].arg_names
+        names["random"] = call.random
+        dims = call.sample_dims() if self.rows_apart and isinstance(call, ModuleCall) else None
+        if dims is not None:
+            names["sample_in"], names["sample_out"] = dims
 
     def scalar(self, name: str, args: tuple[Any, ...], fx_node: torch.fx.Node) -> Any:
         """Python arithmetic on numbers read from tensors (`item`): they stay tensors of no dims."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torch_soap.capture.graph import Graph, Node, substitute
+from torch_soap.capture.opaque import ModuleCall
 from torch_soap.random import CounterState
 from torch_soap.random import dropout as counter_dropout
 from torch_soap.random_ops import RANDOM_KERNELS
@@ -38,12 +39,15 @@ def call(node: Node, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     return fn(*args, **kwargs) if result is NotImplemented else result
 
 
-def run_graph(graph: Graph, tensors: dict[str, torch.Tensor], random: CounterState | None = None) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def run_graph(
+    graph: Graph, tensors: dict[str, torch.Tensor], random: CounterState | None = None, split_opaque: bool = False
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Computes the graph.
 
     Args:
         tensors: by node name, for every param, buffer, const and feed.
         random: what random operators draw from; default: torch's generator.
+        split_opaque: opaque modules compute their rows in two parts.
 
     Returns:
         The returned tensors in order, and the new values of written buffers by name.
@@ -64,6 +68,8 @@ def run_graph(graph: Graph, tensors: dict[str, torch.Tensor], random: CounterSta
             fn = node.fn
             if fn is None:
                 raise RuntimeError(f"[capture] operator {node.name} has nothing to call")
+            if split_opaque and isinstance(fn, ModuleCall):
+                fn = fn.in_two_parts
             with region(node):
                 result = call(node, fn, substitute(node.args, env.__getitem__), substitute(node.kwargs, env.__getitem__), random)
             results = list(result) if isinstance(result, list | tuple) else [result]

@@ -13,7 +13,7 @@ from torch_soap.capture import check as eager_check
 from torch_soap.capture.capture import Captured
 from torch_soap.capture.importer import CaptureError
 from torch_soap.capture.interpret import run_graph
-from torch_soap.capture.opaque import Recording, split_leaves, transparent_checkpoints
+from torch_soap.capture.opaque import ModuleCall, Recording, split_leaves, transparent_checkpoints
 from torch_soap.capture.signature import batch_dim_choices, scaled, signature_of
 from torch_soap.capture.structure import flatten
 from torch_soap.capture.watch import first_line
@@ -53,6 +53,8 @@ def capture(
         try:
             trace(captured, choices, checked)
             captured.checked = checked
+            if checked and captured.opaque:
+                try_rows_apart(captured)
             return captured
         except CaptureError as error:
             if captured.opaque == [""]:  # what can't be repeated can't be compared
@@ -107,6 +109,21 @@ def trace(captured: Captured, choices: list[list[int | None]], checked: bool) ->
     captured.reasons += reasons
 
 
+def try_rows_apart(captured: Captured) -> None:
+    """Opaque modules may be split on the sample dim where whole and split runs agree on the example: outputs, gradients and buffers."""
+    nodes = captured.instantiate(signature_of(captured.inputs)).nodes
+    if not any(isinstance(n.fn, ModuleCall) and n.fn.sample_dims() is not None for n in nodes):
+        return
+    try:
+        check_against_eager(captured, captured.inputs, split_opaque=True)
+    except CaptureError as error:
+        captured.reasons.append(f"opaque modules run whole, their rows in two parts give something else: {error}")
+        return
+    captured.rows_apart = True
+    captured.reasons.append("opaque modules may be split by rows: on the first batch whole and split runs agreed, which is no proof")
+    captured.graphs.clear()
+
+
 def check_next_call(captured: Captured) -> None:
     """Where the forward changes Python attributes, the call after the one that was compared may be another one."""
     for name in captured._last().changed:
@@ -155,8 +172,8 @@ def doubled(tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> list
     return [t if d is None else torch.cat([t, t], d).detach().requires_grad_(t.requires_grad) for t, d in zip(tensors, dims, strict=True)]
 
 
-def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad: bool = True) -> None:
-    """Raises CaptureError where the graph on these inputs isn't what the module computes."""
+def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad: bool = True, split_opaque: bool = False) -> None:
+    """Raises CaptureError where the graph on these inputs (with the rows of opaque modules apart) isn't what the module computes."""
     objective, module = captured.objective, captured.module
 
     def eager(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -170,7 +187,9 @@ def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad
     def traced(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         graph = captured.instantiate(signature_of(tensors))
         try:
-            outputs, writes = run_graph(graph, captured.stored_tensors(graph) | dict(zip(captured.input_names(), tensors, strict=True)))
+            outputs, writes = run_graph(
+                graph, captured.stored_tensors(graph) | dict(zip(captured.input_names(), tensors, strict=True)), split_opaque=split_opaque
+            )
         except Exception as error:
             raise CaptureError(f"the trace doesn't run: {first_line(error)}") from error
         return outputs, {n: writes.get(n, b) for n, b in captured.buffers.items()}

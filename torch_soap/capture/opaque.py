@@ -138,6 +138,34 @@ class ModuleCall:
         pairs = zip(first.outputs, last.outputs, strict=True)
         return [[x if x == y else x + (y - x) * (now - a) // (b - a) for x, y in zip(s, t, strict=True)] for s, t in pairs]
 
+    def sample_dims(self) -> tuple[list[int], list[int]] | None:
+        """Of each operand (parameters and buffers last) and result the dim that grew with the example's rows, -1 for none; None where
+        rows can't be computed apart: a result without them, buffers written, random numbers, only one recorded size."""
+        first, last = self.recordings[0], self.recordings[-1]
+        if first.written or first.random or last.random:
+            return None
+
+        def grown(before: list[Shape], after: list[Shape]) -> list[int]:
+            return [next((d for d, (a, b) in enumerate(zip(s, t, strict=True)) if a != b), -1) for s, t in zip(before, after, strict=True)]
+
+        inputs, outputs = grown(first.inputs, last.inputs), grown(first.outputs, last.outputs)
+        sizes = {s[d] for shapes, dims in ((first.inputs, inputs), (first.outputs, outputs)) for s, d in zip(shapes, dims, strict=True) if d >= 0}
+        if -1 in outputs or len(sizes) != 1 or max(inputs, default=-1) < 0:
+            return None
+        return inputs + [-1] * (len(self.params) + len(self.buffers)), outputs
+
+    def in_two_parts(self, *tensors: torch.Tensor) -> Any:
+        """The first row, and the others, apart."""
+        dims = self.sample_dims()
+        rows = max((t.shape[d] for t, d in zip(tensors, dims[0], strict=True) if d >= 0), default=0) if dims is not None else 0
+        if dims is None or rows < 2:
+            return self(*tensors)
+        parts = [
+            self.compute([t if d < 0 else t.narrow(d, begin, length) for t, d in zip(tensors, dims[0], strict=True)])
+            for begin, length in ((0, 1), (1, rows - 1))
+        ]
+        return one_or_list([torch.cat(pair, d) for pair, d in zip(zip(*parts, strict=True), dims[1], strict=True)])
+
     def fake(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         n = len(self.slots)
         like = tensors[0]

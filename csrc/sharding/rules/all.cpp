@@ -18,6 +18,7 @@ const Registries& registries() {
     register_conv(r.rules);
     register_embedding(r.rules);
     register_indexing(r.rules);
+    register_opaque(r.rules);
     register_random(r.rules);
     register_reduce(r.rules, r.expansions);
     register_norm(r.rules, r.expansions);

@@ -18,6 +18,7 @@ void register_attention(RuleRegistry& rules, ExpansionRegistry& expansions);
 void register_loss(RuleRegistry& rules, ExpansionRegistry& expansions);
 void register_rnn(RuleRegistry& rules, ExpansionRegistry& expansions);
 void register_indexing(RuleRegistry& rules);
+void register_opaque(RuleRegistry& rules);
 void register_random(RuleRegistry& rules);
 
 }  // namespace soap
