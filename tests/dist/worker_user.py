@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import shutil
 import sys
 import tempfile
 import traceback
@@ -268,6 +269,33 @@ def modes() -> float:
     return max(worst, difference({k: v.double() for k, v in model.state_dict().items()}, {k: v.double() for k, v in reference.state_dict().items()}))
 
 
+def saving() -> float:
+    """torch_soap.save under one plan; load under another and into the plain module, optimizers included."""
+    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    path = Path(str(shared[0])) / "checkpoint"
+    reference = mlp()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01)
+    train(reference, optimizer, whole)
+    first = torch_soap.parallelize(mlp(), plan=CUT)
+    mine = torch.optim.AdamW(first.parameters(), lr=0.01)
+    train(first, mine, own)
+    torch_soap.save(path, first, mine)
+    train(reference, optimizer, whole)
+    second, plain = torch_soap.parallelize(mlp(), plan=SHARD), mlp()
+    worst = 0.0
+    for model, cut in ((second, own), (plain, whole)):
+        theirs = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if model is second:
+            train(model, theirs, cut, steps=1)
+        torch_soap.load(path, model, theirs)
+        train(model, theirs, cut)
+        worst = max(worst, difference(dict(model.state_dict()), dict(reference.state_dict())))
+    if dist.get_rank() == 0:
+        shutil.rmtree(path.parent)
+    return worst
+
+
 class Tempered(nn.Module):
     """Reads a plain attribute, and leaves something behind that a parallelized forward can't."""
 
@@ -404,7 +432,7 @@ def watches() -> float:
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, accumulation, retained_graphs, special, modes, attributes, loss_inside, plans, refusals, copies, meta, watches)
+    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, saving, accumulation, retained_graphs, special, modes, attributes, loss_inside, plans, refusals, copies, meta, watches)
 }
 
 
