@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from tests.dist.launch import torchrun  # noqa: E402
 from tests.models import CASES  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = ("float64", "float32")
 
 
@@ -77,12 +78,19 @@ def write_report(everything: dict[str, dict[str, Any]], seconds: float, worlds: 
         lines_of = r.get("failure", f"{r.get('where')} differs by {r.get('error', 0):.2e}").strip().splitlines()
         what = next((line for line in reversed(lines_of) if "Error" in line), lines_of[-1])
         lines.append(f"\n- {key} seed {run}: {what}")
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "processes.md").write_text("\n".join(lines) + "\n")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "processes.md").write_text("\n".join(lines) + "\n")
     rows = [json.dumps({"model": key.split("@")[0], "ranks": int(key.split("@")[1]), "run": run, **r}) for key, run, r in flat]
-    (folder / "processes.json").write_text("[\n" + ",\n".join(rows) + "\n]\n")
+    (RESULTS / "processes.json").write_text("[\n" + ",\n".join(rows) + "\n]\n")
     return "\n".join(lines)
+
+
+def finished() -> dict[str, dict[str, Any]]:
+    """What the report in benchmarks/results has, by model and ranks, by run."""
+    out: dict[str, dict[str, Any]] = {}
+    for row in json.loads((RESULTS / "processes.json").read_text()):
+        out.setdefault(f"{row.pop('model')}@{row.pop('ranks')}", {})[row.pop("run")] = row
+    return out
 
 
 def main() -> int:
@@ -90,13 +98,16 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(c.name for c in CASES))
     parser.add_argument("--worlds", default="2,3,4")
     parser.add_argument("--plans", type=int, default=6)
+    parser.add_argument("--resume", action="store_true", help="keep what the last, interrupted sweep has finished")
     options = parser.parse_args()
     worlds = [int(w) for w in options.worlds.split(",")]
     runs = [f"{seed}:{dtype}" for seed in range(options.plans) for dtype in DTYPES]
     start = time.perf_counter()
-    everything: dict[str, dict[str, Any]] = {}
+    everything: dict[str, dict[str, Any]] = finished() if options.resume else {}
     for name in options.models.split(","):
         for world in worlds:
+            if f"{name}@{world}" in everything:
+                continue
             results = everything[f"{name}@{world}"] = run_model(name, world, runs)
             good = sum(map(is_ok, results.values()))
             print(f"{name} on {world} ranks: {good} of {len(results)} ok ({time.perf_counter() - start:.0f} s)", flush=True)
