@@ -269,6 +269,23 @@ def modes() -> float:
     return max(worst, difference({k: v.double() for k, v in model.state_dict().items()}, {k: v.double() for k, v in reference.state_dict().items()}))
 
 
+class Many(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.linear = nn.Linear(4, 2).double()
+
+    def forward(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return self.linear(torch.stack(tensors).sum(0))
+
+
+def many_inputs() -> float:
+    """More sizes than the header holds."""
+    tensors = [torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(60)]
+    model = torch_soap.parallelize(Many(), plan="* n=fed")
+    return float((model([own(t) for t in tensors]) - own(Many()(tensors))).abs().amax().detach())
+
+
 def saving() -> float:
     """torch_soap.save under one plan; load under another and into the plain module, optimizers included."""
     shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
@@ -432,7 +449,7 @@ def watches() -> float:
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, saving, accumulation, retained_graphs, special, modes, attributes, loss_inside, plans, refusals, copies, meta, watches)
+    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, saving, many_inputs, accumulation, retained_graphs, special, modes, attributes, loss_inside, plans, refusals, copies, meta, watches)
 }
 
 

@@ -13,6 +13,9 @@ import torch
 from torch_soap.runtime.comm import Comm
 
 
+MAX_SIZES = 100  # of inputs, in the header; more of them are told apart from it
+
+
 class RankMismatchError(RuntimeError):
     """Ranks disagree, or one did not come."""
 
@@ -49,7 +52,8 @@ class Header:
             "attributes": attributes,
         }
         sizes = [n for t in tensors for n in t.shape]
-        mine = [number(repr(words)), len(sizes), *sizes]
+        short = len(sizes) <= MAX_SIZES
+        mine = [number(repr(words)), len(sizes), *(sizes if short else [])]
         self.gathered = self.comm.gather_ints(mine)
         if any(g[:2] != mine[:2] for g in self.gathered):
             everyone = self.comm.gather_objects(words)
@@ -63,6 +67,8 @@ class Header:
                         hint = " A forward on some ranks only, or in another mode, must be called on all ranks." if key in ("mode", "grad") else ""
                         raise RankMismatchError(f"[forward] ranks disagree on {key}: rank {rank} has {value}, rank 0 has {everyone[0][key]}.{hint}")
             raise RankMismatchError("[forward] ranks disagree on their inputs")
+        if not short:
+            self.gathered = [[*mine, *other] for other in self.comm.gather_objects(sizes)]
 
     def explain_failure(self, tensors: Sequence[torch.Tensor], error: Exception | None) -> None:
         """After a capture failed on a rank: raises when the ranks' inputs differ in more than their rows, which then is the reason."""
