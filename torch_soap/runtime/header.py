@@ -12,7 +12,6 @@ import torch
 
 from torch_soap.runtime.comm import Comm
 
-
 MAX_SIZES = 100  # of inputs, in the header; more of them are told apart from it
 
 
