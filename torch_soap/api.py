@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class ParallelModule(nn.Module):
         """The plan; None before the first forward when there were no example_inputs."""
         return self._soap.plan
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._soap.call(args, kwargs)
 
@@ -78,6 +79,7 @@ def parallelize(
     plan: Plan | str | Path | None = None,
     machine: Any = None,
     memory_limit: int | None = None,
+    sample_dims: Sequence[int | None] | None = None,
 ) -> nn.Module:
     """Trains `module` on all processes of the job with the results of one process on the concatenated batch.
 
@@ -91,6 +93,8 @@ def parallelize(
         plan: a Plan, the path of a saved one, or text (docs/plan-format.md); default: searched.
         machine: plan for this machine instead of the measured one.
         memory_limit: bytes per device.
+        sample_dims: of each input tensor the dim that holds the rows, None where it has none. Default: found by size and replay, dim 0
+            where that fits; name them for inputs whose rows are in another dim (time first).
 
     Raises:
         ValueError: the plan's text is not legal for this module; nothing has been changed.
@@ -103,6 +107,10 @@ def parallelize(
 
             module.forward = WithLoss(module.forward, loss, num_targets(loss))
         return module
+    if hasattr(module, "_orig_mod"):
+        raise ValueError("[parallelize] the module is compiled: parallelize the module itself")
+    if getattr(module, "batch_first", True) is False and sample_dims is None:
+        warnings.warn("[parallelize] batch_first=False, but dim 0 of every input is taken as the rows: name the dims, sample_dims=[1, ...]", stacklevel=2)
     if isinstance(module, ParallelModule):
         raise ValueError("[parallelize] the module is parallelized already")
     if not dist.is_initialized():
@@ -122,11 +130,14 @@ def parallelize(
     seeds = comm.gather_objects(parallel.random.seed)
     if any(s != seeds[0] for s in seeds):
         parallel.random.seed, parallel.random.torch_seed = seeds[0], None
+    parallel.sample_dims = sample_dims
     if example_inputs is not None:
         parallel.prepare(*as_arguments(example_inputs))
     own = type(module)
     module.__class__ = type(own.__name__, (ParallelModule, own), {"__module__": own.__module__, "__doc__": own.__doc__})
     module.__dict__["_soap"] = parallel
+    parallel.own_forward = module.__dict__.pop("forward", None)
+    parallel.refresh = functools.partial(broadcast_state, comm, module)
     install_state_dict(parallel)
     guard_submodules(module, parallel)
     registry().parallels.add(parallel)

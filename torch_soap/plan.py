@@ -108,6 +108,8 @@ def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None =
     if isinstance(plan, Plan):
         if world_size is not None and plan.world_size != world_size:
             raise ValueError(f"[plan] the plan is for {plan.world_size} devices, there are {world_size}")
+        if plan.fingerprint and plan.fingerprint != fingerprint(graph):
+            raise ValueError(f"[plan] the plan was made for another model (fingerprint {plan.fingerprint}, this model {fingerprint(graph)})")
         return plan
     text = str(plan)
     saved: dict[str, Any] = {}

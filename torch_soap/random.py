@@ -58,6 +58,7 @@ class CounterState:
     seed: int
     call: int = 0
     torch_seed: int | None = None
+    changed: bool = False  # torch was seeded anew, or a state loaded, since ranks last agreed
 
     @classmethod
     def from_torch(cls) -> CounterState:
@@ -73,6 +74,7 @@ class CounterState:
         if self.torch_seed is not None and torch.initial_seed() != self.torch_seed:
             self.torch_seed = torch.initial_seed()
             self.restart(self.torch_seed)
+            self.changed = True
         self.call += 1
 
     def key(self, op_index: int) -> RandomKey:

@@ -30,10 +30,11 @@ std::vector<std::string> words_of(std::string_view text) {
   for (char c : text) {
     if (c == '[') ++depth;
     if (c == ']') --depth;
-    if ((c == ' ' || c == '\t') && depth == 0) {
+    const bool blank = c == ' ' || c == '\t' || c == '\r';
+    if (blank && depth == 0) {
       if (!word.empty()) out.push_back(std::move(word));
       word.clear();
-    } else if (c != ' ' && c != '\t') {
+    } else if (!blank) {
       word += c;
     }
   }
@@ -112,6 +113,7 @@ Line parse_line(int number_, std::string_view text, int world_size) {
     if (eq == std::string::npos || eq == 0) fail(line, fmt::format("\"{}\" is not factor=degree, store=, keep=, replicas= or @ [devices]", word));
     const std::string key = word.substr(0, eq), value = word.substr(eq + 1);
     if (key == "store") {
+      if (!line.store.empty()) fail(line, "store= stands twice");
       line.store = value;
     } else if (key == "replicas") {
       line.config.replicas = static_cast<int>(number(line, value));
@@ -144,6 +146,8 @@ void apply_setting(const Line& line, const std::vector<std::string>& words, Stra
     else
       fail(line, fmt::format("unknown setting \"{}\"; there are order=gpipe|1f1b and bucket_bytes=N", words[i]));
   }
+  if (words.size() < 2) fail(line, "set what? There are order=gpipe|1f1b and bucket_bytes=N");
+  if (strategy.bucket_bytes < 1) fail(line, "bucket_bytes must be positive");
 }
 
 // `edge producer -> consumer via=exchange`: how a tensor travels between two nodes.

@@ -144,6 +144,8 @@ std::vector<int64_t> cut_points(const Node& node, const Factor& factor, const Cu
   return points;
 }
 
+constexpr int64_t kMaxChunks = 1024;  // each is an operator of its own; a typing error shouldn't take minutes
+
 FactorParts make_parts(const Node& node, const Rule& rule, const FactorCut& fc, const std::optional<FedFactor>& fed) {
   const int f = rule.factor(fc.factor) < 0 && fc.factor == "n" && fed ? fed->factor : rule.factor(fc.factor);
   const Cut& cut = fc.cut;
@@ -151,6 +153,7 @@ FactorParts make_parts(const Node& node, const Rule& rule, const FactorCut& fc, 
     user_error("[plan] {} ({}): no factor \"{}\"; it has {}", node.name, node.target, fc.factor, legal_factors(rule));
   }
   if (cut.tiles < 1 || cut.chunks < 1) user_error("[plan] {}: {}={}x{}t must be positive", node.name, fc.factor, cut.tiles, cut.chunks);
+  if (cut.chunks > kMaxChunks) user_error("[plan] {}: {}={}x{}t has more than {} chunks", node.name, fc.factor, cut.tiles, cut.chunks, kMaxChunks);
   FactorParts out{.factor = cut.fed && fed ? fed->factor : f};
   std::vector<IndexSet> tiles;
   if (cut.fed && fed) {

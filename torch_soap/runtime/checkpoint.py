@@ -18,9 +18,10 @@ def install_state_dict(parallel: Parallel) -> None:
     names = {n: canonical for canonical, n in aliases(parallel.module)}
 
     def gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+        inside[0] = False
         local_metadata[RANDOM_KEY] = parallel.random.state_dict()
         if any(parallel.is_cut(n) for n in names.values()):
-            parallel.comm.gather_ints([0])  # names the ranks that don't call state_dict
+            parallel.comm.gather_ints([], "state_dict")
         for name, canonical in names.items():
             key = prefix + name
             if key in state and parallel.is_cut(canonical):
@@ -37,6 +38,20 @@ def install_state_dict(parallel: Parallel) -> None:
                     raise ValueError(f"[load_state_dict] {key} has shape {list(whole.shape)}, the whole parameter {list(parallel.shapes[canonical])}")
                 state[key] = cut(whole, parallel.boxes[canonical])
 
+    inside = [False]  # the root's state_dict calls its children's
+
+    def enter(*_: Any) -> None:
+        inside[0] = True
+
+    def guard(child: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not inside[0] and any(parallel.is_cut(n) for n, p in parallel.parameters() if any(p is q for q in child.parameters())):
+            raise RuntimeError(f"[torch_soap] state_dict() of the submodule {type(child).__name__} would be this rank's parts: call the whole model's")
+
+    guard.torch_soap = True  # type: ignore[attr-defined]
+    parallel.module.register_state_dict_pre_hook(enter)
+    for child in parallel.module.modules():
+        if child is not parallel.module:
+            child.register_state_dict_pre_hook(guard)
     parallel.module._register_state_dict_hook(gather)
     parallel.module._register_load_state_dict_pre_hook(scatter, with_module=True)
 
@@ -52,6 +67,7 @@ def aliases(module: nn.Module) -> list[tuple[str, str]]:
 
 def gather_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's state_dict with whole tensors. Collective."""
+    parallel.comm.gather_ints([], "state_dict of an optimizer")
     names = {id(p): n for n, p in parallel.parameters()}
     index = 0
     state = dict(state_dict["state"])

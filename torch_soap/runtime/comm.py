@@ -12,6 +12,11 @@ import torch
 import torch.distributed as dist
 
 HEADER_INTS = 128  # fixed size, so that ranks that disagree still meet
+MEETINGS = ("calibration", "forward", "backward", "state_dict", "state_dict of an optimizer", "deepcopy", "gradient norm")
+
+
+class RankMismatchError(RuntimeError):
+    """Ranks disagree, or one did not come."""
 
 
 @dataclass
@@ -43,8 +48,8 @@ class Comm(Protocol):
     def gather_objects(self, value: Any) -> list[Any]:
         """The values of all ranks, in order."""
 
-    def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
-        """The integers of all ranks, in order; a rank that doesn't come within the timeout is named in the error."""
+    def gather_ints(self, values: Sequence[int], meeting: str = "calibration") -> list[list[int]]:
+        """The integers of all ranks, in order; a rank that doesn't come within the timeout, or is elsewhere (MEETINGS), is named in the error."""
 
 
 class TorchComm:
@@ -101,20 +106,27 @@ class TorchComm:
         dist.all_gather_object(out, value, group=self.world)
         return out
 
-    def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+    def gather_ints(self, values: Sequence[int], meeting: str = "calibration") -> list[list[int]]:
         self.num_meetings += 1
         if self.store is not None:
             self.store.set(f"soap/meeting/{self.rank}", str(self.num_meetings))
         mine = torch.zeros(HEADER_INTS, dtype=torch.int64)
-        if len(values) + 1 > HEADER_INTS:
-            raise ValueError(f"[comm] a header of {len(values)} integers; at most {HEADER_INTS - 1}")
-        mine[: len(values) + 1] = torch.tensor([len(values), *values])
+        if len(values) + 2 > HEADER_INTS:
+            raise ValueError(f"[comm] a header of {len(values)} integers; at most {HEADER_INTS - 2}")
+        mine[: len(values) + 2] = torch.tensor([len(values), MEETINGS.index(meeting), *values])
         out = torch.empty(self.world_size * HEADER_INTS, dtype=torch.int64)
         try:
             dist.all_gather_into_tensor(out, mine, group=self.world)
         except RuntimeError as error:
             raise RuntimeError(f"[comm] meeting {self.num_meetings}: {self.missing()}") from error
-        return [row[1 : 1 + int(row[0])].tolist() for row in out.view(self.world_size, HEADER_INTS)]
+        rows = out.view(self.world_size, HEADER_INTS)
+        for rank, row in enumerate(rows):
+            if row[1] != rows[0][1]:
+                places = MEETINGS[int(row[1])], MEETINGS[int(rows[0][1])]
+                raise RankMismatchError(
+                    f"[comm] rank {rank} is at a {places[0]}, rank 0 at a {places[1]}: all ranks must make the same calls of a model, in the same order"
+                )
+        return [row[2 : 2 + int(row[0])].tolist() for row in rows]
 
     def missing(self) -> str:
         """Which ranks have not come to this meeting, by the store."""
@@ -213,7 +225,7 @@ class ThreadComm:
     def join(self, groups: Iterable[Sequence[int]]) -> None:
         """Nothing to make: threads meet under any key."""
 
-    def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+    def gather_ints(self, values: Sequence[int], meeting: str = "calibration") -> list[list[int]]:
         return [list(v) for v in self.gather_objects(list(values))]
 
     def gather_objects(self, value: Any) -> list[Any]:

@@ -10,13 +10,9 @@ from typing import Any
 
 import torch
 
-from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.comm import Comm, RankMismatchError
 
 MAX_SIZES = 100  # of inputs, in the header; more of them are told apart from it
-
-
-class RankMismatchError(RuntimeError):
-    """Ranks disagree, or one did not come."""
 
 
 def agree(comm: Comm, what: str, mine: Any, message: str) -> None:
@@ -53,7 +49,7 @@ class Header:
         sizes = [n for t in tensors for n in t.shape]
         short = len(sizes) <= MAX_SIZES
         mine = [number(repr(words)), len(sizes), *(sizes if short else [])]
-        self.gathered = self.comm.gather_ints(mine)
+        self.gathered = self.comm.gather_ints(mine, "forward")
         if any(g[:2] != mine[:2] for g in self.gathered):
             everyone = self.comm.gather_objects(words)
             for rank, other in enumerate(everyone):

@@ -30,6 +30,7 @@ class Registry:
         register_optimizer_step_post_hook(self.after_step)
         self.local_norm = clip_grad._get_total_norm
         clip_grad._get_total_norm = self.total_norm
+        torch.nn.utils.get_total_norm = self.total_norm
         self.local_unscale = torch.amp.GradScaler._unscale_grads_
         torch.amp.GradScaler._unscale_grads_ = functools.partialmethod(Registry.unscale_of, self)  # type: ignore[assignment,arg-type]
 
@@ -55,7 +56,22 @@ class Registry:
         return found
 
     # -- steps ---------------------------------------------------------------------------------------------------------
-    def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A closure sees the parts, and may be what plans the model; the step after it sees what the optimizer needs."""
+        self.enter(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return None
+
+        def on_parts() -> Any:
+            self.leave(optimizer)
+            result = closure()
+            self.enter(optimizer)
+            return result
+
+        return (args[0], on_parts, *args[2:]) if len(args) > 1 else args, {**kwargs, "closure": on_parts} if "closure" in kwargs else kwargs
+
+    def enter(self, optimizer: torch.optim.Optimizer) -> None:
         ours = self.cut_parameters(optimizer)
         if not ours:
             return
@@ -75,6 +91,9 @@ class Registry:
         self.wholes[id(optimizer)] = kept
 
     def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.leave(optimizer)
+
+    def leave(self, optimizer: torch.optim.Optimizer) -> None:
         for parallel, name, p, part in self.wholes.pop(id(optimizer), []):
             whole, grad = p.data, p.grad
             p.grad = None
@@ -116,7 +135,8 @@ class Registry:
         if not mine:
             return self.local_norm(tensors, norm_type, error_if_nonfinite, foreach)
         parallel = ours[id(mine[0])][0]
-        counted = [t for t in mine if parallel.owners.get(ours[id(t)][1], parallel.comm.rank == 0) and t.numel()]
+        parallel.comm.gather_ints([], "gradient norm")
+        counted = [t for t in mine if ours[id(t)][0].owners.get(ours[id(t)][1], parallel.comm.rank == 0) and t.numel()]
         maximum = norm_type == float("inf")
         if maximum:
             share = torch.stack([t.detach().abs().amax() for t in counted]).amax() if counted else torch.zeros(())

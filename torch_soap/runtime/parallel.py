@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from torch_soap import _C
 from torch_soap.capture import Captured, capture
@@ -28,7 +29,7 @@ from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import Header, RankMismatchError, agree
 from torch_soap.runtime.storage import assemble, cut
-from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ReplicaWatch, compare_replicas
+from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ReadAttributes, ReplicaWatch, checksum, compare_replicas
 
 Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
 
@@ -47,10 +48,13 @@ class Parallel:
         self.planner = planner
         self.plan: Plan | None = None
         self.planned: set[str] = set()  # nodes of the graph that the plan was made for
-        self.captures: dict[Any, Captured] = {}
+        self.captures: dict[Any, list[tuple[Captured, ReadAttributes]]] = {}  # by modes and structure of the call
         self.engines: dict[Any, tuple[Engine, Graph]] = {}
         self.boxes: dict[str, list[Any] | None] = {}  # by parameter name, once planned
         self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters(remove_duplicate=False)}
+        self.own_forward: Any = None  # a forward that was set on the module itself
+        self.sample_dims: Sequence[int | None] | None = None  # of each input tensor, named by the user
+        self.refresh: Callable[[], None] | None = None  # before a lazy plan cuts parameters: rank 0's win once more
         self.owners: dict[str, bool] = {}  # this rank's part counts in global norms and checkpoints
         self.storage: dict[str, Any] = {}  # node name -> Sharding
         self.random = CounterState.from_torch()
@@ -65,20 +69,26 @@ class Parallel:
         It is made of a plain twin with whole parameters, so that tracing and checking never touch the user's Parameters. What the
         twin's parameters hold is given back afterwards: later traces need their shapes only.
         """
-        key = (self.attributes.values, structure_key(args, kwargs))
-        if key not in self.captures:
-            twin = self.plain_copy({})
+        key = (self.attributes.modes(), structure_key(args, kwargs))
+        known = self.captures.setdefault(key, [])
+        captured = next((c for c, read in known if read.unchanged()), None)
+        if captured is None:
+            twin = self.plain_copy({}, for_capture=True)
             on_meta = any(p.is_meta for p in twin.parameters())
             if on_meta:
                 with_memory(twin)
-            self.captures[key] = self.together(
-                lambda: capture(twin, args, kwargs, train=self.module.training, loss=self.loss, check=not on_meta), input_tensors(args, kwargs)
-            )
+            read = ReadAttributes(twin)
+
+            def make() -> Captured:
+                with read:
+                    return capture(twin, args, kwargs, train=self.module.training, loss=self.loss, sample_dims=self.sample_dims, check=not on_meta)
+
+            captured = self.together(make, input_tensors(args, kwargs))
             for p in twin.parameters():
                 p.grad = None
                 p.data = torch.empty_like(p.data)
-            self.attributes.captured(self.captures[key])
-        captured = self.captures[key]
+            known.append((captured, read.of(self.module)))
+            self.attributes.captured(captured, known[-1][1])
         for mine, theirs in zip(self.module.parameters(), captured.module.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
         return captured
@@ -101,23 +111,31 @@ class Parallel:
         assert made is not None
         return made
 
-    def plain_copy(self, memo: dict[int, Any]) -> nn.Module:
-        """A copy of the module that knows nothing of us, with whole parameters. Collective where anything is cut."""
+    def plain_copy(self, memo: dict[int, Any], for_capture: bool = False) -> nn.Module:
+        """A copy of the module that knows nothing of us, with whole parameters. Collective where anything is cut.
+
+        for_capture: without the module's own hooks, which run around the parallel forward.
+        """
         module = self.module
         with self.whole_parameters():
             if "_soap" not in module.__dict__:
-                return copy.deepcopy(module, memo)
+                twin = copy.deepcopy(module, memo)
+                return without_hooks(twin) if for_capture else twin
             plain: type[nn.Module] = type(module).__mro__[2]
             twin = plain.__new__(plain)
             memo[id(module)] = twin
-            ours = ("_soap", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+            ours = ("_soap", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
             twin.__dict__.update(copy.deepcopy({k: v for k, v in module.__dict__.items() if k not in ours}, memo))
             fresh = nn.Module()
             twin.__dict__.update({k: fresh.__dict__[k] for k in ours[1:]})
+            if self.own_forward is not None:
+                twin.__dict__["forward"] = copy.deepcopy(self.own_forward, memo)
         for child in twin.modules():
             for key in [k for k, hook in child._forward_pre_hooks.items() if getattr(hook, "torch_soap", False)]:
                 del child._forward_pre_hooks[key]
-        return twin
+            for key in [k for k, hook in child._state_dict_pre_hooks.items() if getattr(hook, "torch_soap", False)]:
+                del child._state_dict_pre_hooks[key]
+        return without_hooks(twin) if for_capture else twin
 
     def stored(self, captured: Captured, graph: Graph) -> dict[str, torch.Tensor]:
         """By node name: the user's own Parameters (this rank's parts) and buffers, and the trace's constants."""
@@ -139,7 +157,8 @@ class Parallel:
 
     def engine(self, captured: Captured, signature: Any, rows: Sequence[int]) -> tuple[Engine, Graph]:
         """The engine for these global input shapes and rows; the first one plans and cuts the parameters."""
-        key = (id(captured), signature, tuple(rows), torch.is_autocast_enabled("cpu"), tuple(p.requires_grad for p in self.module.parameters()))
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        key = (id(captured), signature, tuple(rows), autocast, tuple((p.requires_grad, p.dtype) for p in self.module.parameters()))
         if key in self.engines:
             return self.engines[key]
         graph = captured.instantiate(signature)
@@ -160,6 +179,8 @@ class Parallel:
         program = lower(op_graph, self.plan, rows, strategy)
         agree(self.comm, "program", hashlib.sha256(str(program).encode()).hexdigest(), "the lowered programs differ")
         if not self.storage:
+            if self.refresh is not None:
+                self.refresh()
             self.cut_parameters(program)
         engine = Engine(program, graph, self.comm.rank, self.comm)
         self.comm.join(engine.groups())
@@ -228,6 +249,8 @@ class Parallel:
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:
         """Inside, parameters have their whole data (read only: changes are lost). Collective where anything is cut."""
+        if any(self.is_cut(name) for name, _ in self.parameters()):
+            self.comm.gather_ints([], "deepcopy")
         kept = {}
         for name, p in self.parameters():
             if self.is_cut(name):
@@ -245,15 +268,21 @@ class Parallel:
     # -- calling -------------------------------------------------------------------------------------------------------
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of all ranks together."""
+        if torch.is_inference_mode_enabled():  # parameters are cut, and programs kept, for training too
+            with torch.inference_mode(False), torch.no_grad():
+                args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+                return self.call(args, kwargs)
         self.calls += 1
         leaves = input_tensors(args, kwargs)
         self.header.check(self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs), self.attributes.look())
         captured = self.capture(args, kwargs)
         tensors = captured.flatten_inputs(args, kwargs)
         rows, signature = self.header.rows(tensors, captured.batch_dims)
+        self.same_constants(captured, tensors)
         engine, graph = self.engine(captured, signature, rows)
         self.hooks.look(self.module)
         self.random.next_call()
+        self.same_random()
         names = [n.name for n in graph.nodes if n.kind == "feed"]
         feeds = dict(zip(names, tensors, strict=True))
         stored = self.stored(captured, graph)
@@ -267,6 +296,25 @@ class Parallel:
             state = engine.forward(feeds, stored, grad=False, random=self.random)
             outputs = self.finish(engine, state, stored)
         return captured.unflatten_outputs(outputs)
+
+    def same_constants(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> None:
+        """An input without rows is the same on all ranks."""
+        numbers = [checksum(t) for t, dim in zip(tensors, captured.batch_dims, strict=True) if dim is None]
+        if not numbers:
+            return
+        names = [n for n, dim in zip(captured.input_names(), captured.batch_dims, strict=True) if dim is None]
+        everyone = self.comm.gather_objects(numbers)
+        for rank, other in enumerate(everyone):
+            for name, mine, first in zip(names, other, everyone[0], strict=True):
+                if mine != first:
+                    raise RankMismatchError(f"[forward] {name} has no dim for rows, and rank {rank} has other values than rank 0")
+
+    def same_random(self) -> None:
+        """Ranks that seed torch differently (by rank, as is usual) draw what rank 0 draws."""
+        if self.random.changed:
+            first = self.comm.gather_objects((self.random.seed, self.random.call))[0]
+            self.random.seed, self.random.call = first
+            self.random.changed = False
 
     def finish(self, engine: Engine, state: StepState, stored: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Writes buffers; the outputs in order."""
@@ -292,6 +340,9 @@ class RunProgram(torch.autograd.Function):
         ctx.parallel, ctx.engine, ctx.state, ctx.num_inputs = parallel, engine, state, num_inputs
         ctx.shapes = [tuple(t.shape) for t in tensors]
         ctx.needs = [t.requires_grad for t in tensors]
+        # What comes in from the loss of this process is taken as 1/P of the objective's. What goes out to a part of this process'
+        # own graph (a generator, a stem under DDP) is the gradient of its own loss again; a leaf has the objective's.
+        ctx.scales = [parallel.comm.world_size if t.grad_fn is not None else 1 for t in tensors]
         ctx.param_names = [n for n in stored if n.startswith("param:")]
         ctx.feed_names = list(feeds)
         ctx.mark_non_differentiable(*[o for o, n in zip(outputs, engine.returns, strict=True) if not engine.return_wants_grad(n)])
@@ -314,6 +365,7 @@ class RunProgram(torch.autograd.Function):
         else:
             ctx.state = None
         used = used_returns(engine, comm, grads)
+        scales = dict(zip([*ctx.feed_names, *ctx.param_names], ctx.scales, strict=True))
         scale: torch.Tensor | None = None
         if engine.program.interleaved:
             # Forward ran with a gradient of 1: what comes in now is the mean of the processes' gradients of the loss.
@@ -331,6 +383,8 @@ class RunProgram(torch.autograd.Function):
                 grad = torch.zeros(shape, dtype=engine.dtype_of(nodes[name]))  # stored elsewhere: an empty part
             if grad is not None and scale is not None:
                 grad = grad * scale.to(grad.dtype)
+            if grad is not None and scales[name] != 1:
+                grad = grad * scales[name]
             if grad is not None:
                 ctx.parallel.gradients.expect(name, grad)
             out.append(grad)
@@ -339,10 +393,19 @@ class RunProgram(torch.autograd.Function):
 
 def used_returns(engine: Engine, comm: Comm, grads: Sequence[torch.Tensor | None]) -> frozenset[int]:
     """The returns whose gradient comes in on some rank: one that is used on no rank gives its parameters None, as in one process. Collective."""
-    if len(engine.returns) == 1:
-        return frozenset(engine.returns)
-    mask = comm.all_reduce(torch.tensor([g is not None for g in grads], dtype=torch.float32), list(range(comm.world_size)), True)
-    return frozenset(n for n, used in zip(engine.returns, mask.tolist(), strict=True) if used)
+    parts = [grads[i : i + 100] for i in range(0, len(grads), 100)]
+    masks = [comm.gather_ints([g is not None for g in part], "backward") for part in parts]
+    used = [any(column) for chunk in masks for column in zip(*chunk, strict=True)]
+    return frozenset(n for n, u in zip(engine.returns, used, strict=True) if u)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The module's own hooks (not its children's) run around the parallel forward, not in it."""
+    fresh = nn.Module()
+    for name in fresh.__dict__:
+        if name.endswith("_hooks") or "_hooks_" in name:
+            module.__dict__[name] = copy.copy(fresh.__dict__[name])
+    return module
 
 
 def with_memory(module: nn.Module) -> None:
@@ -368,6 +431,12 @@ def input_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.T
 def structure_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a capture is bound to besides shapes: the structure of the call and its constants. Equal on ranks that call alike."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    for leaf in leaves:
+        hidden = not isinstance(leaf, torch.Tensor | nn.Module) and any(isinstance(v, torch.Tensor) for v in getattr(leaf, "__dict__", {}).values())
+        if hidden or type(leaf).__module__ == "numpy":
+            raise TypeError(f"[forward] an argument of type {type(leaf).__name__}: give tensors, in tuples, dicts or dataclasses that pytree knows")
+    if any(isinstance(x, PackedSequence) for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))):
+        raise TypeError("[forward] a PackedSequence's rows aren't a dim: give padded tensors and lengths")
 
     def key(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):

@@ -8,7 +8,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -89,41 +89,83 @@ class GradientWatch:
         )
 
 
-class AttributeWatch:
-    """What a capture is bound to besides its inputs: mode and plain attributes (a dropout's p, a temperature) of every submodule.
+PLAIN = (bool, int, float, str)
 
-    Attributes:
-        values: of the last `look`.
+
+class ReadAttributes:
+    """Context: which plain attributes (a dropout's p, a temperature; not modes) of `module` and its submodules are read in it.
+
+    What a capture read it is bound to: with another value it is another program. What it didn't read may change.
     """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.read: dict[tuple[str, str], Any] = {}
+        self.classes: list[tuple[nn.Module, type]] = []
+
+    def __enter__(self) -> Self:
+        for path, child in self.module.named_modules():
+            own: Any = type(child)
+
+            def get(instance: Any, name: str, own: Any = own, path: str = path) -> Any:
+                value = own.__getattribute__(instance, name)
+                if type(value) in PLAIN and name != "training" and name in own.__getattribute__(instance, "__dict__"):
+                    self.read.setdefault((path, name), value)
+                return value
+
+            watched = type(own.__name__, (own,), {"__getattribute__": get, "__module__": own.__module__, "__qualname__": own.__qualname__})
+            try:
+                child.__class__ = watched
+            except TypeError:  # TorchScript's: its attributes are constants
+                continue
+            self.classes.append((child, own))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child, own in self.classes:
+            child.__class__ = own
+
+    def of(self, module: nn.Module) -> Self:
+        """The same reads, watched on another copy of the module."""
+        children = dict(module.named_modules())
+        self.watched = [(children[path], name, getattr(children[path], name)) for path, name in self.read if hasattr(children.get(path), name)]
+        return self
+
+    def unchanged(self) -> bool:
+        return all(getattr(child, name, None) == value for child, name, value in self.watched)
+
+    def now(self) -> list[Any]:
+        return [getattr(child, name, None) for child, name, _ in self.watched]
+
+
+class AttributeWatch:
+    """Modes of all submodules and the attributes that captures read, as a number for the agreement of ranks."""
 
     MANY = 8
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.values: tuple[Any, ...] = ()
-        self.digest = 0
-        self.num_captures = 0
+        self.reads: list[ReadAttributes] = []
+
+    def modes(self) -> tuple[bool, ...]:
+        return tuple(m.training for m in self.module.modules())
 
     def look(self) -> int:
-        """A number that is equal on ranks with equal attributes."""
-        plain = (bool, int, float, str)
-        values = tuple((m.training, *(v for v in vars(m).values() if type(v) in plain)) for m in self.module.modules())
-        if values != self.values or not self.digest:
-            self.values, self.digest = values, number(repr(values))
-        return self.digest
+        """A number that is equal on ranks with equal modes and attributes."""
+        return number(repr((self.modes(), [r.now() for r in self.reads[:1]])))
 
-    def captured(self, capture: Captured) -> None:
+    def captured(self, capture: Captured, read: ReadAttributes) -> None:
         """Warns about what a parallel forward can't do to the module, and when it is captured again and again."""
         lost = [name.removeprefix("model").removeprefix(".") for name in dict.fromkeys((*capture._last().changed, *capture._last().assigned))]
         if lost:
             warnings.warn(
                 f"[torch_soap] forward changes the module's {', '.join(lost)}: a parallelized forward doesn't. Return it, or make it a buffer.", stacklevel=4
             )
-        self.num_captures += 1
-        if self.num_captures == self.MANY:
+        self.reads.append(read)
+        if len(self.reads) == self.MANY:
             warnings.warn(
-                f"[torch_soap] captured {self.MANY} times: each new value of a module's attribute or of an argument that is no tensor is another program. "
-                "Make what changes often a tensor input or a buffer.",
+                f"[torch_soap] captured {self.MANY} times: each new value of an attribute that forward reads, or of an argument that is no tensor, is another "
+                "program. Make what changes often a tensor input or a buffer.",
                 stacklevel=4,
             )
 
