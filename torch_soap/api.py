@@ -109,6 +109,9 @@ def parallelize(
         return module
     if hasattr(module, "_orig_mod"):
         raise ValueError("[parallelize] the module is compiled: parallelize the module itself")
+    own_forward = module.__dict__.get("forward")
+    if own_forward is not None and getattr(own_forward, "__self__", None) is not module:
+        raise ValueError("[parallelize] forward was set on the object as a function that may hold other modules: make it a method of the class")
     if getattr(module, "batch_first", True) is False and sample_dims is None:
         warnings.warn("[parallelize] batch_first=False, but dim 0 of every input is taken as the rows: name the dims, sample_dims=[1, ...]", stacklevel=2)
     if isinstance(module, ParallelModule):

@@ -147,8 +147,9 @@ class AttributeWatch:
         self.module = module
         self.reads: list[ReadAttributes] = []
 
-    def modes(self) -> tuple[bool, ...]:
-        return tuple(m.training for m in self.module.modules())
+    def modes(self) -> tuple[tuple[Any, ...], ...]:
+        """Train or eval of each submodule, and the dtypes of the parameters."""
+        return tuple(m.training for m in self.module.modules()), tuple(str(p.dtype) for p in self.module.parameters())
 
     def look(self) -> int:
         """A number that is equal on ranks with equal modes and attributes."""
