@@ -86,10 +86,17 @@ class Engine:
         return {tuple(p.ranks) for p in steps if p.ranks} | reductions
 
     def _released(self) -> dict[int, list[int]]:
-        """Instruction -> gathered copies (Keep.use) that forward has used for the last time there."""
+        """Instruction -> gathered copies (Keep.use) that forward has used for the last time there.
+
+        Where chunks interleave, forward may use a copy after the first backward has gathered it again: such a one stays.
+        """
         kinds = _C.InstructionKind
         self.refilled = {
-            v for p, k in zip(self.planned, self.kinds, strict=True) if p is not None and k == kinds.refill for t in p.transfers for v, _ in t.results
+            v: position
+            for position, (p, k) in enumerate(zip(self.planned, self.kinds, strict=True))
+            if p is not None and k == kinds.refill
+            for t in p.transfers
+            for v, _ in t.results
         }
         last: dict[int, int] = {}
         for position, kind in enumerate(self.kinds):
@@ -97,7 +104,8 @@ class Engine:
                 last |= {v: position for v in self.inputs[self.segment_of[position]] if v in self.refilled}
         out: dict[int, list[int]] = {}
         for value, position in last.items():
-            out.setdefault(position, []).append(value)
+            if position < self.refilled[value]:
+                out.setdefault(position, []).append(value)
         return out
 
     # -- forward -----------------------------------------------------------------------------------------------------
@@ -263,6 +271,8 @@ class Engine:
         if step is None:
             raise RuntimeError("[engine] a refill without its plan")
         for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v]):
+            if value not in state.copies:  # it was never given back
+                continue
             copy = state.copies[value]
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(copy):
                 copy.untyped_storage().resize_(copy.numel() * copy.element_size())  # made dense by its fill
