@@ -17,7 +17,7 @@ from torch import nn
 from torch_soap import _C
 from torch_soap.capture import capture
 from torch_soap.capture.graph import Graph
-from torch_soap.plan import Plan, as_plan
+from torch_soap.plan import Plan, as_plan, text_of
 from torch_soap.planner import search_plan
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.checkpoint import install_state_dict
@@ -119,8 +119,8 @@ def parallelize(
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     comm = TorchComm()
-    if plan is not None and not isinstance(plan, Plan) and "\n" not in str(plan) and str(plan).endswith(".json"):
-        plan = Path(plan)
+    if plan is not None and not isinstance(plan, Plan):
+        plan = text_of(plan)
     same_module(comm, module, plan)
     broadcast_state(comm, module)
 
@@ -171,7 +171,7 @@ def same_module(comm: TorchComm, module: nn.Module, plan: Any) -> None:
         "class": type(module).__qualname__,
         **{f"parameter {n}": (tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()},
         **{f"buffer {n}": (tuple(b.shape), str(b.dtype)) for n, b in module.named_buffers()},
-        "plan": plan.text if isinstance(plan, Plan) else plan.read_text() if isinstance(plan, Path) else str(plan),
+        "plan": plan.text if isinstance(plan, Plan) else str(plan),
     }
     everyone = comm.gather_objects(mine)
     for rank, other in enumerate(everyone):

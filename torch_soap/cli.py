@@ -53,14 +53,8 @@ def chosen(arguments: argparse.Namespace) -> tuple[Plan, _C.OpGraph, list[int]]:
     total = next((t.shape[d] for t, d in zip(tensors, captured.batch_dims, strict=True) if d is not None), arguments.world_size)
     rows = even_rows(total, arguments.world_size)
     if arguments.plan is not None:
-        return as_plan(plan_argument(arguments.plan), op_graph, arguments.world_size), op_graph, rows
+        return as_plan(arguments.plan, op_graph, arguments.world_size), op_graph, rows
     return torch_soap.plan(module, inputs, loss=loss, world_size=arguments.world_size, machine=machine(arguments)), op_graph, rows
-
-
-def plan_argument(text: str) -> str:
-    """A saved plan's path, a file with a plan's text, or the text itself."""
-    path = Path(text)
-    return path.read_text() if not text.endswith(".json") and path.is_file() else text
 
 
 def run_plan(arguments: argparse.Namespace) -> str:
@@ -80,7 +74,7 @@ def run_explain(arguments: argparse.Namespace) -> str:
 
 def run_verify(arguments: argparse.Namespace) -> str:
     module, inputs, loss = load(arguments.module)
-    plan = plan_argument(arguments.plan) if arguments.plan is not None else chosen(arguments)[0]
+    plan = arguments.plan if arguments.plan is not None else chosen(arguments)[0]
     report = torch_soap.verify(module, inputs, plan, steps=arguments.steps, loss=loss, world_size=arguments.world_size)
     if not report.ok:
         raise SystemExit(str(report))

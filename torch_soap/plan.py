@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,13 @@ def lower(graph: _C.OpGraph, plan: Plan, rows: Sequence[int], strategy: _C.Strat
         raise
 
 
+def text_of(plan: str | Path) -> str:
+    """The text of a plan, or of the file that the argument is the path of: a Path, or a string of one line that ends in .json or is a file's."""
+    line = str(plan)
+    is_path = isinstance(plan, Path) or ("\n" not in line and (line.endswith(".json") or os.path.isfile(line)))
+    return Path(plan).read_text() if is_path else line
+
+
 def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None = None) -> Plan:
     """A Plan from a Plan, the path of a saved one, or the text that a person writes.
 
@@ -111,16 +119,16 @@ def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None =
         if plan.fingerprint and plan.fingerprint != fingerprint(graph):
             raise ValueError(f"[plan] the plan was made for another model (fingerprint {plan.fingerprint}, this model {fingerprint(graph)})")
         return plan
-    text = str(plan)
+    text = text_of(plan)
     saved: dict[str, Any] = {}
-    if isinstance(plan, Path) or ("\n" not in text and text.endswith(".json")):
-        saved = json.loads(Path(text).read_text())
+    if text.lstrip().startswith("{"):
+        saved = json.loads(text)
         if saved.get("format") != FORMAT:
-            raise ValueError(f"[plan] {text} has format {saved.get('format')}, this version reads {FORMAT}")
+            raise ValueError(f"[plan] the saved plan has format {saved.get('format')}, this version reads {FORMAT}")
         if saved["fingerprint"] != fingerprint(graph):
-            raise ValueError(f"[plan] {text} was made for another model (fingerprint {saved['fingerprint']}, this model {fingerprint(graph)})")
+            raise ValueError(f"[plan] the saved plan was made for another model (fingerprint {saved['fingerprint']}, this model {fingerprint(graph)})")
         if world_size is not None and saved["world_size"] != world_size:
-            raise ValueError(f"[plan] {text} is for {saved['world_size']} devices, there are {world_size}")
+            raise ValueError(f"[plan] the saved plan is for {saved['world_size']} devices, there are {world_size}")
         text = "\n".join(saved["strategy"])
         world_size = saved["world_size"]
     if world_size is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -101,3 +103,16 @@ def test_random_plans_round_trip() -> None:
         again = as_plan(plan.text, GRAPH, plan.world_size)
         assert again.strategy == plan.strategy
         assert make_plan(GRAPH, again.strategy).text == plan.text
+
+
+def test_a_plan_is_read_from_a_file(tmp_path: Path) -> None:
+    """Lines or what Plan.save wrote; named by a Path or by a string."""
+    lines = tmp_path / "mine.plan"
+    lines.write_text("0 o=2\n* n=fed\n")
+    saved = tmp_path / "saved.json"
+    wanted = as_plan(lines, GRAPH, 2)
+    wanted.save(saved)
+    for given in (str(lines), saved, str(saved), lines.read_text(), "0 o=2\n* n=fed # " + "x" * 5000):
+        assert as_plan(given, GRAPH, 2).text == wanted.text
+    with pytest.raises(FileNotFoundError):
+        as_plan("nothing.json", GRAPH, 2)
