@@ -17,6 +17,7 @@ $(VENV)/.ready: requirements-dev.txt
 	@test -x $(PY) || python3 -m venv $(VENV)
 	@$(PY) -m pip install --quiet $(TORCH)
 	@$(PY) -m pip install --quiet -r requirements-dev.txt
+	@echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_soap_checkout.pth"  # scripts anywhere import this checkout
 	@touch $@
 
 # Ninja decides what is out of date; nothing to do takes under a second.
