@@ -56,6 +56,10 @@ NodeId add_node(OpGraph& graph, Node node) {
   return graph.nodes.back().id;
 }
 
+bool is_store(const Node& node) {
+  return node.kind == NodeKind::kParam || node.kind == NodeKind::kBuffer || node.kind == NodeKind::kConst;
+}
+
 bool is_float(const Tensor& tensor) {
   return tensor.dtype.find("float") != std::string::npos || tensor.dtype.find("complex") != std::string::npos;
 }

@@ -77,6 +77,8 @@ TensorId add_tensor(OpGraph& graph, std::vector<int64_t> shape, const std::strin
 // Appends a node whose inputs and outputs exist; sets id and the producers. Throws on a repeated name or a use before definition.
 NodeId add_node(OpGraph& graph, Node node);
 bool is_float(const Tensor& tensor);
+// A param, buffer or const: what devices hold before a step begins.
+bool is_store(const Node& node);
 int64_t numel(const std::vector<int64_t>& shape);
 std::string_view to_string(NodeKind kind);
 // One line per node: `features.0 = conv2d(in:0, param:features.0.weight) -> f32[8,64,55,55]`.

@@ -16,10 +16,6 @@
 namespace soap {
 namespace {
 
-bool is_store(const Node& node) {
-  return node.kind == NodeKind::kParam || node.kind == NodeKind::kBuffer || node.kind == NodeKind::kConst;
-}
-
 // Where a parameter is stored when the strategy doesn't say: on each device the box that its first user reads there, if those boxes
 // are one per device and make up the whole; else whole on every device.
 Sharding derived_storage(const Program& p, const Tensor& t) {

@@ -166,6 +166,17 @@ struct Projector {
     return out;
   }
 
+  // A fill of which this rank moves nothing but parts of what it stores.
+  bool from_own_stores(const Step& step) const {
+    return step.kind == StepKind::kFill && std::all_of(step.items.begin(), step.items.end(), [&](const StepItem& item) {
+             const CopyGroup& g = p.groups[item.id];
+             if (!is_store(p.graph.nodes[p.graph.tensors[g.tensor].producer]) || g.keep == Keep::kUse) return false;
+             const auto pieces = item_pieces(p, step.kind, item);
+             const Movement m = item_movement(p, step.kind, item, pieces);
+             return m.pattern == Pattern::kLocal || !std::count(m.ranks.begin(), m.ranks.end(), rank());
+           });
+  }
+
   std::vector<ComputeItem> compute_items(NodeId node, int chunk) const {
     std::vector<ComputeItem> items;
     const Tiling& tiling = p.tilings[node];
@@ -211,8 +222,15 @@ struct Projector {
     std::vector<Entry> sequence;
     std::vector<Event> events;
     std::map<std::pair<NodeId, int>, int> event_of;
+    // What is read off this rank's own stored tensors is there from the start; in its place it would end a segment.
+    for (size_t s = 0; s < p.steps.size(); ++s) {
+      if (!from_own_stores(p.steps[s])) continue;
+      Instruction m = movement(static_cast<int>(s));
+      if (!m.transfers.empty()) sequence.push_back({.movement = std::move(m)});
+    }
     for (size_t s = 0; s < p.steps.size(); ++s) {
       const Step& step = p.steps[s];
+      if (from_own_stores(step)) continue;
       if (step.kind == StepKind::kCompute) {
         const auto [node, chunk] = step.items[0];
         Event e{.items = compute_items(node, chunk),

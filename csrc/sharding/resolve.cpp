@@ -105,8 +105,7 @@ struct ExpandPass {
     int64_t largest = -1;
     for (size_t i = 0; i < node.inputs.size(); ++i) {
       const Tensor& t = out.graph.tensors[node.inputs[i]];
-      const NodeKind kind = out.graph.nodes[t.producer].kind;
-      if (kind == NodeKind::kParam || kind == NodeKind::kBuffer || kind == NodeKind::kConst || !placed[t.id]) continue;
+      if (is_store(out.graph.nodes[t.producer]) || !placed[t.id]) continue;
       if (numel(t.shape) > largest) {
         largest = numel(t.shape);
         main = static_cast<int>(i);
