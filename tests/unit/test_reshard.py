@@ -12,6 +12,7 @@ from tests.unit.planning import copies, graph_of, lowered, movements, node, op_g
 from torch_soap import _C
 from torch_soap.capture import capture
 from torch_soap.testing import random_plan_of
+from torch_soap.verify import verify
 
 
 class Mlp(nn.Module):
@@ -121,3 +122,30 @@ def test_lowering_is_a_function() -> None:
     first, second = (str(lowered(mlp(), "up o=2\ndown i=2\n* n=fed", [4, 4])) for _ in range(2))
     assert first == second
     assert node(mlp(), "up").target == "linear"
+
+
+def traffic(module: nn.Module, inputs: torch.Tensor, plan: str, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What all ranks together sent in one step: operations and float64 elements by kind, in a run."""
+    report = verify(module, inputs, plan, world_size=world_size, steps=1)
+    assert report.ok, report
+    return report.operations, {kind: n // 8 for kind, n in report.num_bytes.items()}
+
+
+def test_what_runs_moves_what_is_planned() -> None:
+    """By every rank's own count: an all-reduce counts its tensor on each rank, an exchange what each rank sends."""
+    numel = sum(p.numel() for p in Mlp().parameters())
+    assert traffic(Mlp(), torch.randn(8, 4), "* n=fed", 2) == ({"all_reduce": 2}, {"all_reduce": 2 * numel})  # one bucket, once
+    operations, elements = traffic(Mlp(), torch.randn(8, 4), "* n=fed store=shard keep=use", 2)
+    assert set(operations) == {"exchange"}
+    assert elements == {"exchange": 3 * numel}  # gathered, gathered again, scattered: each time every rank sends half of everything
+    block = "first replicas=2\nup o=2\n/relu d1=2\ndown i=2\nlast replicas=2"
+    operations, elements = traffic(Mlp(), torch.randn(8, 4), block, 2)
+    assert operations["all_reduce"] == 2 * 2 and elements["all_reduce"] == 2 * 2 * 8 * 4  # forward and backward, [8, 4] each
+    # The feed: each rank gets the other's 4 rows. The return: the rows are there already; their gradients come from the other.
+    assert elements["exchange"] == 8 * 4 + 8 * 4
+    halo = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 5, padding=2))
+    _, elements = traffic(halo, torch.randn(1, 1, 12, 7), "0 h=2\n1 h=2", 2)
+    feed, back = 7 * 7, 6 * 7  # the rank without rows gets 7 of the image's for its 6, and its 6 of the result go home: cotangents come
+    border = 2 * 2 * 7  # two rows each way
+    parameters = sum(p.numel() for p in halo.parameters())
+    assert elements == {"exchange": feed + 2 * back + 2 * border, "all_reduce": 2 * parameters}
