@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -17,7 +18,7 @@ from torch import nn
 from torch_soap import _C
 from torch_soap.capture import capture
 from torch_soap.capture.graph import Graph
-from torch_soap.plan import Plan, as_plan, text_of
+from torch_soap.plan import OneProcess, Plan, as_plan, text_of
 from torch_soap.planner import search_plan
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.checkpoint import install_state_dict
@@ -84,7 +85,7 @@ def parallelize(
     """Trains `module` on all processes of the job with the results of one process on the concatenated batch.
 
     Each process feeds its own rows, as with DDP; the objective is the mean over processes of the loss each one computes.
-    Returns the same object. With one process (WORLD_SIZE 1 or unset) the module's own forward runs, untouched.
+    Returns the same object. With one process (WORLD_SIZE 1 or unset) the module's own forward runs, untouched; `plan` says so.
 
     Args:
         example_inputs: this process' part of a batch (a tensor, a tuple of arguments, a dict of keywords): plan now. Default:
@@ -106,6 +107,9 @@ def parallelize(
             from torch_soap.capture.capture import num_targets
 
             module.forward = WithLoss(module.forward, loss, num_targets(loss))
+        for name, value in (("plan", OneProcess()), ("no_sync", contextlib.nullcontext)):  # what loops written for several processes ask for
+            if not hasattr(module, name):
+                module.__dict__[name] = value
         return module
     if hasattr(module, "_orig_mod"):
         raise ValueError("[parallelize] the module is compiled: parallelize the module itself")

@@ -71,6 +71,24 @@ class Plan:
         return self.text
 
 
+class OneProcess:
+    """`model.plan` where there is one process: nothing is cut, the module's own forward runs. Reads like a Plan."""
+
+    world_size = 1
+    text = ""
+    exact = True
+
+    def __init__(self) -> None:
+        self.predicted: dict[str, Any] = {}
+        self.stats: dict[str, Any] = {}
+
+    def explain(self) -> str:
+        return "one process: the module's own forward runs, nothing is planned"
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def fingerprint(graph: _C.OpGraph) -> str:
     """Names and operators of the graph, without sizes: the same model at another batch size has the same fingerprint."""
     lines = [f"{n.name} {n.target} {len(n.inputs)}" for n in graph.nodes]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,3 +72,7 @@ def test_one_process_is_untouched() -> None:
     same = torch_soap.parallelize(module)
     assert same is module and type(same) is nn.Sequential and "forward" not in vars(same)
     assert not same._forward_pre_hooks and not same._forward_hooks and not same._state_dict_hooks
+    with same.no_sync():
+        assert "one process" in same.plan.explain()
+    again = pickle.loads(pickle.dumps(copy.deepcopy(same)))
+    assert torch.equal(again(torch.ones(1, 6)), module(torch.ones(1, 6)))
