@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,15 +62,52 @@ def embedding_bag_fixed(
 
 # -- recurrent layers, one direction each --------------------------------------------------------------------------------
 def lstm_layer(
-    input: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: Any = None, b_hh: Any = None, reverse: bool = False
+    input: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    b_ih: Any = None,
+    b_hh: Any = None,
+    w_hr: Any = None,
+    reverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input [t, n, i], h0 and c0 [n, o] -> y [t, n, o], hn, cn [n, o]; torch's own kernel."""
+    """input [t, n, i], h0 [n, o or p], c0 [n, o] -> y [t, n, o or p], hn, cn; torch's own kernel. w_hr [p, o] projects what a step gives."""
     if reverse:
-        y, h, c = lstm_layer(input.flip(0), h0, c0, w_ih, w_hh, b_ih, b_hh, False)
+        y, h, c = lstm_layer(input.flip(0), h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
         return y.flip(0), h, c
-    weights = [w_ih, w_hh] + ([b_ih, b_hh] if b_ih is not None else [])
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
     y, hn, cn = torch.ops.aten.lstm.input(input, [h0.unsqueeze(0), c0.unsqueeze(0)], weights, b_ih is not None, 1, 0.0, False, False, False)
     return y, hn[0], cn[0]
+
+
+def lstm_step(
+    input: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: Any, b_hh: Any, w_hr: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One time step for some hidden units: w_* hold these units' gate rows, c0 these units, h0 all. Projected, h is these units' share."""
+    i, f, g, o = (F.linear(input[0], w_ih, b_ih) + F.linear(h0, w_hh, b_hh)).chunk(4, 1)
+    c = torch.sigmoid(f) * c0 + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    h = h if w_hr is None else F.linear(h, w_hr)
+    return h.unsqueeze(0), h, c
+
+
+def unrolled(
+    cell: Callable[..., torch.Tensor], input: torch.Tensor, h0: torch.Tensor, h0_own: torch.Tensor, weights: Sequence[Any], reverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step by step: cell(gates of the input, gates of the state, the state's own units) -> these units."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    steps = range(input.shape[0])
+    gates = F.linear(input, w_ih, b_ih)
+    whole = h0_own.shape[1] == h0.shape[1]
+    h, own = h0, h0_own
+    outputs: list[torch.Tensor] = []
+    for t in reversed(steps) if reverse else steps:
+        own = cell(gates[t], F.linear(h, w_hh, b_hh), own)
+        if whole:
+            h = own
+        outputs.append(own)
+    return torch.stack(outputs[::-1] if reverse else outputs), own
 
 
 def gru_layer(
@@ -84,38 +121,36 @@ def gru_layer(
     reverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As lstm_layer; `h0_own` is h0, or the units of it that this tile computes (then one time step)."""
-    steps = range(input.shape[0])
-    gates_x = F.linear(input, w_ih, b_ih)
-    whole = h0_own.shape[1] == h0.shape[1]
-    h, own = h0, h0_own
-    outputs: list[torch.Tensor] = []
-    for t in reversed(steps) if reverse else steps:
-        xr, xz, xn = gates_x[t].chunk(3, 1)
-        hr, hz, hn = F.linear(h, w_hh, b_hh).chunk(3, 1)
+
+    def cell(x: torch.Tensor, state: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), state.chunk(3, 1)
         r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
         n = torch.tanh(xn + r * hn)
-        own = n + z * (own - n)
-        if whole:
-            h = own
-        outputs.append(own)
-    return torch.stack(outputs[::-1] if reverse else outputs), own
+        return n + z * (own - n)
+
+    return unrolled(cell, input, h0, h0_own, (w_ih, w_hh, b_ih, b_hh), reverse)
 
 
-def lstm_step(
-    input: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: Any, b_hh: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One time step for some hidden units: w_* hold these units' gate rows, c0 these units, h0 all."""
-    i, f, g, o = (F.linear(input[0], w_ih, b_ih) + F.linear(h0, w_hh, b_hh)).chunk(4, 1)
-    c = torch.sigmoid(f) * c0 + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
-    return h.unsqueeze(0), h, c
+def rnn_layer(
+    input: torch.Tensor,
+    h0: torch.Tensor,
+    h0_own: torch.Tensor,
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    b_ih: Any = None,
+    b_hh: Any = None,
+    reverse: bool = False,
+    relu: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As gru_layer."""
+    activation = torch.relu if relu else torch.tanh
+    return unrolled(lambda x, state, own: activation(x + state), input, h0, h0_own, (w_ih, w_hh, b_ih, b_hh), reverse)
 
 
-def layer_weights(weights: Sequence[torch.Tensor], has_biases: bool, index: int) -> list[Any]:
-    """w_ih, w_hh, b_ih, b_hh of layer-direction `index` in torch's flat list."""
-    if has_biases:
-        return list(weights[4 * index : 4 * index + 4])
-    return [*weights[2 * index : 2 * index + 2], None, None]
+def layer_weights(weights: Sequence[torch.Tensor], has_biases: bool, count: int, index: int) -> dict[str, torch.Tensor]:
+    """The `count` weights of layer-direction `index` in torch's flat list, by name; w_hr where the layer projects."""
+    names = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr") if has_biases else ("w_ih", "w_hh", "w_hr")
+    return dict(zip(names, weights[count * index : count * (index + 1)], strict=False))
 
 
 def layer_dropout(input: torch.Tensor, p: float, layer: int, num_masks: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ operator that comes by there is a node of the exported graph, in the same order,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from torch_soap import random
 from torch_soap.random import CounterState, RandomKey
 
 aten = torch.ops.aten
+GENERATOR = threading.RLock()  # torch's own generator has one user at a time
 
 
 def _options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +78,15 @@ def _rnn_data(op: Any) -> Callable[..., Any]:
     return run
 
 
+def _seeded(op: Any) -> Callable[..., Any]:
+    def run(*args: Any, key: RandomKey, **kwargs: Any) -> Any:
+        with GENERATOR, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(((key.seed * 1_000_003 + key.call) * 1_000_003 + key.op_index) % 2**63)
+            return op(*args, **kwargs)
+
+    return run
+
+
 # Composed of other operators in torch, with a gradient through autograd: replaced above autograd.
 COMPOSITE: dict[Any, Callable[..., Any]] = {
     aten.dropout.default: random.dropout,
@@ -113,17 +124,24 @@ DRAWS: dict[Any, Callable[..., Any]] = {
     aten.uniform_.default: _inplace(_uniform),
     aten.normal_.default: _inplace(_normal),
     aten.exponential_.default: _inplace(_exponential),
+    # What capture makes of the in-place ones.
+    aten.bernoulli.Tensor: lambda x, p, **where: random.bernoulli(x, p, **where),
+    aten.uniform.default: _uniform,
+    aten.normal_functional.default: _normal,
+    aten.exponential.default: _exponential,
 }
 
-RANDOM_KERNELS = COMPOSITE | DRAWS
+# Only as wholes: numbers of torch's generator, which the key seeds.
+SEEDED = (
+    aten.native_dropout.default, aten.multinomial.default, aten.randperm.default, aten.poisson.default, aten.binomial.default,
+    aten._standard_gamma.default, aten._sample_dirichlet.default,
+    *(op for name in ("random", "random_") for op in (getattr(aten, name).default, getattr(aten, name).to, getattr(getattr(aten, name), "from"))),
+    *(op.default for name in ("geometric", "cauchy", "log_normal") for op in (getattr(aten, name), getattr(aten, f"{name}_"))),
+)  # fmt: skip
+RANDOM_KERNELS = COMPOSITE | DRAWS | {op: _seeded(op) for op in SEEDED}
 
 # Would draw from torch's generator unnoticed, so a forward that meets one under counter_rng is told.
-UNSUPPORTED = (
-    aten.native_dropout.default, aten.multinomial.default, aten.randperm.default, aten.poisson.default,
-    aten.binomial.default, aten.random_.default, aten.random_.to, getattr(aten.random_, "from"),
-    aten.geometric_.default, aten.cauchy_.default, aten.log_normal_.default, aten.rrelu_with_noise.default,
-    aten._standard_gamma.default, aten._sample_dirichlet.default,
-)  # fmt: skip
+UNSUPPORTED = (aten.rrelu_with_noise.default,)
 
 
 def is_random(target: Any) -> bool:

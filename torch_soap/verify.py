@@ -114,7 +114,7 @@ def run_reference(captured: Captured, inputs: list[torch.Tensor], steps: int, se
             wanted = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
             if wanted:
                 torch.autograd.backward([o for o, _ in wanted], [s for _, s in wanted])
-            trace.grads.append({n: None if p.grad is None else p.grad.clone() for n, p in named.items()})
+            trace.grads.append({n: None if p.grad is None else p.grad.to_dense().clone() for n, p in named.items()})
             trace.input_grads.append({n: leaves[s].grad for n, s in zip(captured.input_names(), captured.tensor_slots, strict=True) if leaves[s].requires_grad})
             if optimizer is not None:
                 optimizer.step()

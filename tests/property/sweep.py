@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-import tests.property.cases_compound  # noqa: F401  (its cases join CASES)
+from tests.property import cases_compound, cases_modules  # noqa: F401  (their cases join CASES)
 from tests.property.cases import CASES, build
 from torch_soap import _C
 from torch_soap.capture import Captured, capture

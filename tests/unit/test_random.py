@@ -333,17 +333,17 @@ def test_only_forwards_of_the_module_are_counted() -> None:
 
 
 def test_what_it_cannot_follow_is_told() -> None:
-    class Shuffle(nn.Module):
+    class Noisy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x[torch.randperm(x.shape[0])]
+            return torch.ops.aten.rrelu_with_noise.default(x, torch.empty_like(x), 0.1, 0.3, True)
 
     class Checkpointed(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.utils.checkpoint.checkpoint(F.dropout, x, 0.5, self.training, use_reentrant=False)
 
-    shuffle, checkpointed = Shuffle(), Checkpointed()
-    with counter_rng(shuffle), pytest.raises(NotImplementedError, match="randperm"):
-        shuffle(torch.rand(3))
+    noisy, checkpointed = Noisy(), Checkpointed()
+    with counter_rng(noisy), pytest.raises(NotImplementedError, match="rrelu_with_noise"):
+        noisy(torch.rand(3))
     for module in (checkpointed, None):
         with counter_rng(module), pytest.raises(RuntimeError, match="activation checkpointing"):
             checkpointed(torch.rand(3, requires_grad=True)).sum().backward()

@@ -174,8 +174,14 @@ def _copy(e: Emitter, x: Any, src: Any, non_blocking: bool = False) -> Any:
     return _expand(e, src, list(x.shape))
 
 
-def _bernoulli(e: Emitter, x: Any, p: float = 0.5, generator: Any = None) -> Any:
+def _bernoulli(e: Emitter, x: Any, p: Any = 0.5, generator: Any = None) -> Any:
+    if hasattr(p, "shape"):
+        return e.emit("bernoulli", aten.bernoulli.Tensor, x, _expand(e, p, list(x.shape)))
     return e.emit("bernoulli", aten.bernoulli.p, x, p)
+
+
+def _normal(e: Emitter, x: Any, mean: float = 0.0, std: float = 1.0, generator: Any = None) -> Any:
+    return e.emit("normal", aten.normal_functional.default, x, mean, std)
 
 
 def _reduced(e: Emitter, rows: Any, reduction: int) -> Any:
@@ -221,40 +227,40 @@ def _rowwise(fn: Any) -> Callable[..., Any]:
     return rewrite
 
 
-def _lstm(
-    e: Emitter, x: Any, hx: list[Any], weights: list[Any], has_biases: bool, layers: int, p: float, train: bool, bidirectional: bool, batch_first: bool
-) -> Any:
-    states: list[list[Any]] = [[], []]
-    y = _recurrent(e, "lstm_layer", functional.lstm_layer, x, hx, weights, has_biases, layers, p, train, bidirectional, batch_first, states)
-    return (y, _stack(e, states[0]), _stack(e, states[1]))
+def _lstm(e: Emitter, x: Any, hx: list[Any], *args: Any) -> Any:
+    y, h, c = _recurrent(e, "lstm_layer", functional.lstm_layer, {}, x, hx, *args)
+    return (y, _stack(e, h), _stack(e, c))
 
 
-def _gru(e: Emitter, x: Any, h: Any, weights: list[Any], has_biases: bool, layers: int, p: float, train: bool, bidirectional: bool, batch_first: bool) -> Any:
-    states: list[list[Any]] = [[]]
-    y = _recurrent(e, "gru_layer", functional.gru_layer, x, [h, h], weights, has_biases, layers, p, train, bidirectional, batch_first, states)
-    return (y, _stack(e, states[0]))
+def _one_state(target: str, fn: Any, **more: Any) -> Callable[..., Any]:
+    def rewrite(e: Emitter, x: Any, h: Any, *args: Any) -> Any:
+        y, states = _recurrent(e, target, fn, more, x, [h, h], *args)
+        return (y, _stack(e, states))
+
+    return rewrite
 
 
 def _recurrent(
-    e: Emitter, target: str, fn: Any, x: Any, hx: list[Any], weights: list[Any], has_biases: bool, layers: int, p: float, train: bool, bidirectional: bool,
-    batch_first: bool, states: list[list[Any]],
-) -> Any:  # fmt: skip
-    """Layer by layer and direction by direction, with dropout between layers."""
+    e: Emitter, target: str, fn: Any, more: dict[str, Any], x: Any, hx: list[Any], weights: list[Any], has_biases: bool, layers: int, p: float, train: bool,
+    bidirectional: bool, batch_first: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Layer by layer and direction by direction, with dropout between layers: y, and the last states, one list of each kind."""
     x = _transpose(e, x, 0, 1) if batch_first else x
     directions = 2 if bidirectional else 1
+    per_layer = len(weights) // (layers * directions)
+    states: list[Any] = []
     for layer in range(layers):
         outputs = []
         for d in range(directions):
             index = layer * directions + d
             first = [_select(e, h, 0, index) for h in hx]
-            made = e.emit(target, fn, x, *first, *functional.layer_weights(weights, has_biases, index), d == 1)
+            made = e.emit(target, fn, x, *first, **functional.layer_weights(weights, has_biases, per_layer, index), reverse=d == 1, **more)
             outputs.append(made[0])
-            for state, value in zip(states, made[1:], strict=True):
-                state.append(value)
+            states.append(made[1:])
         x = _cat(e, outputs, 2) if directions == 2 else outputs[0]
         if layer + 1 < layers and p > 0 and train:
             x = e.emit("layer_dropout", functional.layer_dropout, x, p, layer, layers - 1)
-    return _transpose(e, x, 0, 1) if batch_first else x
+    return (_transpose(e, x, 0, 1) if batch_first else x, *(list(kind) for kind in zip(*states, strict=True)))
 
 
 # By canonical name (overload and in-place suffix removed).
@@ -306,7 +312,9 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "binary_cross_entropy": _rowwise(aten.binary_cross_entropy.default),
     "binary_cross_entropy_with_logits": _rowwise(aten.binary_cross_entropy_with_logits.default),
     "lstm": _lstm,
-    "gru": _gru,
+    "gru": _one_state("gru_layer", functional.gru_layer),
+    "rnn_tanh": _one_state("rnn_layer", functional.rnn_layer, relu=False),
+    "rnn_relu": _one_state("rnn_layer", functional.rnn_layer, relu=True),
     "contiguous": _same,
     "alias": _same,
     "lift_fresh_copy": _same,
@@ -315,4 +323,4 @@ REWRITES: dict[str, Callable[..., Any]] = {
 }
 
 # In-place operators whose functional twin is not simply the name without the underscore.
-INPLACE: dict[str, Callable[..., Any]] = {"fill": _fill, "zero": _zero, "copy": _copy, "bernoulli": _bernoulli}
+INPLACE: dict[str, Callable[..., Any]] = {"fill": _fill, "zero": _zero, "copy": _copy, "bernoulli": _bernoulli, "normal": _normal}

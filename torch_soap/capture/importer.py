@@ -23,7 +23,7 @@ from torch_soap.capture.canonical import INPLACE
 from torch_soap.capture.graph import Graph, Node, Ref, refs
 from torch_soap.capture.names import clean_path, last_line, name_nodes, prune
 from torch_soap.capture.opaque import OPAQUE_NAMESPACE, FunctionCall, ModuleCall
-from torch_soap.random_ops import is_random
+from torch_soap.random_ops import RANDOM_KERNELS, is_random
 
 SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn"}
 
@@ -126,6 +126,8 @@ class Importer:
 
     def emit(self, target: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the call on fake tensors and appends its node. Returns the result handle(s)."""
+        if is_random(fn) and fn not in RANDOM_KERNELS:
+            raise CaptureError(f"{self.source}: {fn} draws random numbers that each rank would draw for itself", self.path)
         with self.context(), self.mode:
             result = fn(*args, **kwargs)
         if not isinstance(result, torch.Tensor | list | tuple):

@@ -18,6 +18,8 @@ from torch import fx
 from torch_soap import _C
 from torch_soap.capture.graph import Node, substitute
 from torch_soap.capture.interpret import region
+from torch_soap.random import CounterState
+from torch_soap.random_ops import RANDOM_KERNELS
 
 
 class Emit:
@@ -110,6 +112,12 @@ def in_region(fn: Callable[..., Any], no_grad: bool, autocast: Any) -> Callable[
     return call
 
 
+def drawn(state: CounterState, op_index: int, fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """A random operator as a whole: its counter-based kernel; itself where nothing is drawn."""
+    result = RANDOM_KERNELS[fn](*args, **kwargs, key=state.key(op_index))
+    return fn(*args, **kwargs) if result is NotImplemented else result
+
+
 def captured_call(e: Emit, call: Call, fn: Callable[..., Any] | None = None) -> list[fx.Node]:
     """The captured call as it is, on the tile's operands."""
     node = call.captured
@@ -118,10 +126,12 @@ def captured_call(e: Emit, call: Call, fn: Callable[..., Any] | None = None) -> 
     feed = iter(call.operands)
     args = substitute(node.args, lambda _: next(feed))
     kwargs = substitute(node.kwargs, lambda _: next(feed))
+    called: Any = fn or node.fn
+    if node.rng_index is not None and called in RANDOM_KERNELS:
+        called, args = drawn, (e.random, node.rng_index, called, *args)
     if node.no_grad or node.autocast is not None:
-        result = e(in_region(fn or node.fn, node.no_grad, node.autocast), *args, **kwargs)
-    else:
-        result = e(fn or node.fn, *args, **kwargs)
+        called = in_region(called, node.no_grad, node.autocast)
+    result = e(called, *args, **kwargs)
     if len(call.shapes) == 1 and not returns_list(node):
         return [result]
     return [e(operator.getitem, result, i) for i in range(len(call.shapes))]

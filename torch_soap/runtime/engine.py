@@ -250,7 +250,7 @@ class Engine:
         results = torch.autograd.grad([t for _, t in wanted], list(leaves.values()), grads, retain_graph=state.retain_graph, allow_unused=True)
         for value, result in zip(leaves, results, strict=True):
             if result is not None:
-                self._accumulate(state, value, result)
+                self._accumulate(state, value, result.to_dense() if result.is_sparse else result)
 
     def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
         known = state.grads.get(value)

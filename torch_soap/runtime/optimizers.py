@@ -58,6 +58,11 @@ class Registry:
     # -- steps ---------------------------------------------------------------------------------------------------------
     def before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A closure sees the parts, and may be what plans the model; the step after it sees what the optimizer needs."""
+        if isinstance(optimizer, torch.optim.SparseAdam) and any(self.owner(p) for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "[torch_soap] SparseAdam steps only on the rows that a sparse gradient names, but over ranks gradients are dense "
+                "(also those of Embedding(sparse=True), with the same values): use Adam or SGD"
+            )
         self.enter(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:

@@ -1,5 +1,6 @@
-// Recurrent layers, one direction each (the capture splits nn.LSTM and nn.GRU into layers).
+// Recurrent layers, one direction each (the capture splits nn.LSTM, nn.GRU and nn.RNN into layers).
 //   lstm_layer  x[t n i]  h0[n o*]  c0[n o]  w_ih[(4 o) i]  w_hh[(4 o) *]  biases[(4 o)]  ->  y[t n o]  hn[n o]  cn[n o]
+// Projected (w_hr[* o]), y and hn are sums over the units o, as wide as the projection.
 // Cut along t it expands into cells, each on the device of its part; a cut along the hidden units o needs single time steps, since every
 // step reads all of the last one's.
 #include <algorithm>
@@ -11,15 +12,15 @@ namespace soap {
 namespace {
 
 int64_t gates(const Node& node) {
-  return node.target.starts_with("lstm") ? 4 : 3;
+  return node.target == "lstm_layer" ? 4 : node.target == "gru_layer" ? 3 : 1;
 }
 
 // The gates' rows are (gate, unit); a layer as a whole can't cut o, one step can.
 Rule recurrent(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
   const auto& x = graph.input(node, 0).shape;
-  const bool lstm = node.target.starts_with("lstm");
-  const int64_t hidden = graph.input(node, node.operand("w_hh")).shape[1];
+  const bool lstm = node.target == "lstm_layer", projected = node.operand("w_hr") >= 0;
+  const int64_t hidden = graph.input(node, node.operand("w_ih")).shape[0] / gates(node);
   const bool step = x[0] == 1;
   r.factor("t", x[0], FactorKind::kAttribute, Cuttable::kExpand)
       .factor("n", x[1], FactorKind::kSample)
@@ -28,18 +29,20 @@ Rule recurrent(const OpGraph& graph, const Node& node) {
   r.operand("input", {"t", "n", "i"}).operand("h0", {"n", "*"});
   if (lstm) r.operand("c0", {"n", "o"});
   if (!lstm) r.operand("h0_own", {"n", "o"});
-  r.operand("w_ih", {"q o", "i"}).operand("w_hh", {"q o", "*"}).operand("b_ih", {"q o"}).operand("b_hh", {"q o"});
-  r.result({"t", "n", "o"}).result({"n", "o"});
+  r.operand("w_ih", {"q o", "i"}).operand("w_hh", {"q o", "*"}).operand("b_ih", {"q o"}).operand("b_hh", {"q o"}).operand("w_hr", {"*", "o"});
+  const char* units = projected ? "*" : "o";
+  const Reduce reduce = projected ? Reduce::kSum : Reduce::kNone;
+  r.result({"t", "n", units}, reduce).result({"n", units}, reduce);
   if (lstm) r.result({"n", "o"});
   return r.build();
 }
 
 void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Tiling& tiling) {
-  const bool lstm = node.target.starts_with("lstm");
+  const bool lstm = node.target == "lstm_layer", projected = node.operand("w_hr") >= 0;
   const bool reverse = node.attr<bool>("reverse", false);
   const auto x = e.operand("input");
   const auto shape = e.shape(x);
-  const int64_t hidden = e.shape(e.operand("w_hh"))[1];
+  const int64_t hidden = e.shape(e.operand("w_ih"))[0] / gates(node), width = e.shape(e.operand("w_hh"))[1];
   const bool by_unit = std::any_of(tiling.cuts.begin(), tiling.cuts.end(),
                                    [&](const FactorParts& c) { return rule.factors[c.factor].name == "o" && c.tiles() * c.chunks() > 1; });
   // Parts of t in the order of time, whatever tile has them; single steps where the hidden units are cut.
@@ -78,8 +81,8 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
     };
     add("c0", c);
     if (!lstm) add("h0_own", h);
-    for (const char* w : {"w_ih", "w_hh", "b_ih", "b_hh"}) add(w, e.operand(w));
-    std::vector<std::vector<int64_t>> results{{length, shape[1], hidden}, {shape[1], hidden}};
+    for (const char* w : {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"}) add(w, e.operand(w));
+    std::vector<std::vector<int64_t>> results{{length, shape[1], width}, {shape[1], width}};
     if (lstm) results.push_back({shape[1], hidden});
     const auto made = e.add_many(
         {.name = suffix, .target = node.target, .inputs = inputs, .operand_names = names, .attrs = node.attrs, .inherit = {{"n", "n"}, {"o", "o"}}, .at = at},
@@ -89,10 +92,11 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
     if (lstm) c = made[2];
   }
   if (reverse) std::reverse(outputs.begin(), outputs.end());
+  std::vector<std::pair<std::string, std::string>> inherit{{"d1", "n"}};
+  if (!projected) inherit.emplace_back("d2", "o");
   e.bind(0, outputs.size() == 1
                 ? outputs[0]
-                : e.add({.name = "cat", .target = "cat", .inputs = outputs, .attrs = {{"dim", int64_t{0}}}, .inherit = {{"d1", "n"}, {"d2", "o"}}},
-                        {shape[0], shape[1], hidden}));
+                : e.add({.name = "cat", .target = "cat", .inputs = outputs, .attrs = {{"dim", int64_t{0}}}, .inherit = inherit}, {shape[0], shape[1], width}));
   e.bind(1, h);
   if (lstm) e.bind(2, c);
 }
@@ -100,8 +104,8 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
 }  // namespace
 
 void register_rnn(RuleRegistry& rules, ExpansionRegistry& expansions) {
-  rules.add({"lstm_layer", "gru_layer"}, recurrent);
-  expansions.add({"lstm_layer", "gru_layer"}, expand_recurrent);
+  rules.add({"lstm_layer", "gru_layer", "rnn_layer"}, recurrent);
+  expansions.add({"lstm_layer", "gru_layer", "rnn_layer"}, expand_recurrent);
 }
 
 }  // namespace soap

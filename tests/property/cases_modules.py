@@ -1,0 +1,145 @@
+"""Cases of tables, parametrizations and recurrent layers with all that they can be told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+
+from tests.property.cases import ROWS, Built, Fn, case, weights
+
+
+@case
+def sparse_tables() -> Built:
+    def forward(m: Any, ids: torch.Tensor) -> Any:
+        return m.head(m.table(ids)), m.bags(ids)
+
+    module = Fn(forward, table=nn.Embedding(10, 4, sparse=True, padding_idx=3), bags=nn.EmbeddingBag(10, 3, mode="sum", sparse=True), head=nn.Linear(4, 3))
+    return Built(module, (torch.randint(10, (ROWS, 6)),))
+
+
+@case
+def weight_norms() -> Built:
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), parametrizations.weight_norm(nn.Linear(6, 5), dim=None), nn.Tanh(),
+        parametrizations.weight_norm(nn.Linear(5, 4), dim=1),
+    )  # fmt: skip
+    return Built(model, (torch.randn(ROWS, 4),))
+
+
+@case
+def spectral_norms() -> Built:
+    """The power iteration writes buffers in train mode."""
+    head = parametrizations.spectral_norm(nn.Linear(48, 3), n_power_iterations=2)
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(2, 4, 3, padding=1)), nn.ReLU(), nn.Flatten(), head)
+    return Built(model, (torch.randn(ROWS, 2, 4, 3),))
+
+
+@case
+def spectral_norms_eval() -> Built:
+    built = spectral_norms()
+    built.train = False
+    return built
+
+
+@case
+def orthogonals() -> Built:
+    model = nn.Sequential(
+        parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh(), parametrizations.orthogonal(nn.Linear(4, 6), orthogonal_map="householder"), nn.Tanh(),
+        parametrizations.orthogonal(nn.Linear(6, 3), orthogonal_map="cayley"),
+    )  # fmt: skip
+    return Built(model, (torch.randn(ROWS, 4),))
+
+
+class LowRank(nn.Module):
+    def __init__(self, rows: int, columns: int, rank: int = 2) -> None:
+        super().__init__()
+        self.a, self.b = weights(rank, columns), weights(rows, rank)
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        return w + self.b @ self.a * 0.5
+
+
+@case
+def low_rank() -> Built:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    for layer in (model[0], model[2]):
+        layer.weight.requires_grad_(False)
+        parametrize.register_parametrization(layer, "weight", LowRank(*layer.weight.shape))
+    return Built(model, (torch.randn(ROWS, 4),))
+
+
+# -- recurrent ---------------------------------------------------------------------------------------------------------
+def stateful(rnn: nn.Module, hidden: int, layers: int, out: int, batch_first: bool, cell: int = 0) -> Built:
+    """A state given, its gradient asked for."""
+
+    def forward(m: Any, x: torch.Tensor, *state: torch.Tensor) -> Any:
+        y, last = m.rnn(x, state if len(state) == 2 else state[0])
+        return m.head(y), last
+
+    shape = (3, 5, 4) if batch_first else (5, 3, 4)
+    states = [torch.randn(layers, 3, hidden, requires_grad=True)] + ([torch.randn(layers, 3, cell)] if cell else [])
+    return Built(Fn(forward, rnn=rnn, head=nn.Linear(out, 3)), (torch.randn(*shape), *states), sample_dims=[0 if batch_first else 1] + [1] * len(states))
+
+
+@case
+def lstm_projected() -> Built:
+    rnn = nn.LSTM(4, 5, 2, proj_size=3, dropout=0.3, bidirectional=True, batch_first=True)
+    return stateful(rnn, 3, 4, 6, True, cell=5)
+
+
+@case
+def lstm_projected_plain() -> Built:
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        y, (h, c) = m.rnn(x)
+        return y, h, c
+
+    return Built(Fn(forward, rnn=nn.LSTM(4, 5, proj_size=2, bias=False)), (torch.randn(6, 3, 4),), sample_dims=[1])
+
+
+@case
+def gru_state() -> Built:
+    return stateful(nn.GRU(4, 5, 2, dropout=0.3, bidirectional=True), 5, 4, 10, False)
+
+
+@case
+def rnn_relu() -> Built:
+    return stateful(nn.RNN(4, 5, 2, nonlinearity="relu", dropout=0.3, bidirectional=True, batch_first=True), 5, 4, 10, True)
+
+
+@case
+def cells() -> Built:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h, g = x.new_zeros(x.shape[0], 5), x.new_zeros(x.shape[0], 5)
+        for t in range(x.shape[1]):
+            h = m.gru(x[:, t], h)
+            g = m.rnn(x[:, t] * h[:, :4], g)
+        return h + g
+
+    return Built(Fn(forward, gru=nn.GRUCell(4, 5), rnn=nn.RNNCell(4, 5, nonlinearity="relu")), (torch.randn(ROWS, 3, 4),))
+
+
+@case
+def drawn_whole() -> Built:
+    """Random operators without a rule run whole, with the same numbers everywhere; torch's in-place fills."""
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        y = m.lin(x)
+        fixed = y.detach()
+        chances = torch.sigmoid(fixed.nan_to_num(0.0, 0.0, 0.0)).clamp(0.1, 0.9)
+        return (
+            F.rrelu(y, training=True),
+            y * torch.empty_like(y).exponential_(2.0),
+            torch.normal(fixed, 1.5) * y,
+            y * torch.empty_like(y).normal_(1, 2) + torch.empty_like(y).uniform_(-1, 1),
+            y * torch.empty_like(y).bernoulli_(chances[:1]),
+            torch.native_dropout(y, 0.5, True)[0],
+            y * torch.multinomial(chances, 2).sum(-1, keepdim=True),
+            y[torch.randperm(y.shape[0])],
+            y * torch.poisson(chances),
+        )
+
+    return Built(Fn(forward, lin=nn.Linear(4, 5)), (torch.randn(ROWS, 4),))
