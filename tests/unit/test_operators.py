@@ -87,6 +87,7 @@ FAMILIES: list[tuple[str, Fn, str, str]] = [
     ("gelu", lambda x: F.gelu(x), "gelu", "d0 d1 d2"),
     ("where", lambda x: torch.where(x > 0, x, -x), "where", "d0 d1 d2"),
     ("masked_fill", lambda x: x.masked_fill(x > 0, 0.0), "masked_fill", "d0 d1 d2"),
+    ("type_as", lambda x: x * x.mean().double().type_as(x[0]), "mul", "d0 d1 d2"),
     ("transpose", lambda x: x.transpose(1, 2), "permute", "d0 d1 d2"),
     ("view", lambda x: x.view(4, 48), "view", "f2 f1 f0"),
     ("slice", lambda x: x[:, 1:5:2], "slice", "d0 d1 d2"),

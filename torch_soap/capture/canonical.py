@@ -156,6 +156,10 @@ def _same(e: Emitter, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
+def _type_as(e: Emitter, x: Any, other: Any) -> Any:
+    return x if x.dtype == other.dtype else e.emit("to", aten.to.dtype, x, other.dtype)
+
+
 def _t(e: Emitter, x: Any) -> Any:
     return _transpose(e, x, 0, 1) if x.dim() == 2 else x
 
@@ -307,6 +311,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "binary_cross_entropy_with_logits": _rowwise(aten.binary_cross_entropy_with_logits.default),
     "lstm": _lstm,
     "gru": _gru,
+    "type_as": _type_as,
     "contiguous": _same,
     "alias": _same,
     "lift_fresh_copy": _same,
