@@ -113,3 +113,25 @@ def test_a_number_that_changes_later_is_an_error() -> None:
     graph = captured.instantiate((x,))
     with pytest.raises(RuntimeError, match="Larger is opaque and returned True, not False"):
         run_graph(graph, {"in:0": x + 200})
+
+
+def test_a_module_without_forward_is_opaque_with_its_caller() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = Router()
+
+        def halves(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+            return self.router(x)
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x, sizes = self.pair.halves(x)
+            return torch.cat([x[: sizes[0]], x[sizes[0] :] * 2])
+
+    captured = capture(around(Caller()), (torch.randn(6, 4),))
+    assert captured.opaque == ["child"], captured.reasons

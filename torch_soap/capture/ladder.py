@@ -55,16 +55,20 @@ def capture(
             captured.checked = checked
             if checked and captured.opaque:
                 try_rows_apart(captured)
-            return captured
+            break
         except CaptureError as error:
             if captured.opaque == [""]:  # what can't be repeated can't be compared
                 captured.reasons.append(f"not equal to eager, though eager itself: {error}")
-                return captured
+                break
             captured.reasons.append(f"{f'module {error.path}' if error.path else type(module).__name__} is opaque: {error}")
             path = error.path
             known = path is None or any(path == p or path.startswith(p + ".") for p in captured.opaque)
             add_opaque(captured, "" if path is None or known else path)
             record_opaque(captured, choices)
+    for path, calls in captured.recordings.items():
+        if any(r.random for call in calls for r in call):
+            captured.reasons.append(f"not exact: {path or type(module).__name__} is opaque and draws random numbers, each rank its own")
+    return captured
 
 
 def add_opaque(captured: Captured, path: str) -> None:
@@ -159,13 +163,12 @@ def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
     for path in captured.opaque:
         counts = {len(r[path]) for r in runs}
         captured.recordings[path] = [list(call) for call in zip(*(r[path] for r in runs[: 1 if len(counts) > 1 else 2]), strict=True)]
-        if any(r.random for call in captured.recordings[path] for r in call):
-            captured.reasons.append(f"not exact: {path or type(captured.module).__name__} is opaque and draws random numbers, each rank its own")
     for path, calls in captured.recordings.items():
         changed = next(filter(None, (changed_constant(call[0].out_constants, r.out_constants) for call in calls for r in call)), "")
-        if path and changed:  # its caller works with values that a trace would bake
+        if path and (changed or not calls):  # its caller works with values that a trace would bake, or calls other methods than forward
             parent = path.rpartition(".")[0]
-            captured.reasons.append(f"module {parent or type(captured.module).__name__} is opaque: {path} in it returned {changed} as on the example")
+            why = f"{path} in it returned {changed} as on the example" if calls else f"it calls {path} by other methods than forward"
+            captured.reasons.append(f"module {parent or type(captured.module).__name__} is opaque: {why}")
             add_opaque(captured, parent)
             return record_opaque(captured, choices)
 
