@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --timeout=600
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: env build demo tiny test test-cpp test-python test-processes test-long test-min-torch lint format golden-update benchmark clean
+.PHONY: env build demo tiny test test-cpp test-python test-processes test-long test-min-torch lint format golden-update benchmark zoo clean
 
 env: $(VENV)/.ready
 $(VENV)/.ready: requirements-dev.txt
@@ -70,6 +70,12 @@ golden-update: build
 
 benchmark: build
 	$(PYTEST) benchmarks -s
+
+# Hundreds of real models, hours on a small machine; MODELS="hf/* timm/resnet*" for some.
+zoo: build
+	$(MAKE) env VENV=.venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet timm transformers
+	OMP_NUM_THREADS=1 .venv-zoo/bin/python -m benchmarks.zoo $(foreach m,$(MODELS),'$(m)')
 
 clean:
 	rm -rf build build-tests build-min out torch_soap/*.so

@@ -317,7 +317,15 @@ def scans() -> Built:
         y = m.lin(x)
         values, _ = torch.topk(y, 3, dim=-1)
         order, index = torch.sort(y, dim=1)
-        return torch.cumsum(y, 1), torch.cumprod(torch.sigmoid(y), -1), values, order, torch.gather(x, 1, index), torch.logcumsumexp(y, 1)
+        return (
+            torch.cumsum(y, 1),
+            torch.cumprod(torch.sigmoid(y), -1),
+            values,
+            order,
+            torch.gather(x, 1, index),
+            torch.logcumsumexp(y, 1),
+            torch.fft.rfft(y, dim=1).abs(),
+        )
 
     return Built(Fn(forward, lin=nn.Linear(5, 5)), (torch.randn(4, 6, 5),))
 
@@ -538,7 +546,9 @@ def indexing() -> Built:
         picked = torch.gather(y, 1, index[:, :, None].expand(-1, -1, 5))
         rows = y.index_select(1, torch.tensor([3, 0, 0, 5]))
         spread = torch.zeros_like(y).scatter_add(1, index[:, :, None].expand(-1, -1, 5), y[:, :4])
-        return picked, rows, spread, y[:, torch.tensor([1, 2])], m.table[index], y[torch.arange(y.shape[0])[:, None], index]
+        added = y.index_add(1, torch.tensor([1, 1, 4]), rows[:, :3])
+        set_where = y.index_put((x[:, :, 0] > 0,), m.table[0, 0])
+        return picked, rows, spread, added, set_where, y[:, torch.tensor([1, 2])], m.table[index], y[torch.arange(y.shape[0])[:, None], index]
 
     return Built(Fn(forward, lin=nn.Linear(4, 5), table=weights(6, 3)), (torch.randn(ROWS, 6, 4), torch.randint(6, (ROWS, 4))))
 

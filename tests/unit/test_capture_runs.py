@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.unit.test_capture import Branches, Counts, Custom, Writes, around
 from torch_soap.capture import capture
+from torch_soap.capture.interpret import run_graph
 from torch_soap.verify import verify
 
 
@@ -58,3 +59,79 @@ def test_opaque_operators_and_writes_in_a_plan(module: type[nn.Module], width: i
     torch.manual_seed(0)
     report = verify(module(), (torch.randn(4, width),), plan, world_size=2, steps=2)
     assert report.ok, str(report)
+
+
+class Router(nn.Module):
+    """What a mixture of experts does: sizes as Python numbers, read from data."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        expert = (x[:, 0] > 0).long()
+        count = int(expert.sum())
+        return x[expert.sort()[1]], [len(x) - count, count if count >= 0 else 0]
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router()
+        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, sizes = self.router(x)
+        return torch.cat([expert(part) for expert, part in zip(self.experts, x.split(sizes), strict=True)])
+
+
+def test_numbers_that_an_opaque_child_returns_are_not_baked() -> None:
+    torch.manual_seed(0)
+    module, x = around(Experts()), torch.randn(6, 4)
+    captured = capture(module, (x,))
+    assert captured.opaque == ["child"], captured.reasons
+    assert any("child.router" in r and "as on the example" in r for r in captured.reasons), captured.reasons
+    assert verify(module, (x,), "first o=2\nlast i=2", world_size=2).ok
+    for other in (-x, x * x + 1):
+        graph = captured.instantiate((other,))
+        assert torch.equal(run_graph(graph, captured.stored_tensors(graph) | {"in:0": other})[0][0], module(other))
+
+
+def test_a_number_that_changes_later_is_an_error() -> None:
+    class Larger(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+            return x * 2, bool(x.max() > 100)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.larger = Larger()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y, large = self.larger(x)
+            return y / 100 if large else y
+
+    x = torch.randn(6, 4)
+    captured = capture(Scaled(), (x,))
+    assert captured.opaque == ["larger"], captured.reasons
+    graph = captured.instantiate((x,))
+    with pytest.raises(RuntimeError, match="Larger is opaque and returned True, not False"):
+        run_graph(graph, {"in:0": x + 200})
+
+
+def test_a_module_without_forward_is_opaque_with_its_caller() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = Router()
+
+        def halves(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+            return self.router(x)
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x, sizes = self.pair.halves(x)
+            return torch.cat([x[: sizes[0]], x[sizes[0] :] * 2])
+
+    captured = capture(around(Caller()), (torch.randn(6, 4),))
+    assert captured.opaque == ["child"], captured.reasons

@@ -80,6 +80,11 @@ RANKED: list[tuple[str, Fn, str, str]] = [
     ("argmax", lambda x: x.argmax(-1), "argmax", "d0 d1"),
     ("scatter", lambda x: x.scatter(1, INDEX, X[:, :3]), "scatter", "d0 d2"),
     ("index_select", lambda x: x.index_select(1, torch.tensor([0, 3])), "index_select", "d0 d1 d2"),
+    ("index_add", lambda x: x.index_add(1, torch.tensor([1, 1, 4]), X[:, :3] * 2), "index_add", "d0 d2"),
+    ("index_put of a number where a mask says", lambda x: x.index_put((X[:, :, 0] > 0,), X[0, 0, 0]), "where", "d0 d1 d2"),
+    ("weight_norm", lambda x: torch._weight_norm(x, X[:, :1, :1], 0), "linalg_vector_norm", "d0"),
+    ("fft_fftn", lambda x: torch.fft.fftn(x, dim=(1, 2)).real, "fft_fftn", "d0"),
+    ("fft_rfft", lambda x: torch.fft.rfft(x, dim=1).abs(), "fft_rfft", "d0 d2"),
     ("one_hot", lambda x: F.one_hot((x > 0).long(), 3), "eq", "d0 d1 d2 d3"),
 ]  # fmt: skip
 
@@ -87,6 +92,7 @@ FAMILIES: list[tuple[str, Fn, str, str]] = [
     ("gelu", lambda x: F.gelu(x), "gelu", "d0 d1 d2"),
     ("where", lambda x: torch.where(x > 0, x, -x), "where", "d0 d1 d2"),
     ("masked_fill", lambda x: x.masked_fill(x > 0, 0.0), "masked_fill", "d0 d1 d2"),
+    ("type_as", lambda x: x * x.mean().double().type_as(x[0]), "mul", "d0 d1 d2"),
     ("transpose", lambda x: x.transpose(1, 2), "permute", "d0 d1 d2"),
     ("view", lambda x: x.view(4, 48), "view", "f2 f1 f0"),
     ("slice", lambda x: x[:, 1:5:2], "slice", "d0 d1 d2"),

@@ -156,6 +156,10 @@ def _same(e: Emitter, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
+def _type_as(e: Emitter, x: Any, other: Any) -> Any:
+    return x if x.dtype == other.dtype else e.emit("to", aten.to.dtype, x, other.dtype)
+
+
 def _t(e: Emitter, x: Any) -> Any:
     return _transpose(e, x, 0, 1) if x.dim() == 2 else x
 
@@ -315,6 +319,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "gru": _one_state("gru_layer", functional.gru_layer),
     "rnn_tanh": _one_state("rnn_layer", functional.rnn_layer, relu=False),
     "rnn_relu": _one_state("rnn_layer", functional.rnn_layer, relu=True),
+    "type_as": _type_as,
     "contiguous": _same,
     "alias": _same,
     "lift_fresh_copy": _same,

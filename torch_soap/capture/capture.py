@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -234,7 +235,8 @@ class Captured:
                 if group == "buffer":
                     buffers[name] = shared[id(tensor)]
             handles.append(shared[id(tensor)])
-        outputs = importer.run(trace.program.graph_module, handles)
+        with quiet():
+            outputs = importer.run(trace.program.graph_module, handles)
         made = list(zip(outputs, spec.output_specs, strict=True))
         for handle, item in made:
             if item.kind.name == "BUFFER_MUTATION":
@@ -340,6 +342,17 @@ def cumulative_averages(module: nn.Module) -> Iterator[None]:
     finally:
         for m in norms:
             m.momentum = None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A trace that doesn't run at other sizes is refused with a reason; torch would also log the traceback of its fake tensors."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def prefixed(prefix: str, items: Any) -> Any:

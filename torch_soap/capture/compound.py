@@ -200,6 +200,13 @@ def _extreme(name: str) -> Callable[..., Any]:
     return rewrite
 
 
+def _weight_norm(e: Emitter, v: Any, g: Any, dim: int = 0) -> Any:
+    """v / norm(v) * g, the norm over all dims but `dim` (-1: over all)."""
+    others = [d for d in range(v.dim()) if dim == -1 or d != dim]
+    norm = e.emit("linalg_vector_norm", aten.linalg_vector_norm.default, v, 2, others, True)
+    return mul(e, v, e.emit("div", aten.div.Tensor, g, norm))
+
+
 def _cosine_similarity(e: Emitter, a: Any, b: Any, dim: int = 1, eps: float = 1e-8) -> Any:
     """ATen's: x / norm(x) each; a norm below eps counts as eps, but its gradient is the norm's."""
     a, b = _broadcast(e, [a, b])
@@ -269,6 +276,9 @@ def _index(e: Emitter, x: Any, indices: list[Any]) -> Any:
 
 
 def _index_put(e: Emitter, x: Any, indices: list[Any], values: Any, accumulate: bool = False, *_: Any) -> Any:
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is not None and mask.dtype == torch.bool and math.prod(values.shape) == 1 and not accumulate:
+        return e.emit("where", aten.where.self, view(e, mask, [*mask.shape, *[1] * (x.dim() - mask.dim())]), view(e, values, []), x)
     placed = _placed(x, indices)
     if placed is None:
         return e.emit("index_put", aten.index_put.default, x, indices, values, accumulate)
@@ -312,6 +322,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "instance_norm": _instance_norm,
     "max": _extreme("max"),
     "min": _extreme("min"),
+    "_weight_norm": _weight_norm,
     "cosine_similarity": _cosine_similarity,
     "kl_div": _rowwise(aten.kl_div.default),
     "einsum": _einsum,

@@ -13,7 +13,7 @@ from torch_soap.capture import check as eager_check
 from torch_soap.capture.capture import Captured
 from torch_soap.capture.importer import CaptureError
 from torch_soap.capture.interpret import run_graph
-from torch_soap.capture.opaque import ModuleCall, Recording, split_leaves, transparent_checkpoints
+from torch_soap.capture.opaque import ModuleCall, Recording, changed_constant, split_leaves, transparent_checkpoints
 from torch_soap.capture.signature import batch_dim_choices, scaled, signature_of
 from torch_soap.capture.structure import flatten
 from torch_soap.capture.watch import first_line
@@ -55,28 +55,40 @@ def capture(
             captured.checked = checked
             if checked and captured.opaque:
                 try_rows_apart(captured)
-            return captured
+            break
         except CaptureError as error:
             if captured.opaque == [""]:  # what can't be repeated can't be compared
                 captured.reasons.append(f"not equal to eager, though eager itself: {error}")
-                return captured
+                break
             captured.reasons.append(f"{f'module {error.path}' if error.path else type(module).__name__} is opaque: {error}")
             path = error.path
             known = path is None or any(path == p or path.startswith(p + ".") for p in captured.opaque)
-            if not path or known or len(captured.opaque) == MAX_OPAQUE:
-                captured.opaque = [""]
-            else:
-                captured.opaque = [p for p in captured.opaque if not p.startswith(path + ".")] + [path]
+            add_opaque(captured, "" if path is None or known else path)
             record_opaque(captured, choices)
+    for path, calls in captured.recordings.items():
+        if any(r.random for call in calls for r in call):
+            captured.reasons.append(f"not exact: {path or type(module).__name__} is opaque and draws random numbers, each rank its own")
+    return captured
+
+
+def add_opaque(captured: Captured, path: str) -> None:
+    """The module at `path` is one operator; those in it no longer are."""
+    inside = [p for p in captured.opaque if p.startswith(path + ".")]
+    if not path or len(captured.opaque) - len(inside) >= MAX_OPAQUE:
+        captured.opaque = [""]
+    else:
+        captured.opaque = [p for p in captured.opaque if p not in inside] + [path]
 
 
 def trace(captured: Captured, choices: list[list[int | None]], checked: bool) -> None:
     """The first two rungs: a dynamic batch, else the example's signature. Raises CaptureError when neither is possible."""
     base = signature_of(captured.inputs)
+    known = list(captured.reasons)  # what an attempt that is given up noted doesn't matter
 
     def start(dims: list[int | None], dynamic: bool) -> None:
         captured.traces.clear()
         captured.graphs.clear()
+        captured.reasons[:] = known
         captured.return_dims = None
         captured.batch_dims, captured.dynamic = list(dims), dynamic
 
@@ -151,8 +163,14 @@ def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
     for path in captured.opaque:
         counts = {len(r[path]) for r in runs}
         captured.recordings[path] = [list(call) for call in zip(*(r[path] for r in runs[: 1 if len(counts) > 1 else 2]), strict=True)]
-        if any(r.random for call in captured.recordings[path] for r in call):
-            captured.reasons.append(f"not exact: {path or type(captured.module).__name__} is opaque and draws random numbers, each rank its own")
+    for path, calls in captured.recordings.items():
+        changed = next(filter(None, (changed_constant(call[0].out_constants, r.out_constants) for call in calls for r in call)), "")
+        if path and (changed or not calls):  # its caller works with values that a trace would bake, or calls other methods than forward
+            parent = path.rpartition(".")[0]
+            why = f"{path} in it returned {changed} as on the example" if calls else f"it calls {path} by other methods than forward"
+            captured.reasons.append(f"module {parent or type(captured.module).__name__} is opaque: {why}")
+            add_opaque(captured, parent)
+            return record_opaque(captured, choices)
 
 
 def record_run(captured: Captured, tensors: list[torch.Tensor]) -> dict[str, list[Recording]]:

@@ -37,6 +37,19 @@ def fill(constants: list[Any], slots: list[int], tensors: Any) -> list[Any]:
     return leaves
 
 
+PLAIN = (bool, int, float, complex, str, type(None))
+
+
+def changed_constant(before: list[Any], now: list[Any]) -> str:
+    """The first plain value among a result's leaves that isn't what it was, in words; "" if there is none."""
+    if len(before) != len(now):
+        return f"{len(now)} values, not {len(before)}"
+    for a, b in zip(before, now, strict=True):
+        if isinstance(a, PLAIN) and isinstance(b, PLAIN) and (type(a) is not type(b) or (a != b and (a == a or b == b))):
+            return f"{b!r}, not {a!r}"
+    return ""
+
+
 def one_or_list(results: list[torch.Tensor]) -> Any:
     """As ATen's operators give them."""
     return results[0] if len(results) == 1 else results
@@ -191,6 +204,9 @@ class ModuleCall:
         with self.lock, mode_of(self.module, self.train):
             result = torch.func.functional_call(self.module, stored, args, kwargs)
         leaves, _ = flatten(result)
+        changed = changed_constant(self.recording.out_constants, split_leaves(leaves)[0])
+        if changed:  # what follows has the recorded value baked in
+            raise RuntimeError(f"[torch_soap] {type(self.module).__name__} is opaque and returned {changed} as on the batch that it was captured with")
         return [t for t in leaves if isinstance(t, torch.Tensor)] + [stored[name] for name in self.recording.written]
 
     def unflatten(self, tensors: list[torch.Tensor]) -> Any:

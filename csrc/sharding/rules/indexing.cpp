@@ -1,4 +1,4 @@
-// Reading and writing at given places: index_take, index_write, gather, scatter, topk, histc, bucketize, unfold.
+// Reading and writing at given places: index_take, index_write, gather, scatter, topk, index_add, histc, bucketize, unfold.
 // The dim that places are counted in is read whole, so a place means the same on every tile.
 #include <algorithm>
 
@@ -104,6 +104,21 @@ Rule along(const OpGraph& graph, const Node& node) {
   return r.build();
 }
 
+// Rows of `source` added or copied into rows of x at the places of a (whole) list along `dim`: the other dims are free.
+Rule index_into(const OpGraph& graph, const Node& node) {
+  RuleSpec r(graph, node);
+  const auto& y = graph.output(node, 0).shape;
+  int64_t dim = node.attr<int64_t>("dim", 0);
+  if (dim < 0) dim += static_cast<int64_t>(y.size());
+  std::vector<std::string> names;
+  for (size_t d = 0; d < y.size(); ++d) {
+    const bool here = static_cast<int64_t>(d) == dim;
+    names.push_back(here ? "*" : fmt::format("d{}", d));
+    if (!here) r.factor(names.back(), y[d], kind_at(d));
+  }
+  return r.operand("self", names).operand("source", names).result(names).build();
+}
+
 // Counts in fixed bins are sums over elements; bins from the data's own range need all of it.
 Rule histc(const OpGraph& graph, const Node& node) {
   const auto bound = [&](const char* name) {
@@ -174,6 +189,7 @@ void register_indexing(RuleRegistry& rules) {
   rules.add({"index_take"}, index_take);
   rules.add({"index_write"}, index_write);
   rules.add({"cumsum", "cumprod", "sort", "argsort", "logcumsumexp", "gather", "topk", "scatter", "scatter_add", "scatter_reduce", "cummax", "cummin"}, along);
+  rules.add({"index_add", "index_copy", "index_fill"}, index_into);
   rules.add({"histc"}, histc);
   rules.add({"bucketize", "searchsorted"}, bucketize);
   rules.add({"unfold"}, unfold);

@@ -56,6 +56,20 @@ Rule whole_reduction(const OpGraph& graph, const Node& node) {
   return reduction(graph, node, Reduce::kNone, Cuttable::kWhole);
 }
 
+// Fourier transforms: whole along the dims that they transform, whose sizes may change.
+Rule fourier(const OpGraph& graph, const Node& node) {
+  RuleSpec r(graph, node);
+  const auto& y = graph.output(node, 0).shape;
+  const auto dims = reduced_dims(node, y.size());
+  std::vector<std::string> names;
+  for (size_t d = 0; d < y.size(); ++d) {
+    const bool here = dims.count(static_cast<int64_t>(d)) > 0;
+    names.push_back(here ? "*" : fmt::format("d{}", d));
+    if (!here) r.factor(names.back(), y[d], d == 0 ? FactorKind::kSample : FactorKind::kAttribute);
+  }
+  return r.operand(0, names).result(names).build();
+}
+
 Rule softmax(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
   const auto& x = graph.input(node, 0).shape;
@@ -101,6 +115,9 @@ void register_reduce(RuleRegistry& rules, ExpansionRegistry& expansions) {
   rules.add({"amax", "amin",   "var",     "std",     "var_mean", "std_mean", "logsumexp", "prod", "argmax", "argmin", "any", "all", "linalg_vector_norm",
              "norm", "median", "max_dim", "min_dim", "mode",     "kthvalue", "nanmedian"},
             whole_reduction);
+  rules.add(
+      {"fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn"},
+      fourier);
   rules.add({"softmax", "log_softmax"}, softmax);
   expansions.add({"softmax", "log_softmax"}, expand_softmax);
 }
