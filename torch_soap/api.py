@@ -7,7 +7,7 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,15 @@ class ParallelModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._soap.call(args, kwargs)
 
-    def no_sync(self) -> Any:
-        """Accumulating several backwards: the sums are the same with or without (each backward reduces its own)."""
-        return torch.autograd.profiler.record_function("torch_soap.no_sync")
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards of forwards called inside leave the reduction of gradients to the next backward outside, or to what reads them (a step, a
+        norm, a scaler). Reading `p.grad` before is an error. All ranks together."""
+        before, self._soap.deferred.on = self._soap.deferred.on, True
+        try:
+            yield
+        finally:
+            self._soap.deferred.on = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """A plain copy with whole parameters. Collective where anything is cut."""
@@ -147,7 +153,7 @@ def parallelize(
     parallel.refresh = functools.partial(broadcast_state, comm, module)
     install_state_dict(parallel)
     guard_submodules(module, parallel)
-    registry().parallels.add(parallel)
+    registry().add(parallel)
     return module
 
 

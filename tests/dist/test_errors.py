@@ -14,6 +14,7 @@ EXPECTED = {
     "dims": ["inputs"],
     "mode": ["mode", "train", "eval"],
     "grad": ["grad", "True", "False"],
+    "unsynced": ["no_sync", "True", "False"],
     "wider": ["parameter 0.weight", "(7, 5)", "(6, 5)"],
     "frozen": ["parameter 0.bias", "True", "False"],
     "plans": ["plan", "n=fed", "o=2"],

@@ -7,19 +7,19 @@ import functools
 import pytest
 
 from tests.dist.launch import Outcome, torchrun
-from tests.dist.worker_user import CHECKS
+from tests.dist import worker_loops, worker_user
 
 BOUND = 1e-10
 
 
 @functools.cache
-def outcome() -> Outcome:
-    return torchrun(2, "tests.dist.worker_user")
+def outcome(worker: str) -> Outcome:
+    return torchrun(2, worker)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_as_in_one_process(name: str) -> None:
-    done = outcome()
+@pytest.mark.parametrize("worker,name", [(w.__name__, name) for w in (worker_user, worker_loops) for name in w.CHECKS])
+def test_as_in_one_process(worker: str, name: str) -> None:
+    done = outcome(worker)
     for rank, results in enumerate(done.results):
         assert results is not None and name in results, f"rank {rank} did not come to {name}\n{done.output}"
         assert isinstance(results[name], float), f"rank {rank}: {results[name]}"

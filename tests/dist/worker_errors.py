@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 import time
@@ -48,6 +49,13 @@ def grad(rank: int) -> None:
         forward(torch.randn(2, 5))
 
 
+def unsynced(rank: int) -> None:
+    m = torch_soap.parallelize(model(), plan="* n=fed")
+    m(torch.randn(2, 5))
+    with m.no_sync() if rank else contextlib.nullcontext():
+        m(torch.randn(2, 5))
+
+
 def wider(rank: int) -> None:
     torch_soap.parallelize(model(6 + rank))
 
@@ -81,7 +89,7 @@ def illegal(rank: int) -> None:
         assert [p.data_ptr() for p in m.parameters()] == before and type(m) is nn.Sequential, "half applied"
 
 
-SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, wider, frozen, plans, absent, illegal)}
+SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, absent, illegal)}
 
 
 def main(names: list[str]) -> None:

@@ -162,20 +162,49 @@ def checkpoints() -> float:
     return max(worst, difference(dict(plain.state_dict()), dict(saved)))
 
 
+def reduced_bytes(model: nn.Module, fn: Callable[[], Any]) -> int:
+    """Bytes that all-reduces and exchanges moved in fn()."""
+    traffic = model._soap.comm.traffic.num_bytes
+    before = traffic.total()
+    fn()
+    return traffic.total() - before
+
+
 def accumulation() -> float:
-    reference, model = mlp(), torch_soap.parallelize(mlp(), plan=CUT)
+    """k backwards under no_sync and one outside: the results of one process, gradients reduced once, also where shapes differ."""
     x, y = batch()
-    for to_none in (True, False):
-        for m, cut in ((reference, whole), (model, own)):
-            m.zero_grad(set_to_none=to_none)
-            with model.no_sync():
-                ((m(cut(x)) - cut(y)) ** 2).mean().backward()
-            ((m(cut(x) * 2) - cut(y)) ** 2).mean().backward()
-    with torch.no_grad():
-        for m in (reference, model):
-            for p in m.parameters():
-                p -= 0.1 * p.grad
-    return difference(dict(model.state_dict()), dict(reference.state_dict()))
+    worst = 0.0
+    for plan in (CUT, SHARD, "* n=fed"):
+        for to_none in (True, False):
+            reference, model = mlp(), torch_soap.parallelize(mlp(), plan=plan)
+            for rows in (3, 2):  # another engine
+
+                def backward(m: nn.Module, scale: float, rows: int = rows) -> None:
+                    cut = whole if m is reference else own
+                    ((m(cut(x[: 2 * rows]) * scale) - cut(y[: 2 * rows])) ** 2).mean().backward()
+
+                backward(model, 1)
+                model.zero_grad()
+                once = reduced_bytes(model, lambda: backward(model, 1))  # noqa: B023
+                under = 0
+                reference.zero_grad(to_none)
+                model.zero_grad(to_none)
+                for k in (1, 2, 3):
+                    backward(reference, k)
+                    with model.no_sync():
+                        under += reduced_bytes(model, lambda: backward(model, k))  # noqa: B023
+                backward(reference, 4)
+                total = under + reduced_bytes(model, lambda: backward(model, 4))  # noqa: B023
+                if plan == "* n=fed":
+                    assert under == 0 and total == once, (under, total, once)
+                assert 4 * once - total == 3 * (once - under // 3), (under, total, once)  # what is left out is made up for once
+                backward(reference, 5)
+                with model.no_sync():
+                    backward(model, 5)
+                for m in (reference, model):
+                    torch.optim.SGD(m.parameters(), lr=0.1).step()
+            worst = max(worst, difference(dict(model.state_dict()), dict(reference.state_dict())))
+    return worst
 
 
 def retained_graphs() -> float:
@@ -453,17 +482,17 @@ CHECKS: dict[str, Callable[[], float]] = {
 }
 
 
-def main(names: list[str]) -> None:
+def run(checks: dict[str, Callable[[], float]], names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results: dict[str, Any] = {}
-    for name in names or list(CHECKS):
+    for name in names or list(checks):
         try:
-            results[name] = CHECKS[name]()
+            results[name] = checks[name]()
         except Exception:  # every type: the test prints it
             results[name] = traceback.format_exc()[-1500:]
         report(results)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(CHECKS, sys.argv[1:])

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 HEADER_INTS = 128  # fixed size, so that ranks that disagree still meet
-MEETINGS = ("calibration", "forward", "backward", "state_dict", "state_dict of an optimizer", "deepcopy", "gradient norm")
+MEETINGS = ("calibration", "forward", "backward", "state_dict", "state_dict of an optimizer", "deepcopy", "gradient norm", "deferred gradient")
 
 
 class RankMismatchError(RuntimeError):

@@ -31,6 +31,7 @@ class StepState:
     random: CounterState | None = None
     position: int = 0  # next instruction
     retain_graph: bool = False
+    deferred: bool = False  # the gradient fills of parameters are left out
 
     def copy(self) -> StepState:
         """For a backward after which another one may come."""
@@ -77,6 +78,7 @@ class Engine:
         if program.interleaved:
             self.num_forward = len(self.kinds)
         self.released = self._released()
+        self.param_fills, self.fill_sources, self.filled_params = self._param_fills()
         self.before: dict[frozenset[int], set[int]] = {}
 
     def groups(self) -> set[tuple[int, ...]]:
@@ -108,6 +110,21 @@ class Engine:
                 out.setdefault(position, []).append(value)
         return out
 
+    def _param_fills(self) -> tuple[list[int], dict[int, int], set[int]]:
+        """Instructions that bring gradients to parameters over ranks (steps of their own: buckets); the values that they read, with the
+        parameter's node; and the nodes of all parameters that any rank has such an instruction for."""
+        program, graph = self.program, self.program.graph
+        of_step: list[set[int]] = [set() for _ in program.steps]
+        for nodes, step in zip(of_step, program.steps, strict=True):
+            if step.kind == _C.StepKind.grad_fill and any(program.movement(step.kind, i).pattern != _C.Pattern.local for i in step.items):
+                nodes |= {graph.tensors[program.groups[i.id].tensor].producer for i in step.items}
+                if any(graph.nodes[n].kind != _C.NodeKind.param for n in nodes):
+                    nodes.clear()
+        positions = [p for p, i in enumerate(self.instructions) if i.kind == _C.InstructionKind.grad_fill and of_step[i.step]]
+        moves = [m for p in positions if (planned := self.planned[p]) is not None for t in planned.transfers for m in t.moves]
+        sources = {m.src: graph.tensors[self.values[m.src].tensor].producer for m in moves if m.src >= 0}
+        return positions, sources, set().union(*of_step)
+
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(
         self,
@@ -117,6 +134,7 @@ class Engine:
         grad: bool,
         random: CounterState | None = None,
         seeds: dict[str, torch.Tensor] | None = None,
+        deferred: bool = False,
     ) -> StepState:
         """Runs up to the first backward instruction (all of them when interleaved).
 
@@ -124,8 +142,9 @@ class Engine:
             feeds: this rank's inputs by node name; its own rows where the input has a sample dim.
             stored: this rank's part of each param, buffer and const by node name.
             seeds: interleaved programs: gradients of the returns, by node name.
+            deferred: interleaved programs: leave the parameters' gradients unreduced.
         """
-        state = StepState(random=None if random is None else replace(random))  # what backward recomputes draws the same
+        state = StepState(random=None if random is None else replace(random), deferred=deferred)  # what backward recomputes draws the same
         for node in self.feeds:
             state.values[self.value_of_store[node]] = feeds[self.names[node]]
         for node in self.stores:
@@ -194,6 +213,11 @@ class Engine:
             return torch.empty(self.shapes[value], dtype=self.dtype_of(node))
         return grad
 
+    def reduce(self, state: StepState) -> None:
+        """The gradient fills that a deferred state left out. Collective."""
+        for position in self.param_fills:
+            self._grad_fill(state, position)
+
     # -- instructions ------------------------------------------------------------------------------------------------
     def _run(self, state: StepState, end: int, grad: bool) -> None:
         kinds = _C.InstructionKind
@@ -207,7 +231,8 @@ class Engine:
             elif kind == kinds.fill:
                 self._fill(state, position)
             elif kind == kinds.grad_fill:
-                self._grad_fill(state, position)
+                if not (state.deferred and position in self.param_fills):
+                    self._grad_fill(state, position)
             else:
                 self._refill(state, position)
             for value in self.frees[position]:

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torch_soap.runtime.checkpoint import cut_optimizer_state, gather_optimizer_state
+from torch_soap.runtime.deferred import DeferredGradient
 from torch_soap.runtime.parallel import Parallel
 from torch_soap.runtime.storage import cut
 
@@ -23,7 +24,7 @@ class Registry:
     """Which parameters belong to which parallelized module, and the process-wide hooks that need to know. Made at first use."""
 
     def __init__(self) -> None:
-        self.parallels: weakref.WeakSet[Parallel] = weakref.WeakSet()
+        self.made: list[weakref.ref[Parallel]] = []
         self.known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.wholes: dict[int, list[tuple[Parallel, str, torch.nn.Parameter, torch.Tensor]]] = {}
         register_optimizer_step_pre_hook(self.before_step)
@@ -34,17 +35,27 @@ class Registry:
         self.local_unscale = torch.amp.GradScaler._unscale_grads_
         torch.amp.GradScaler._unscale_grads_ = functools.partialmethod(Registry.unscale_of, self)  # type: ignore[assignment,arg-type]
 
-    def owner(self, p: torch.Tensor) -> tuple[Parallel, str] | None:
+    def add(self, parallel: Parallel) -> None:
+        self.made = [r for r in self.made if r() is not None] + [weakref.ref(parallel)]
+
+    @property
+    def parallels(self) -> list[Parallel]:
+        """Those that are left, in the order in which they were made: alike on all ranks, since what follows from it is collective."""
+        return [p for r in self.made if (p := r()) is not None]
+
+    def flush(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Reduces what no_sync has left of the gradients of these parameters' modules. Collective where something is left."""
+        asked = {id(p) for p in parameters}
         for parallel in self.parallels:
-            for name, q in parallel.parameters():
-                if q is p:
-                    return parallel, name
-        return None
+            if parallel.deferred.waiting and any(id(p) in asked for _, p in parallel.parameters()):
+                parallel.comm.gather_ints([], "deferred gradient")
+                parallel.deferred.flush()
 
     # -- gradient scaling ----------------------------------------------------------------------------------------------
     @staticmethod
     def unscale_of(scaler: torch.amp.GradScaler, registry: Registry, optimizer: torch.optim.Optimizer, *args: Any) -> dict[torch.device, torch.Tensor]:
         """GradScaler's own unscaling, then found_inf of all ranks: a part that overflows on one rank skips the step on all. Collective."""
+        registry.flush(p for group in optimizer.param_groups for p in group["params"])
         found = registry.local_unscale(scaler, optimizer, *args)
         ours = registry.cut_parameters(optimizer)
         if ours:
@@ -77,6 +88,7 @@ class Registry:
         return (args[0], on_parts, *args[2:]) if len(args) > 1 else args, {**kwargs, "closure": on_parts} if "closure" in kwargs else kwargs
 
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
+        self.flush(p for group in optimizer.param_groups for p in group["params"])
         ours = self.cut_parameters(optimizer)
         if not ours:
             return
@@ -132,6 +144,10 @@ class Registry:
     ) -> torch.Tensor:
         """torch's _get_total_norm, with the global norm for gradients of ours: every element counts once. Collective then."""
         tensors = list(tensors)
+        waiting = {id(p.grad): p for x in self.parallels for _, p in x.parameters() if isinstance(p.grad, DeferredGradient)}
+        asked = [waiting.get(id(t)) for t in tensors]
+        self.flush(p for p in asked if p is not None)
+        tensors = [t if p is None or p.grad is None else p.grad for t, p in zip(tensors, asked, strict=True)]
         ours: dict[int, tuple[Parallel, str]] = {}
         for parallel in self.parallels:
             if parallel.plan is not None:

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.deferred import Deferred
 from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import Header, RankMismatchError, agree
 from torch_soap.runtime.storage import assemble, cut
@@ -60,6 +61,7 @@ class Parallel:
         self.random = CounterState.from_torch()
         self.header = Header(comm)
         self.calls = 0
+        self.deferred = Deferred(self.parameters)
         self.replicas, self.gradients, self.hooks, self.attributes = ReplicaWatch(), GradientWatch(), HookWatch(), AttributeWatch(module)
 
     # -- planning ------------------------------------------------------------------------------------------------------
@@ -249,6 +251,8 @@ class Parallel:
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:
         """Inside, parameters have their whole data (read only: changes are lost). Collective where anything is cut."""
+        if self.deferred.waiting:
+            self.deferred.flush()
         if any(self.is_cut(name) for name, _ in self.parameters()):
             self.comm.gather_ints([], "deepcopy")
         kept = {}
@@ -274,7 +278,8 @@ class Parallel:
                 return self.call(args, kwargs)
         self.calls += 1
         leaves = input_tensors(args, kwargs)
-        self.header.check(self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs), self.attributes.look())
+        deferred = torch.is_grad_enabled() and self.deferred.wanted()
+        self.header.check(self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs), self.attributes.look(), deferred)
         captured = self.capture(args, kwargs)
         tensors = captured.flatten_inputs(args, kwargs)
         rows, signature = self.header.rows(tensors, captured.batch_dims)
@@ -291,7 +296,7 @@ class Parallel:
         params = [(n.name, stored[n.name]) for n in graph.nodes if n.kind == "param"]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in itertools.chain(tensors, (p for _, p in params)))
         if grad:
-            outputs = list(RunProgram.apply(self, engine, feeds, stored, len(tensors), *tensors, *(p for _, p in params)))
+            outputs = list(RunProgram.apply(self, engine, feeds, stored, deferred, *tensors, *(p for _, p in params)))
         else:
             state = engine.forward(feeds, stored, grad=False, random=self.random)
             outputs = self.finish(engine, state, stored)
@@ -329,15 +334,16 @@ class RunProgram(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, parallel: Parallel, engine: Engine, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], num_inputs: int, *tensors: torch.Tensor
+        ctx: Any, parallel: Parallel, engine: Engine, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], deferred: bool, *tensors: torch.Tensor
     ) -> Any:
         seeds = None
         if engine.program.interleaved:
             share = 1.0 / parallel.comm.world_size
             seeds = {engine.names[n]: torch.full(engine.shapes[engine.value_of_return[n]], share, dtype=engine.dtype_of(n)) for n in engine.returns}
-        state = engine.forward(feeds, stored, grad=True, random=parallel.random, seeds=seeds)
+        later = engine.program.interleaved and (deferred or bool(parallel.deferred.waiting))
+        state = engine.forward(feeds, stored, grad=True, random=parallel.random, seeds=seeds, deferred=later)
         outputs = parallel.finish(engine, state, stored)
-        ctx.parallel, ctx.engine, ctx.state, ctx.num_inputs = parallel, engine, state, num_inputs
+        ctx.parallel, ctx.engine, ctx.state, ctx.deferred = parallel, engine, state, deferred
         ctx.shapes = [tuple(t.shape) for t in tensors]
         ctx.needs = [t.requires_grad for t in tensors]
         # What comes in from the loss of this process is taken as 1/P of the objective's. What goes out to a part of this process'
@@ -364,7 +370,9 @@ class RunProgram(torch.autograd.Function):
             state = state.copy()
         else:
             ctx.state = None
-        used = used_returns(engine, comm, grads)
+        deferred = ctx.parallel.deferred
+        accumulates = (ctx.deferred or bool(deferred.waiting)) and accumulates_all(ctx.next_functions)
+        used, accumulates = agree_on_backward(engine, comm, grads, accumulates)
         scales = dict(zip([*ctx.feed_names, *ctx.param_names], ctx.scales, strict=True))
         scale: torch.Tensor | None = None
         if engine.program.interleaved:
@@ -373,8 +381,15 @@ class RunProgram(torch.autograd.Function):
             scale = comm.all_reduce(own.detach().clone().reshape(-1) / comm.world_size, list(range(comm.world_size)), False)[0]
         else:
             incoming = {engine.names[n]: g / comm.world_size for n, g in zip(engine.returns, grads, strict=True) if g is not None}
+            state.deferred = accumulates
             engine.backward(state, incoming, retain_graph=keep)
         reached = engine.nodes_before(used)
+        if state.deferred and not accumulates:
+            engine.reduce(state)
+        elif state.deferred:
+            deferred.add(engine, state, scale, reached)
+        if accumulates and not ctx.deferred:
+            deferred.flush()
         nodes = {n: i for i, n in enumerate(engine.names)}
         out: list[torch.Tensor | None] = []
         for name, shape, needed in zip([*ctx.feed_names, *ctx.param_names], ctx.shapes, ctx.needs, strict=True):
@@ -391,12 +406,21 @@ class RunProgram(torch.autograd.Function):
         return (None, None, None, None, None, *out)
 
 
-def used_returns(engine: Engine, comm: Comm, grads: Sequence[torch.Tensor | None]) -> frozenset[int]:
-    """The returns whose gradient comes in on some rank: one that is used on no rank gives its parameters None, as in one process. Collective."""
-    parts = [grads[i : i + 100] for i in range(0, len(grads), 100)]
-    masks = [comm.gather_ints([g is not None for g in part], "backward") for part in parts]
-    used = [any(column) for chunk in masks for column in zip(*chunk, strict=True)]
-    return frozenset(n for n, u in zip(engine.returns, used, strict=True) if u)
+def agree_on_backward(engine: Engine, comm: Comm, grads: Sequence[torch.Tensor | None], accumulates: bool) -> tuple[frozenset[int], bool]:
+    """The returns whose gradient comes in on some rank (one that is used on no rank gives its parameters None, as in one process), and
+    whether all ranks say `accumulates`. Collective."""
+    parts = [grads[i : i + 100] for i in range(0, max(len(grads), 1), 100)]
+    said = [comm.gather_ints([accumulates, *(g is not None for g in part)], "backward") for part in parts]
+    used = [any(column) for chunk in said for column in list(zip(*chunk, strict=True))[1:]]
+    return frozenset(n for n, u in zip(engine.returns, used, strict=True) if u), all(s[0] for s in said[0])
+
+
+def accumulates_all(functions: Iterable[tuple[Any, int]]) -> bool:
+    """Whether the running backward adds to the `.grad` of all leaves, as `backward()` does, `autograd.grad` and `inputs=` don't."""
+    try:
+        return all(torch._C._will_engine_execute_node(f) for f, _ in functions if type(f).__name__ == "AccumulateGrad")  # type: ignore[attr-defined]
+    except RuntimeError:  # what it says to autograd.grad
+        return False
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ will never fire.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -73,9 +74,16 @@ class GradientWatch:
 
     def attach(self, named: Mapping[str, nn.Parameter]) -> None:
         me = weakref.ref(self)
+
+        def hook(name: str, grad: torch.Tensor | None) -> None:
+            if (watch := me()) is not None:
+                watch.look(name, grad)
+
         for name, p in named.items():
             if p.requires_grad:
-                p.register_hook(lambda grad, name=name: None if (watch := me()) is None else watch.look(name, grad))  # type: ignore[misc]
+                mine = functools.partial(hook, name)
+                mine.torch_soap = True  # type: ignore[attr-defined]
+                p.register_hook(mine)
 
     def look(self, name: str, grad: torch.Tensor | None) -> None:
         expected = self.expected.pop(name, -1)
