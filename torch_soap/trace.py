@@ -35,7 +35,8 @@ def instruction_name(engine: Engine, position: int) -> tuple[str, str]:
     names = list(dict.fromkeys(graph.nodes[t.producer].name for t in tensors))
     what = {kinds.fill: "move", kinds.grad_fill: "reduce", kinds.refill: "gather again"}[instruction.kind]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{what} {names[0] if names else ''}{more}", "communication" if instruction.ranks else "compute"
+    moves = any(t.pattern != _C.Pattern.local for t in instruction.transfers)
+    return f"{what} {names[0] if names else ''}{more}", "communication" if moves else "compute"
 
 
 def measured_events(engine: Engine, comm: Comm) -> list[Event]:
