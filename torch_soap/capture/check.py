@@ -107,7 +107,7 @@ def run(module: nn.Module, compute: Compute, inputs: Sequence[torch.Tensor], gra
         generator = torch.Generator().manual_seed(0)
         seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in wanted]
         grads = torch.autograd.grad(wanted, list(sources.values()), seeds, allow_unused=True)
-        result.grads = dict(zip(sources, grads, strict=True))
+        result.grads = {n: g.to_dense() if g is not None and g.is_sparse else g for n, g in zip(sources, grads, strict=True)}
     result.outputs = {n: o.detach() for n, o in result.outputs.items()}
     return result
 

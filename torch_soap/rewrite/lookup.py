@@ -1,4 +1,4 @@
-"""Local computations of embeddings, padding, attention and recurrent layers."""
+"""Local computations of embeddings (whose gradients are dense: they are summed over ranks), padding, attention and recurrent layers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from torch_soap.rewrite.local import Call, Emit, captured_call, local
 from torch_soap.rewrite.randomness import draw, runs_of
 
 
-def masked_lookup(indices: torch.Tensor, weight: torch.Tensor, begin: int, end: int, padding_idx: int, sparse: bool) -> torch.Tensor:
+def masked_lookup(indices: torch.Tensor, weight: torch.Tensor, begin: int, end: int, padding_idx: int) -> torch.Tensor:
     """Rows of [begin, end) of a table of which `weight` is that part; zero for other indices. Source: Megatron-LM, section 3."""
     here = (indices >= begin) & (indices < end)
     local_index = torch.where(here, indices - begin, torch.zeros_like(indices))
     pad = padding_idx - begin if begin <= padding_idx < end else None
-    rows = F.embedding(local_index, weight, padding_idx=pad, sparse=sparse)
+    rows = F.embedding(local_index, weight, padding_idx=pad)
     return torch.where(here.unsqueeze(-1), rows, torch.zeros_like(rows))
 
 
 @local("embedding")
 def embedding(e: Emit, call: Call) -> fx.Node:
     padding = int(call.attr("padding_idx", -1))
-    sparse = bool(call.attr("sparse", False))
     if call.is_cut("v"):
         begin, end = call.interval("v")
-        return e(masked_lookup, call.operand("indices"), call.operand("weight"), begin, end, padding, sparse)
+        return e(masked_lookup, call.operand("indices"), call.operand("weight"), begin, end, padding)
     by_frequency = bool(call.attr("scale_grad_by_freq", False))
     return e(
         F.embedding,
@@ -38,20 +37,19 @@ def embedding(e: Emit, call: Call) -> fx.Node:
         call.operand("weight"),
         padding_idx=padding if padding >= 0 else None,
         scale_grad_by_freq=by_frequency,
-        sparse=sparse,
     )
 
 
-def bag(indices: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, begin: int, end: int, mode: int, sparse: bool) -> torch.Tensor:
+def bag(indices: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, begin: int, end: int, mode: int) -> torch.Tensor:
     """Bags of equal length over a part of the table; sums and means are shares."""
     if mode == 2:
-        return F.embedding_bag(indices, weight, mode="max", sparse=sparse)
+        return F.embedding_bag(indices, weight, mode="max")
     here = (indices >= begin) & (indices < end)
     local_index = torch.where(here, indices - begin, torch.zeros_like(indices))
     factor = here.to(weight.dtype) / (indices.shape[1] if mode == 1 else 1)
     if scales is not None:
         factor = factor * torch.where(here, scales, torch.zeros_like(scales))
-    return F.embedding_bag(local_index, weight, mode="sum", per_sample_weights=factor, sparse=sparse)
+    return F.embedding_bag(local_index, weight, mode="sum", per_sample_weights=factor)
 
 
 @local("embedding_bag_fixed")
@@ -65,7 +63,6 @@ def embedding_bag(e: Emit, call: Call) -> fx.Node:
         begin,
         end,
         int(call.attr("mode", 0)),
-        bool(call.attr("sparse", False)),
     )
 
 
