@@ -23,6 +23,7 @@ from torch_soap.planner import search_plan
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.checkpoint import install_state_dict
 from torch_soap.runtime.comm import TorchComm
+from torch_soap.runtime.copies import parallel_copy, plain_copy
 from torch_soap.runtime.header import agree
 from torch_soap.runtime.optimizers import Registry
 from torch_soap.runtime.parallel import Parallel
@@ -60,11 +61,13 @@ class ParallelModule(nn.Module):
             self._soap.deferred.on = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A plain copy with whole parameters. Collective where anything is cut."""
-        return self._soap.plain_copy(memo)
+        """Parallelized too, with the same parts on the same plan: updates by name go from one to the other. On all ranks."""
+        other = parallel_copy(self._soap, memo)
+        attach(other.module, other)
+        return other.module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return copy.copy, (self._soap.plain_copy({}),)
+        return copy.copy, (plain_copy(self._soap, {}),)
 
 
 class WithLoss:
@@ -129,9 +132,16 @@ def parallelize(
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     comm = TorchComm()
+<<<<<<< HEAD
     if plan is not None and not isinstance(plan, Plan):
         plan = text_of(plan)
     same_module(comm, module, plan)
+=======
+    if plan is not None and not isinstance(plan, Plan) and "\n" not in str(plan) and str(plan).endswith(".json"):
+        plan = Path(plan)
+    others = {"loss": getattr(loss, "__qualname__", type(loss).__name__), "sample_dims": sample_dims, "memory_limit": memory_limit}
+    same_module(comm, module, plan, {**others, "example_inputs": "none" if example_inputs is None else "given"})
+>>>>>>> help-c
     broadcast_state(comm, module)
 
     def planner(graph: _C.OpGraph, captured: Graph, rows: list[int]) -> Plan:
@@ -146,15 +156,20 @@ def parallelize(
     parallel.sample_dims = sample_dims
     if example_inputs is not None:
         parallel.prepare(*as_arguments(example_inputs))
+    parallel.refresh = functools.partial(broadcast_state, comm)
+    attach(module, parallel)
+    return module
+
+
+def attach(module: nn.Module, parallel: Parallel) -> None:
+    """From here on the module's forward is the parallel one."""
     own = type(module)
     module.__class__ = type(own.__name__, (ParallelModule, own), {"__module__": own.__module__, "__doc__": own.__doc__})
     module.__dict__["_soap"] = parallel
     parallel.own_forward = module.__dict__.pop("forward", None)
-    parallel.refresh = functools.partial(broadcast_state, comm, module)
     install_state_dict(parallel)
     guard_submodules(module, parallel)
     registry().add(parallel)
-    return module
 
 
 def guard_submodules(module: nn.Module, parallel: Parallel) -> None:
@@ -174,14 +189,19 @@ def guard_submodules(module: nn.Module, parallel: Parallel) -> None:
             child.register_forward_pre_hook(hook)
 
 
-def same_module(comm: TorchComm, module: nn.Module, plan: Any) -> None:
-    """All ranks have the same torch, model and plan."""
+def same_module(comm: TorchComm, module: nn.Module, plan: Any, others: dict[str, Any]) -> None:
+    """All ranks have the same torch, model and plan, and other arguments."""
     mine = {
         "torch": torch.__version__,
         "class": type(module).__qualname__,
         **{f"parameter {n}": (tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()},
         **{f"buffer {n}": (tuple(b.shape), str(b.dtype)) for n, b in module.named_buffers()},
+<<<<<<< HEAD
         "plan": plan.text if isinstance(plan, Plan) else str(plan),
+=======
+        "plan": plan.text if isinstance(plan, Plan) else plan.read_text() if isinstance(plan, Path) else str(plan),
+        **others,
+>>>>>>> help-c
     }
     everyone = comm.gather_objects(mine)
     for rank, other in enumerate(everyone):

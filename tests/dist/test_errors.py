@@ -17,6 +17,7 @@ EXPECTED = {
     "unsynced": ["no_sync", "True", "False"],
     "wider": ["parameter 0.weight", "(7, 5)", "(6, 5)"],
     "frozen": ["parameter 0.bias", "True", "False"],
+    "arguments": ["example_inputs", "given", "none"],
     "plans": ["plan", "n=fed", "o=2"],
 }
 
@@ -50,5 +51,5 @@ def test_illegal_plan_changes_nothing(outcome: Outcome) -> None:
 
 def test_missing_rank_is_named() -> None:
     seen = seen_in(torchrun(2, "tests.dist.worker_errors", "absent", timeout_s=120), "absent")[0]
-    assert "[1]" in seen["message"] and "did not come" in seen["message"], seen
+    assert "[1]" in seen["message"] and "did not come" in seen["message"] and "for validation too" in seen["message"], seen
     assert seen["seconds"] < TIMEOUT_S + 5

@@ -70,6 +70,10 @@ def plans(rank: int) -> None:
     torch_soap.parallelize(model(), plan="* n=fed" if rank else "0 o=2\n* n=fed")
 
 
+def arguments(rank: int) -> None:
+    torch_soap.parallelize(model(), torch.randn(2, 5) if rank else None)
+
+
 def absent(rank: int) -> None:
     """A forward on rank 0 alone, as DDP's users write for validation."""
     m = torch_soap.parallelize(model(), plan="* n=fed")
@@ -89,7 +93,7 @@ def illegal(rank: int) -> None:
         assert [p.data_ptr() for p in m.parameters()] == before and type(m) is nn.Sequential, "half applied"
 
 
-SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, absent, illegal)}
+SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, arguments, absent, illegal)}
 
 
 def main(names: list[str]) -> None:

@@ -162,69 +162,6 @@ def checkpoints() -> float:
     return max(worst, difference(dict(plain.state_dict()), dict(saved)))
 
 
-def reduced_bytes(model: nn.Module, fn: Callable[[], Any]) -> int:
-    """Bytes that all-reduces and exchanges moved in fn()."""
-    traffic = model._soap.comm.traffic.num_bytes
-    before = traffic.total()
-    fn()
-    return traffic.total() - before
-
-
-def accumulation() -> float:
-    """k backwards under no_sync and one outside: the results of one process, gradients reduced once, also where shapes differ."""
-    x, y = batch()
-    worst = 0.0
-    for plan in (CUT, SHARD, "* n=fed"):
-        for to_none in (True, False):
-            reference, model = mlp(), torch_soap.parallelize(mlp(), plan=plan)
-            for rows in (3, 2):  # another engine
-
-                def backward(m: nn.Module, scale: float, rows: int = rows) -> None:
-                    cut = whole if m is reference else own
-                    ((m(cut(x[: 2 * rows]) * scale) - cut(y[: 2 * rows])) ** 2).mean().backward()
-
-                backward(model, 1)
-                model.zero_grad()
-                once = reduced_bytes(model, lambda: backward(model, 1))  # noqa: B023
-                under = 0
-                reference.zero_grad(to_none)
-                model.zero_grad(to_none)
-                for k in (1, 2, 3):
-                    backward(reference, k)
-                    with model.no_sync():
-                        under += reduced_bytes(model, lambda: backward(model, k))  # noqa: B023
-                backward(reference, 4)
-                total = under + reduced_bytes(model, lambda: backward(model, 4))  # noqa: B023
-                if plan == "* n=fed":
-                    assert under == 0 and total == once, (under, total, once)
-                assert 4 * once - total == 3 * (once - under // 3), (under, total, once)  # what is left out is made up for once
-                backward(reference, 5)
-                with model.no_sync():
-                    backward(model, 5)
-                for m in (reference, model):
-                    torch.optim.SGD(m.parameters(), lr=0.1).step()
-            worst = max(worst, difference(dict(model.state_dict()), dict(reference.state_dict())))
-    return worst
-
-
-def retained_graphs() -> float:
-    """Two forwards before one backward, and several backwards through one forward, with keep=use too."""
-    x, y = batch()
-    worst = 0.0
-    for plan in (CUT, SHARD):
-        reference, model = mlp(), torch_soap.parallelize(mlp(), plan=plan)
-        for m, cut in ((reference, whole), (model, own)):
-            first, second = ((m(cut(x)) - cut(y)) ** 2).mean(), (m(cut(x) * 2) ** 2).mean()
-            first.backward(retain_graph=True)
-            first.backward(retain_graph=True)
-            (first + 3 * second).backward()
-            with torch.no_grad():
-                for p in m.parameters():
-                    p -= 0.1 * p.grad
-        worst = max(worst, difference(dict(model.state_dict()), dict(reference.state_dict())))
-    return worst
-
-
 class Special(nn.Module):
     """Tied, frozen and unused parameters, several outputs, a dict in, a dataclass out, keywords, integers."""
 
@@ -431,13 +368,23 @@ def refusals() -> float:
 
 
 def copies() -> float:
+    """A deepcopy is parallelized alike, planned or not, and independent; pickled it is plain and whole."""
+    x, _ = batch()
     model = torch_soap.parallelize(mlp(), plan=CUT)
-    model(own(batch()[0]))
+    early = copy.deepcopy(model)
+    model(own(x))
     twin = copy.deepcopy(model)
     pickled = pickle.loads(pickle.dumps(model))
-    assert type(twin) is nn.Sequential and type(pickled) is nn.Sequential and isinstance(model, nn.Sequential)
-    twin[0](batch()[0])
-    return max(difference(dict(twin.state_dict()), dict(mlp().state_dict())), difference(dict(pickled.state_dict()), dict(mlp().state_dict())))
+    assert type(pickled) is nn.Sequential and isinstance(model, nn.Sequential)
+    for a, b, c in zip(model.parameters(), early.parameters(), twin.parameters(), strict=True):
+        assert a.shape == b.shape == c.shape and len({id(a), id(b), id(c)}) == 3
+    wanted = own(mlp()(x)).detach()
+    step = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(own(x)).sum().backward()
+    step.step()
+    worst = max(float((m(own(x)).detach() - wanted).abs().max()) for m in (early, twin, copy.deepcopy(early)))
+    assert float((model(own(x)).detach() - wanted).abs().max()) > 0.01
+    return max(worst, *(difference(dict(m.state_dict()), dict(mlp().state_dict())) for m in (early, twin, pickled)))
 
 
 def meta() -> float:
@@ -478,7 +425,7 @@ def watches() -> float:
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, saving, many_inputs, accumulation, retained_graphs, special, modes, attributes, loss_inside, plans, refusals, copies, meta, watches)
+    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, saving, many_inputs, special, modes, attributes, loss_inside, plans, refusals, copies, meta, watches)
 }
 
 

@@ -1,4 +1,4 @@
-"""Local computations of embeddings, padding, attention and recurrent layers."""
+"""Local computations of embeddings (whose gradients are dense: they are summed over ranks), padding, attention and recurrent layers."""
 
 from __future__ import annotations
 

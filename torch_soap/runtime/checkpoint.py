@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ RANDOM_KEY = "torch_soap_random"  # in a state_dict's _metadata, which plain mod
 
 def install_state_dict(parallel: Parallel) -> None:
     """Hooks on the module: `state_dict()` gathers (collective), `load_state_dict()` cuts."""
-    names = {n: canonical for canonical, n in aliases(parallel.module)}
 
     def gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
         inside[0] = False
+        names = aliases(module)
         local_metadata[RANDOM_KEY] = parallel.random.state_dict()
-        if any(parallel.is_cut(n) for n in names.values()):
+        if any(parallel.is_cut(canonical) for canonical, _ in names):
             parallel.comm.gather_ints([], "state_dict")
-        for name, canonical in names.items():
+        for canonical, name in names:
             key = prefix + name
             if key in state and parallel.is_cut(canonical):
                 state[key] = parallel.gather(canonical, state[key]).to(state[key].dtype)
@@ -30,7 +31,7 @@ def install_state_dict(parallel: Parallel) -> None:
     def scatter(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
         if RANDOM_KEY in local_metadata:
             parallel.random.load_state_dict(local_metadata[RANDOM_KEY])
-        for name, canonical in names.items():
+        for canonical, name in aliases(module):
             key = prefix + name
             if key in state and parallel.is_cut(canonical):
                 whole = state[key]
@@ -65,37 +66,35 @@ def aliases(module: nn.Module) -> list[tuple[str, str]]:
     return out
 
 
+def cut_states(parallel: Parallel, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Any, str, nn.Parameter]]:
+    """(key, name, parameter) of the states in an optimizer's state_dict that belong to cut parameters. Keys are what its groups list: numbers,
+    or names (torch.distributed.checkpoint's)."""
+    names = {id(p): n for n, p in parallel.parameters()}
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False):
+        for key, p in zip(saved["params"], group["params"], strict=False):
+            name = names.get(id(p))
+            if name is not None and parallel.is_cut(name) and key in state_dict["state"]:
+                yield key, name, p
+
+
 def gather_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's state_dict with whole tensors. Collective."""
     parallel.comm.gather_ints([], "state_dict of an optimizer")
-    names = {id(p): n for n, p in parallel.parameters()}
-    index = 0
     state = dict(state_dict["state"])
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            name = names.get(id(p))
-            if name is not None and parallel.is_cut(name) and index in state:
-                state[index] = {
-                    k: parallel.gather(name, v).to(v.dtype) if isinstance(v, torch.Tensor) and v.shape == p.shape and v.dim() > 0 else v
-                    for k, v in state[index].items()
-                }
-            index += 1
+    for key, name, p in cut_states(parallel, optimizer, state_dict):
+        state[key] = {
+            k: parallel.gather(name, v).to(v.dtype) if isinstance(v, torch.Tensor) and v.shape == p.shape and v.dim() > 0 else v for k, v in state[key].items()
+        }
     return {**state_dict, "state": state}
 
 
 def cut_optimizer_state(parallel: Parallel, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A whole optimizer state_dict with this rank's parts."""
-    names = {id(p): n for n, p in parallel.parameters()}
-    index = 0
     state = dict(state_dict["state"])
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            name = names.get(id(p))
-            if name is not None and parallel.is_cut(name) and index in state:
-                shape = parallel.shapes[name]
-                state[index] = {
-                    k: cut(v, parallel.boxes[name]).clone() if isinstance(v, torch.Tensor) and tuple(v.shape) == shape and v.dim() > 0 else v
-                    for k, v in state[index].items()
-                }
-            index += 1
+    for key, name, _ in cut_states(parallel, optimizer, state_dict):
+        shape = parallel.shapes[name]
+        state[key] = {
+            k: cut(v, parallel.boxes[name]).clone() if isinstance(v, torch.Tensor) and tuple(v.shape) == shape and v.dim() > 0 else v
+            for k, v in state[key].items()
+        }
     return {**state_dict, "state": state}

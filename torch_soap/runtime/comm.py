@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,7 +88,8 @@ class TorchComm:
 
     def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], maximum: bool) -> torch.Tensor:
         tensor = tensor.contiguous()
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=self.group(ranks))
+        with moving(ranks):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=self.group(ranks))
         self.traffic.add("all_reduce", tensor.numel() * tensor.element_size())
         return tensor
 
@@ -97,7 +99,8 @@ class TorchComm:
         outgoing = [sends[r] for r in ranks if r in sends]
         packed = outgoing[0] if len(outgoing) == 1 else torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.uint8)
         received = torch.empty(sum(out_sizes), dtype=torch.uint8)
-        dist.all_to_all_single(received, packed, out_sizes, in_sizes, group=self.group(ranks))
+        with moving(ranks):
+            dist.all_to_all_single(received, packed, out_sizes, in_sizes, group=self.group(ranks))
         self.traffic.add("exchange", sum(in_sizes))
         return {r: part for r, part in zip(ranks, received.split(out_sizes), strict=True) if part.numel()}
 
@@ -118,7 +121,7 @@ class TorchComm:
         try:
             dist.all_gather_into_tensor(out, mine, group=self.world)
         except RuntimeError as error:
-            raise RuntimeError(f"[comm] meeting {self.num_meetings}: {self.missing()}") from error
+            raise RuntimeError(f"[comm] at a {meeting}: {self.missing()}") from error
         rows = out.view(self.world_size, HEADER_INTS)
         for rank, row in enumerate(rows):
             if row[1] != rows[0][1]:
@@ -137,7 +140,17 @@ class TorchComm:
             key = f"soap/meeting/{rank}"
             if not self.store.check([key]) or int(self.store.get(key)) < self.num_meetings:
                 absent.append(rank)
-        return f"ranks {absent} did not come" if absent else "the exchange failed though all ranks came"
+        if not absent:
+            return "the exchange failed though all ranks came"
+        return f"ranks {absent} did not come: they ended, failed, or are elsewhere. All ranks must make this call, for validation too, and equally often"
+
+
+@contextlib.contextmanager
+def moving(ranks: Sequence[int]) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"[comm] a movement among ranks {list(ranks)} failed: one of them ended, failed, or is elsewhere") from error
 
 
 class ThreadWorld:

@@ -33,16 +33,20 @@ class Header:
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
 
-    def check(self, training: bool, grad: bool, tensors: Sequence[torch.Tensor], structure: Any, attributes: int, deferred: bool = False) -> None:
+    def check(
+        self, training: bool, grad: bool, tensors: Sequence[torch.Tensor], structure: Any, attributes: int, deferred: bool = False, replaced: int = 0
+    ) -> None:
         """All ranks call the module in the same mode, with the same number, dtypes and ranks of inputs, in the same structure with the same constants.
 
         attributes: a number that stands for the modes and plain attributes of all submodules.
         deferred: inside no_sync.
+        replaced: how often parameters were replaced by other objects.
         """
         words = {
             "mode": "train" if training else "eval",
             "grad": grad,
             "no_sync": deferred,
+            "replaced parameters": replaced,
             "autocast": (torch.is_autocast_enabled("cpu"), str(torch.get_autocast_dtype("cpu"))),
             "inputs": [(str(t.dtype), t.dim()) for t in tensors],
             "arguments": structure,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -18,6 +19,11 @@ from torch_soap.runtime.storage import cut
 
 # Each element's update reads that element's parameter, gradient and state only. Others are taken not to be.
 ELEMENTWISE = {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"}
+
+
+# Of torch.nn.init.
+ELEMENTWISE_INIT = {"zeros_", "ones_", "constant_"}
+DRAWING = {"_calculate_fan_in_and_fan_out", "_no_grad_uniform_", "_no_grad_normal_", "_no_grad_trunc_normal_"}  # what imported ones call
 
 
 class Registry:
@@ -34,6 +40,26 @@ class Registry:
         torch.nn.utils.get_total_norm = self.total_norm
         self.local_unscale = torch.amp.GradScaler._unscale_grads_
         torch.amp.GradScaler._unscale_grads_ = functools.partialmethod(Registry.unscale_of, self)  # type: ignore[assignment,arg-type]
+
+        for name in dir(nn.init):
+            public = name.endswith("_") and not name.startswith("_")
+            if (public and name not in ELEMENTWISE_INIT) or name in DRAWING:
+                setattr(nn.init, name, self.refuse_parts(getattr(nn.init, name)))
+
+    def refuse_parts(self, init: Callable[..., Any]) -> Callable[..., Any]:
+        """torch.nn.init's function, which refuses cut parameters: it would see a part's fans, and draw the part's numbers."""
+
+        @functools.wraps(init)
+        def of_wholes(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            for parallel in self.parallels:
+                for name, p in parallel.parameters():
+                    if parallel.is_cut(name) and (p is tensor or (p.numel() and p.data_ptr() == tensor.data_ptr())):
+                        raise RuntimeError(
+                            f"[torch_soap] torch.nn.init on {name}, of which this rank has a part: initialise before the plan is made, or load_state_dict"
+                        )
+            return init(tensor, *args, **kwargs)
+
+        return of_wholes
 
     def add(self, parallel: Parallel) -> None:
         self.made = [r for r in self.made if r() is not None] + [weakref.ref(parallel)]
@@ -68,8 +94,9 @@ class Registry:
 
     # -- steps ---------------------------------------------------------------------------------------------------------
     def before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A closure sees the parts, and may be what plans the model; the step after it sees what the optimizer needs."""
-        if isinstance(optimizer, torch.optim.SparseAdam) and any(self.owner(p) for group in optimizer.param_groups for p in group["params"]):
+        """A closure sees the parts, and may be what plans the model; the step after it sees what the optimizer needs. What it returns is
+        this process' loss: the optimizer, which may decide by it, gets the mean of the processes'."""
+        if isinstance(optimizer, torch.optim.SparseAdam) and self.parallel_of(optimizer) is not None:
             raise RuntimeError(
                 "[torch_soap] SparseAdam steps only on the rows that a sparse gradient names, but over ranks gradients are dense "
                 "(also those of Embedding(sparse=True), with the same values): use Adam or SGD"
@@ -81,14 +108,28 @@ class Registry:
 
         def on_parts() -> Any:
             self.leave(optimizer)
-            result = closure()
+            result = self.mean_loss(optimizer, closure())
             self.enter(optimizer)
             return result
 
         return (args[0], on_parts, *args[2:]) if len(args) > 1 else args, {**kwargs, "closure": on_parts} if "closure" in kwargs else kwargs
 
+    def parallel_of(self, optimizer: torch.optim.Optimizer) -> Parallel | None:
+        """The first parallelized module of which the optimizer has a parameter."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return next((x for x in self.parallels if any(id(p) in owned for _, p in x.parameters())), None)
+
+    def mean_loss(self, optimizer: torch.optim.Optimizer, loss: Any) -> Any:
+        parallel = self.parallel_of(optimizer)
+        if parallel is None or not isinstance(loss, torch.Tensor | float):
+            return loss
+        own = torch.as_tensor(loss).detach().double().reshape(1)
+        mean = parallel.comm.all_reduce(own.clone(), list(range(parallel.comm.world_size)), False)[0] / parallel.comm.world_size
+        return mean.to(loss.dtype).reshape(loss.shape) if isinstance(loss, torch.Tensor) else float(mean)
+
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
         self.flush(p for group in optimizer.param_groups for p in group["params"])
+        self.leave(optimizer)  # a step that failed before
         ours = self.cut_parameters(optimizer)
         if not ours:
             return
@@ -159,19 +200,25 @@ class Registry:
         parallel.comm.gather_ints([], "gradient norm")
         counted = [t for t in mine if ours[id(t)][0].owners.get(ours[id(t)][1], parallel.comm.rank == 0) and t.numel()]
         maximum = norm_type == float("inf")
-        if maximum:
-            share = torch.stack([t.detach().abs().amax() for t in counted]).amax() if counted else torch.zeros(())
-        else:
-            share = sum((torch.linalg.vector_norm(t.detach(), norm_type) ** norm_type for t in counted), torch.zeros((), dtype=mine[0].dtype))
-        total = parallel.comm.all_reduce(share.detach().clone().reshape(1), list(range(parallel.comm.world_size)), maximum)[0]
+        if not maximum and not 0 < norm_type < float("inf"):
+            raise ValueError(f"[grad_norm] a norm over ranks of order {norm_type}: orders are positive or inf")
+        norms = [torch.linalg.vector_norm(t.detach(), norm_type, dtype=wide(t.dtype)).double() for t in counted]
+        share = torch.stack(norms) if norms else torch.zeros(1, dtype=torch.float64)
+        share = share.amax() if maximum else (share**norm_type).sum()
+        total = parallel.comm.all_reduce(share.reshape(1), list(range(parallel.comm.world_size)), maximum)[0]
         others = [t for t in tensors if id(t) not in ours]
         if others:
-            rest = self.local_norm(others, norm_type, False, foreach)
+            rest = self.local_norm(others, norm_type, False, foreach).double()
             total = torch.maximum(total, rest) if maximum else total + rest**norm_type
-        total = total if maximum else total ** (1.0 / norm_type)
+        total = (total if maximum else total ** (1.0 / norm_type)).to(mine[0].dtype)
         if error_if_nonfinite and not torch.isfinite(total):
             raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped.")
         return total
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What half precision is summed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:

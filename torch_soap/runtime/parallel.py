@@ -7,10 +7,10 @@ nothing): that is `param.data`, and `.grad` has the same shape. What an operator
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,11 +26,12 @@ from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.copies import plain_copy, with_memory
 from torch_soap.runtime.deferred import Deferred
 from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import Header, RankMismatchError, agree
 from torch_soap.runtime.storage import assemble, cut
-from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ReadAttributes, ReplicaWatch, checksum, compare_replicas
+from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ParameterWatch, ReadAttributes, ReplicaWatch, checksum, compare_replicas
 
 Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
 
@@ -53,15 +54,17 @@ class Parallel:
         self.engines: dict[Any, tuple[Engine, Graph]] = {}
         self.boxes: dict[str, list[Any] | None] = {}  # by parameter name, once planned
         self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters(remove_duplicate=False)}
+        self.family: list[weakref.ref[Parallel]] = [weakref.ref(self)]  # copies of one another: planned together
         self.own_forward: Any = None  # a forward that was set on the module itself
         self.sample_dims: Sequence[int | None] | None = None  # of each input tensor, named by the user
-        self.refresh: Callable[[], None] | None = None  # before a lazy plan cuts parameters: rank 0's win once more
+        self.refresh: Callable[[nn.Module], None] | None = None  # before a lazy plan cuts parameters: rank 0's win once more
         self.owners: dict[str, bool] = {}  # this rank's part counts in global norms and checkpoints
         self.storage: dict[str, Any] = {}  # node name -> Sharding
         self.random = CounterState.from_torch()
         self.header = Header(comm)
         self.calls = 0
         self.deferred = Deferred(self.parameters)
+        self.known = ParameterWatch()
         self.replicas, self.gradients, self.hooks, self.attributes = ReplicaWatch(), GradientWatch(), HookWatch(), AttributeWatch(module)
 
     # -- planning ------------------------------------------------------------------------------------------------------
@@ -71,18 +74,18 @@ class Parallel:
         It is made of a plain twin with whole parameters, so that tracing and checking never touch the user's Parameters. What the
         twin's parameters hold is given back afterwards: later traces need their shapes only.
         """
-        key = (self.attributes.modes(), structure_key(args, kwargs))
+        key = (tuple(self.module.modules()), self.attributes.modes(), structure_key(args, kwargs))
         known = self.captures.setdefault(key, [])
         captured = next((c for c, read in known if read.unchanged()), None)
         if captured is None:
-            twin = self.plain_copy({}, for_capture=True)
+            twin = plain_copy(self, {}, for_capture=True)
             on_meta = any(p.is_meta for p in twin.parameters())
             if on_meta:
                 with_memory(twin)
             read = ReadAttributes(twin)
 
             def make() -> Captured:
-                with read:
+                with read, torch.compiler.set_stance("force_eager"):
                     return capture(twin, args, kwargs, train=self.module.training, loss=self.loss, sample_dims=self.sample_dims, check=not on_meta)
 
             captured = self.together(make, input_tensors(args, kwargs))
@@ -112,32 +115,6 @@ class Parallel:
                 raise RankMismatchError(f"[capture] rank {rank} failed: {text}")
         assert made is not None
         return made
-
-    def plain_copy(self, memo: dict[int, Any], for_capture: bool = False) -> nn.Module:
-        """A copy of the module that knows nothing of us, with whole parameters. Collective where anything is cut.
-
-        for_capture: without the module's own hooks, which run around the parallel forward.
-        """
-        module = self.module
-        with self.whole_parameters():
-            if "_soap" not in module.__dict__:
-                twin = copy.deepcopy(module, memo)
-                return without_hooks(twin) if for_capture else twin
-            plain: type[nn.Module] = type(module).__mro__[2]
-            twin = plain.__new__(plain)
-            memo[id(module)] = twin
-            ours = ("_soap", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
-            twin.__dict__.update(copy.deepcopy({k: v for k, v in module.__dict__.items() if k not in ours}, memo))
-            fresh = nn.Module()
-            twin.__dict__.update({k: fresh.__dict__[k] for k in ours[1:]})
-            if self.own_forward is not None:
-                twin.__dict__["forward"] = copy.deepcopy(self.own_forward, memo)
-        for child in twin.modules():
-            for key in [k for k, hook in child._forward_pre_hooks.items() if getattr(hook, "torch_soap", False)]:
-                del child._forward_pre_hooks[key]
-            for key in [k for k, hook in child._state_dict_pre_hooks.items() if getattr(hook, "torch_soap", False)]:
-                del child._state_dict_pre_hooks[key]
-        return without_hooks(twin) if for_capture else twin
 
     def stored(self, captured: Captured, graph: Graph) -> dict[str, torch.Tensor]:
         """By node name: the user's own Parameters (this rank's parts) and buffers, and the trace's constants."""
@@ -182,8 +159,10 @@ class Parallel:
         agree(self.comm, "program", hashlib.sha256(str(program).encode()).hexdigest(), "the lowered programs differ")
         if not self.storage:
             if self.refresh is not None:
-                self.refresh()
-            self.cut_parameters(program)
+                self.refresh(self.module)
+            for other in [self, *(p for r in self.family if (p := r()) not in (None, self))]:
+                other.plan, other.planned = self.plan, self.planned
+                other.cut_parameters(program)
         engine = Engine(program, graph, self.comm.rank, self.comm)
         self.comm.join(engine.groups())
         self.engines[key] = engine, graph
@@ -191,6 +170,7 @@ class Parallel:
 
     def cut_parameters(self, program: _C.Program) -> None:
         """From here on a Parameter's data is the part that this rank stores."""
+        self.shapes = {n: tuple(p.shape) for n, p in self.module.named_parameters(remove_duplicate=False)}
         for node in program.graph.nodes:
             if node.kind not in (_C.NodeKind.param, _C.NodeKind.buffer):
                 continue
@@ -211,6 +191,7 @@ class Parallel:
                 p.grad = None
                 p.data = part
                 p.grad = grad
+        self.known.start(self.parameters())
 
     def materialise(self) -> None:
         """Gives parameters and buffers of the meta device memory for this rank's part only, unset until load_state_dict."""
@@ -251,8 +232,6 @@ class Parallel:
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:
         """Inside, parameters have their whole data (read only: changes are lost). Collective where anything is cut."""
-        if self.deferred.waiting:
-            self.deferred.flush()
         if any(self.is_cut(name) for name, _ in self.parameters()):
             self.comm.gather_ints([], "deepcopy")
         kept = {}
@@ -276,10 +255,21 @@ class Parallel:
             with torch.inference_mode(False), torch.no_grad():
                 args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
                 return self.call(args, kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError("[torch_soap] torch.func's transforms don't go through a parallelized module: apply them to the plain one")
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # a checkpoint around us would run us again, in another order
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+                return self.call_plainly(args, kwargs)
+        return self.call_plainly(args, kwargs)
+
+    def call_plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
+        self.gradients.attach(self.known.look(self.parameters()))
         leaves = input_tensors(args, kwargs)
         deferred = torch.is_grad_enabled() and self.deferred.wanted()
-        self.header.check(self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs), self.attributes.look(), deferred)
+        self.header.check(
+            self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs), self.attributes.look(), deferred, self.known.replaced
+        )
         captured = self.capture(args, kwargs)
         tensors = captured.flatten_inputs(args, kwargs)
         rows, signature = self.header.rows(tensors, captured.batch_dims)
@@ -291,7 +281,7 @@ class Parallel:
         names = [n.name for n in graph.nodes if n.kind == "feed"]
         feeds = dict(zip(names, tensors, strict=True))
         stored = self.stored(captured, graph)
-        if self.replicas.due(self.calls):
+        if self.replicas.due(self.calls) or self.known.fresh():
             compare_replicas(self.comm, {n: t for n, t in stored.items() if n in self.storage}, self.storage)
         params = [(n.name, stored[n.name]) for n in graph.nodes if n.kind == "param"]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in itertools.chain(tensors, (p for _, p in params)))
@@ -421,27 +411,6 @@ def accumulates_all(functions: Iterable[tuple[Any, int]]) -> bool:
         return all(torch._C._will_engine_execute_node(f) for f, _ in functions if type(f).__name__ == "AccumulateGrad")  # type: ignore[attr-defined]
     except RuntimeError:  # what it says to autograd.grad
         return False
-
-
-def without_hooks(module: nn.Module) -> nn.Module:
-    """The module's own hooks (not its children's) run around the parallel forward, not in it."""
-    fresh = nn.Module()
-    for name in fresh.__dict__:
-        if name.endswith("_hooks") or "_hooks_" in name:
-            module.__dict__[name] = copy.copy(fresh.__dict__[name])
-    return module
-
-
-def with_memory(module: nn.Module) -> None:
-    """Parameters and buffers of the meta device get (untouched) memory on the CPU; tied ones stay tied."""
-    first: dict[int, str] = {}
-    ties = [(n, first.setdefault(id(p), n)) for n, p in module.named_parameters(remove_duplicate=False)]
-    module.to_empty(device="cpu")
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, canonical in ties:
-        if name != canonical:
-            owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._parameters[leaf] = parameters[canonical]
 
 
 def box_runs(box: list[Any]) -> list[list[tuple[int, int]]]:

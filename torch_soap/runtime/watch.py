@@ -8,7 +8,7 @@ import functools
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -57,6 +57,47 @@ class ReplicaWatch:
 
     def due(self, call: int) -> bool:
         return self.every > 0 and call % self.every == 0
+
+
+class ParameterWatch:
+    """Tells when parameters aren't the objects that were planned. Others of the same name and shape are taken, and compared over ranks."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, nn.Parameter] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.replaced = self.compared = 0
+
+    def start(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.known = dict(named)
+        self.shapes = {n: p.shape for n, p in self.known.items()}
+
+    def look(self, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+        """The new ones.
+
+        Raises RuntimeError where they don't fit.
+        """
+        if not self.known:
+            return {}
+        now = dict(named)
+        if now.keys() != self.known.keys():
+            name = min(now.keys() ^ self.known.keys())
+            raise RuntimeError(f"[forward] {name} {'came' if name in now else 'went'} after the plan was made: change the module first, then parallelize it")
+        for name, p in now.items():
+            if p.shape != self.shapes[name] or p.is_meta:
+                raise RuntimeError(
+                    f"[forward] {name} is {list(p.shape)} on {p.device}, this rank's part {list(self.shapes[name])}: it was set after the plan was made. Set "
+                    "values with load_state_dict, which takes whole ones, or before the plan is made"
+                )
+        fresh = {n: p for n, p in now.items() if p is not self.known[n]}
+        if fresh:
+            self.replaced += 1
+            self.known = now
+        return fresh
+
+    def fresh(self) -> bool:
+        """Once after each replacement."""
+        before, self.compared = self.compared, self.replaced
+        return before != self.replaced
 
 
 class GradientWatch:
