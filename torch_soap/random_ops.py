@@ -161,6 +161,19 @@ class _NoKey:
         raise RuntimeError(f"{self.op} drew in backward: counter_rng can't follow activation checkpointing")
 
 
+class _CountedKey:
+    """A key that counts how often it is read: an operator that is inactive takes one, but draws nothing."""
+
+    def __init__(self, rng: CounterRng, key: RandomKey) -> None:
+        self.rng, self.key = rng, key
+        self.call, self.op_index = key.call, key.op_index
+
+    @property
+    def seed(self) -> int:
+        self.rng.num_draws += 1
+        return self.key.seed
+
+
 class CounterRng:
     """What `counter_rng` returns; entered once. `state` may be saved, loaded, and shared with a parallel run's."""
 
@@ -168,6 +181,7 @@ class CounterRng:
         self.module = module
         self.state = CounterState.from_torch() if seed is None else CounterState(seed)
         self.op_index = 0
+        self.num_draws = 0  # by operators that were active
         self._active = module is None  # in a forward
         self._nested = False  # in one of our kernels
         self._library: torch.library.Library | None = None
@@ -209,9 +223,9 @@ class CounterRng:
         self._library._destroy()
         self._library = None
 
-    def _next_key(self) -> RandomKey:
+    def _next_key(self) -> _CountedKey:
         self.op_index += 1
-        return self.state.key(self.op_index - 1)
+        return _CountedKey(self, self.state.key(self.op_index - 1))
 
     def _begin(self) -> None:
         self.next_call()

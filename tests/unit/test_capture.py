@@ -658,6 +658,12 @@ def test_randomness_in_an_opaque_child_is_told_and_counted() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return F.dropout(super().forward(x), 0.5)
 
+    class Inactive(Branches):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.dropout(super().forward(x), 0.0)
+
+    captured = capture(around(Inactive()), (torch.randn(4, 4),))
+    assert captured.opaque == ["child"] and captured.exact, captured.reasons
     captured = capture(nn.Sequential(nn.Dropout(0.1), around(Drops()), nn.Dropout(0.2)), (torch.randn(4, 4),))
     assert captured.opaque == ["1.child"]
     assert not captured.exact

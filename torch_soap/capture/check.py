@@ -52,23 +52,24 @@ def preserved(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded(root: nn.Module, paths: Sequence[str], drawn: Callable[[], int]) -> Iterator[dict[str, list[Recording]]]:
-    """Shapes at each call of the modules at `paths`. `drawn`: random operators so far."""
+def recorded(root: nn.Module, paths: Sequence[str], drawn: Callable[[], tuple[int, int]]) -> Iterator[dict[str, list[Recording]]]:
+    """Shapes at each call of the modules at `paths`. `drawn`: random operators so far, and what they drew."""
     calls: dict[str, list[Recording]] = {p: [] for p in paths}
     hooks = []
     for path in paths:
         module = root.get_submodule(path)
-        before: list[tuple[dict[str, torch.Tensor], int, Any]] = []
+        before: list[tuple[dict[str, torch.Tensor], tuple[int, int], Any]] = []
 
         def enter(m: nn.Module, _args: Any, _kwargs: Any, before: Any = before) -> None:
             before.append(({n: b.detach().clone() for n, b in m.named_buffers()}, drawn(), all_random_states()))
 
         def leave(m: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path, before: Any = before) -> None:
-            old, count, states = before.pop()
+            old, (count, draws), states = before.pop()
+            now, drawn_now = drawn()
             written = [n for n, b in m.named_buffers() if not b.is_meta and not torch.equal(b, old[n])]
             made = record((args, kwargs), result, written)
-            made.num_random = drawn() - count
-            made.random = made.num_random > 0 or all_random_states() != states
+            made.num_random = now - count
+            made.random = drawn_now > draws or all_random_states() != states
             calls[path].append(made)
 
         hooks += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave, with_kwargs=True)]

@@ -176,7 +176,7 @@ def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
 def record_run(captured: Captured, tensors: list[torch.Tensor]) -> dict[str, list[Recording]]:
     module = captured.objective if captured.opaque == [""] else captured.module
 
-    def record(drawn: Callable[[], int]) -> dict[str, list[Recording]]:
+    def record(drawn: Callable[[], tuple[int, int]]) -> dict[str, list[Recording]]:
         with eager_check.preserved(captured.objective), eager_check.recorded(module, captured.opaque, drawn) as calls, torch.enable_grad():
             captured.call([t.detach().clone().requires_grad_(t.requires_grad) for t in tensors])
         return calls
@@ -184,9 +184,9 @@ def record_run(captured: Captured, tensors: list[torch.Tensor]) -> dict[str, lis
     try:
         with counter_rng(seed=0) as rng:
             rng.next_call()
-            return record(lambda: rng.op_index)
+            return record(lambda: (rng.op_index, rng.num_draws))
     except NotImplementedError:  # an operator without a counter-based form: torch's generator will move
-        return record(lambda: 0)
+        return record(lambda: (0, 0))
 
 
 def doubled(tensors: Sequence[torch.Tensor], dims: Sequence[int | None]) -> list[torch.Tensor]:
