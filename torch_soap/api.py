@@ -132,16 +132,10 @@ def parallelize(
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     comm = TorchComm()
-<<<<<<< HEAD
     if plan is not None and not isinstance(plan, Plan):
         plan = text_of(plan)
-    same_module(comm, module, plan)
-=======
-    if plan is not None and not isinstance(plan, Plan) and "\n" not in str(plan) and str(plan).endswith(".json"):
-        plan = Path(plan)
     others = {"loss": getattr(loss, "__qualname__", type(loss).__name__), "sample_dims": sample_dims, "memory_limit": memory_limit}
     same_module(comm, module, plan, {**others, "example_inputs": "none" if example_inputs is None else "given"})
->>>>>>> help-c
     broadcast_state(comm, module)
 
     def planner(graph: _C.OpGraph, captured: Graph, rows: list[int]) -> Plan:
@@ -196,12 +190,8 @@ def same_module(comm: TorchComm, module: nn.Module, plan: Any, others: dict[str,
         "class": type(module).__qualname__,
         **{f"parameter {n}": (tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()},
         **{f"buffer {n}": (tuple(b.shape), str(b.dtype)) for n, b in module.named_buffers()},
-<<<<<<< HEAD
         "plan": plan.text if isinstance(plan, Plan) else str(plan),
-=======
-        "plan": plan.text if isinstance(plan, Plan) else plan.read_text() if isinstance(plan, Path) else str(plan),
         **others,
->>>>>>> help-c
     }
     everyone = comm.gather_objects(mine)
     for rank, other in enumerate(everyone):
