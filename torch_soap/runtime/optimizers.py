@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torch_soap.runtime.checkpoint import cut_optimizer_state, gather_optimizer_state
+from torch_soap.runtime.movement import sums_in
 from torch_soap.runtime.parallel import Parallel
 from torch_soap.runtime.storage import cut
 
@@ -146,13 +147,14 @@ class Registry:
         if maximum:
             share = torch.stack([t.detach().abs().amax() for t in counted]).amax() if counted else torch.zeros(())
         else:
-            share = sum((torch.linalg.vector_norm(t.detach(), norm_type) ** norm_type for t in counted), torch.zeros((), dtype=mine[0].dtype))
+            dtype = sums_in(mine[0].dtype)
+            share = sum((torch.linalg.vector_norm(t.detach(), norm_type, dtype=sums_in(t.dtype)) ** norm_type for t in counted), torch.zeros((), dtype=dtype))
         total = parallel.comm.all_reduce(share.detach().clone().reshape(1), list(range(parallel.comm.world_size)), maximum)[0]
         others = [t for t in tensors if id(t) not in ours]
         if others:
             rest = self.local_norm(others, norm_type, False, foreach)
             total = torch.maximum(total, rest) if maximum else total + rest**norm_type
-        total = total if maximum else total ** (1.0 / norm_type)
+        total = (total if maximum else total ** (1.0 / norm_type)).to(mine[0].dtype)
         if error_if_nonfinite and not torch.isfinite(total):
             raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped.")
         return total
