@@ -26,7 +26,7 @@ def ce_count(target: torch.Tensor, weight: torch.Tensor | None = None, ignore_in
     counted = target != ignore_index
     if weight is None:
         return counted.sum(dtype=dtype)
-    return torch.where(counted, weight[torch.where(counted, target, torch.zeros_like(target))], torch.zeros((), dtype=weight.dtype)).sum()
+    return torch.where(counted, weight[torch.where(counted, target, torch.zeros_like(target))], torch.zeros((), dtype=weight.dtype)).sum(dtype=dtype)
 
 
 # -- products and indexing -----------------------------------------------------------------------------------------------

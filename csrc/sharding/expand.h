@@ -41,11 +41,13 @@ class Expander {
   TensorId operand(std::string_view name) const;
   const std::vector<int64_t>& shape(TensorId t) const;
   const std::string& dtype(TensorId t) const;
+  // Operand i in float32 where it has fewer digits: statistics and sums of exponentials are not for bfloat16.
+  TensorId wide(int i);
   // Adds a sub-operator with one result of this shape; dtype empty: that of the first input. Gradients: as the inputs need.
   TensorId add(Sub sub, std::vector<int64_t> shape, std::string dtype = "", bool differentiable = true);
   // A sub-operator with several results of one dtype.
   std::vector<TensorId> add_many(Sub sub, std::vector<std::vector<int64_t>> shapes, std::string dtype = "", bool differentiable = true);
-  // Says which new tensor stands for a result of the original from now on.
+  // Says which new tensor stands for a result of the original from now on, brought to its dtype.
   void bind(int result, TensorId t);
 
   // Tiles and chunks of a factor of the original (1 when not cut): an expansion may make them a real dim (softmax merge).

@@ -205,6 +205,30 @@ const std::string& Expander::dtype(TensorId t) const {
   return pass_.out.graph.tensors.at(t).dtype;
 }
 
+namespace {
+
+bool is_low(std::string_view dtype) {
+  return dtype == "bfloat16" || dtype == "float16";
+}
+
+// d0, d1, ... of an elementwise operator on a tensor of these dims, and the original's factors that they are.
+std::vector<std::pair<std::string, std::string>> factors_of(const std::vector<DimExpr>& dims, const Rule& rule) {
+  std::vector<std::pair<std::string, std::string>> out{{"", ""}};
+  for (size_t d = 0; d < dims.size(); ++d) {
+    if (dims[d].factors.size() == 1 && !dims[d].map) out.emplace_back(fmt::format("d{}", d), rule.factors[dims[d].factors[0]].name);
+  }
+  return out;
+}
+
+}  // namespace
+
+TensorId Expander::wide(int i) {
+  const TensorId t = operand(i);
+  if (!is_low(dtype(t))) return t;
+  return add({.name = fmt::format("wide{}", i), .target = "to", .inputs = {t}, .family = "pointwise", .inherit = factors_of(rule_.operands[i].dims, rule_)},
+             shape(t), "float32");
+}
+
 TensorId Expander::add(Sub sub, std::vector<int64_t> shape, std::string dtype, bool differentiable) {
   return add_many(std::move(sub), {std::move(shape)}, std::move(dtype), differentiable)[0];
 }
@@ -220,7 +244,7 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
          .source = node_.source,
          .no_grad = node_.no_grad};
   bool grad = false;
-  int64_t bytes = 4;
+  int64_t bytes = is_low(dtype) ? 2 : 4;
   if (!sub.inputs.empty()) {
     if (dtype.empty()) dtype = g.tensors[sub.inputs[0]].dtype;
     for (TensorId t : sub.inputs) {
@@ -285,6 +309,12 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
 }
 
 void Expander::bind(int result, TensorId t) {
+  const std::string wanted = pass_.out.graph.tensors.at(node_.outputs[result]).dtype;
+  if (dtype(t) != wanted) {
+    t = add(
+        {.name = fmt::format("as{}", result), .target = "to", .inputs = {t}, .family = "pointwise", .inherit = factors_of(rule_.results[result].dims, rule_)},
+        shape(t), wanted);
+  }
   pass_.bound.at(result) = t;
 }
 

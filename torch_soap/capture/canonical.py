@@ -198,9 +198,13 @@ def _reduced(e: Emitter, rows: Any, reduction: int) -> Any:
 
 def _mean_of_rows(e: Emitter, rows: Any, target: Any, weight: Any, ignore_index: int) -> Any:
     """sum(rows * (1 / count)), count over the whole batch: the backward of a part of the rows needs only the count."""
+    dtype = rows.dtype
+    if dtype in (torch.bfloat16, torch.float16):  # which have neither the range nor the digits of a count
+        rows = e.emit("to", aten.to.dtype, rows, torch.float32)
     count = e.emit("ce_count", functional.ce_count, target, weight, ignore_index, rows.dtype)
     share = e.emit("reciprocal", aten.reciprocal.default, count)
-    return e.emit("sum", aten.sum.default, e.emit("mul", aten.mul.Tensor, rows, share))
+    mean = e.emit("sum", aten.sum.default, e.emit("mul", aten.mul.Tensor, rows, share))
+    return mean if mean.dtype == dtype else e.emit("to", aten.to.dtype, mean, dtype)
 
 
 def _cross_entropy(e: Emitter, x: Any, target: Any, weight: Any = None, reduction: int = 1, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:

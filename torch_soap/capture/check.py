@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,20 +113,21 @@ def run(module: nn.Module, compute: Compute, inputs: Sequence[torch.Tensor], gra
     return result
 
 
-def compare(eager: Run, traced: Run) -> None:
-    """Raises CaptureError at the first thing that differs."""
+def compare(eager: Run, traced: Run, dtypes: Iterable[torch.dtype] = ()) -> None:
+    """Raises CaptureError at the first thing that differs. `dtypes`: of values on the way (autocast), which bound everything behind them."""
+    least = max((TOLERANCE[d] for d in dtypes if d in (torch.float16, torch.bfloat16)), default=0.0)
     for wanted, got in ((eager.outputs, traced.outputs), (eager.buffers, traced.buffers), (eager.grads, traced.grads)):
         if wanted.keys() != got.keys():
             raise CaptureError(f"the trace gives {sorted(got)}, the module {sorted(wanted)}")
         tensors = [t for t in wanted.values() if t is not None and t.numel() and t.is_floating_point()]
         top = max((float(t.abs().nan_to_num(posinf=0.0).max()) for t in tensors), default=0.0)
         for name, a in wanted.items():
-            difference = differs(a, got[name], 1e-2 * top)
+            difference = differs(a, got[name], 1e-2 * top, least)
             if difference:
                 raise CaptureError(f"the trace differs from the module: {name} {difference}")
 
 
-def differs(a: torch.Tensor | None, b: torch.Tensor | None, scale: float) -> str:
+def differs(a: torch.Tensor | None, b: torch.Tensor | None, scale: float, least: float) -> str:
     if a is None or b is None:
         other = a if b is None else b
         return f"is {'None' if b is None else 'there'} in the trace" if other is not None and bool((other != 0).any()) else ""
@@ -141,7 +142,7 @@ def differs(a: torch.Tensor | None, b: torch.Tensor | None, scale: float) -> str
     finite = a.isfinite()
     error = float((a - b)[finite].abs().max()) if bool(finite.any()) else 0.0
     size = max(float(a[finite].abs().max()) if bool(finite.any()) else 0.0, scale)
-    return f"by {error:.1e} of {size:.1e}" if error > TOLERANCE.get(a.dtype, 2e-4) * size else ""
+    return f"by {error:.1e} of {size:.1e}" if error > max(TOLERANCE.get(a.dtype, 2e-4), least) * size else ""
 
 
 __all__ = ["Run", "compare", "mode_of", "preserved", "record", "recorded", "run"]

@@ -23,13 +23,16 @@ from torch_soap.random_ops import RANDOM_KERNELS
 
 
 class Emit:
-    """Appends calls to a segment's fx graph."""
+    """Appends calls to a segment's fx graph; inside `mode`, the no_grad and autocast region of the operator at hand."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.random: fx.Node | None = None  # the forward's CallKey
+        self.mode: tuple[bool, Any] = (False, None)
 
     def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        if self.mode != (False, None) and fn is not operator.getitem:
+            fn = in_region(fn, *self.mode)
         return self.graph.call_function(fn, args, kwargs)
 
 
@@ -129,8 +132,6 @@ def captured_call(e: Emit, call: Call, fn: Callable[..., Any] | None = None) -> 
     called: Any = fn or node.fn
     if node.rng_index is not None and called in RANDOM_KERNELS:
         called, args = drawn, (e.random, node.rng_index, called, *args)
-    if node.no_grad or node.autocast is not None:
-        called = in_region(called, node.no_grad, node.autocast)
     result = e(called, *args, **kwargs)
     if len(call.shapes) == 1 and not returns_list(node):
         return [result]
@@ -147,5 +148,12 @@ def returns_list(node: Node) -> bool:
 def emit_local(e: Emit, call: Call) -> list[fx.Node]:
     """The tile's results."""
     fn = LOCALS.get(call.node.target)
+    autocast = call.captured.autocast if call.captured is not None else None
+    e.mode = (call.node.no_grad, autocast)
     result = fn(e, call) if fn is not None else captured_call(e, call)
-    return result if isinstance(result, list) else [result]
+    e.mode = (False, None)
+    results = result if isinstance(result, list) else [result]
+    if autocast is None:
+        return results
+    # A tile may be computed by other operators than the whole, which autocast treats in other ways.
+    return [e(torch.Tensor.to, r, dtype) for r, dtype in zip(results, call.dtypes, strict=True)]

@@ -122,7 +122,9 @@ def attention(e: Emit, call: Call) -> fx.Node:
 def attention_part_of(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, repeat: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unnormalised attention over some keys: max, sum of exponentials, weighted values; a row that sees no key gives -inf, 0, 0."""
+    """Unnormalised attention over some keys: max, sum of exponentials, weighted values; a row that sees no key gives -inf, 0, 0.
+    At least in float32: parts are merged."""
+    q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, -3), v.repeat_interleave(repeat, -3)
     scores = (q @ k.transpose(-2, -1)) * scale

@@ -21,12 +21,16 @@ def dims_of(call: Call) -> list[int]:
     return [d % rank for d in dims] if dims else list(range(rank))
 
 
-@local("sum")
-def total(e: Emit, call: Call) -> fx.Node:
+def summed(e: Emit, call: Call, dtype: torch.dtype) -> fx.Node:
     dims = dims_of(call)
     if not dims:
-        return e(torch.Tensor.to, first(call), call.dtypes[0])
-    return e(torch.sum, first(call), dims, bool(call.attr("keepdim", False)), dtype=call.dtypes[0])
+        return e(torch.Tensor.to, first(call), dtype)
+    return e(torch.sum, first(call), dims, bool(call.attr("keepdim", False)), dtype=dtype)
+
+
+@local("sum")
+def total(e: Emit, call: Call) -> fx.Node:
+    return summed(e, call, call.dtypes[0])
 
 
 @local("mean")
@@ -34,13 +38,18 @@ def mean(e: Emit, call: Call) -> fx.Node:
     """This tile's share: its sum over the *global* count."""
     shape = call.global_shape(call.node.operand_names[0])
     count = math.prod(shape[d] for d in dims_of(call))
-    scaled = total(e, call)
-    return e(torch.mul, scaled, 1.0 / count if count else math.nan)
+    dtype = torch.promote_types(call.dtypes[0], torch.float32)  # a sum of float16 may be beyond its range
+    return e(torch.Tensor.to, e(torch.mul, summed(e, call, dtype), 1.0 / count if count else math.nan), call.dtypes[0])
 
 
 @local("max_shift")
 def max_shift(e: Emit, call: Call) -> fx.Node:
     return e(torch.amax, e(torch.Tensor.detach, first(call)), dims_of(call), bool(call.attr("keepdim", False)))
+
+
+@local("to")
+def to(e: Emit, call: Call) -> fx.Node:
+    return e(torch.Tensor.to, first(call), call.dtypes[0])
 
 
 @local("exp_shifted")

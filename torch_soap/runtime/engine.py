@@ -16,7 +16,7 @@ from torch_soap.capture.graph import Graph
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
-from torch_soap.runtime.movement import PlannedStep, execute, plan_step
+from torch_soap.runtime.movement import PlannedStep, execute, plan_step, sums_in
 
 
 @dataclass
@@ -211,7 +211,7 @@ class Engine:
         grad = state.grads.get(value)
         if grad is None and 0 in self.shapes[value] and self.program.graph.nodes[node].outputs[0] in self.with_grad:
             return torch.empty(self.shapes[value], dtype=self.dtype_of(node))
-        return grad
+        return None if grad is None else grad.to(self.dtype_of(node))
 
     def reduce(self, state: StepState) -> None:
         """The gradient fills that a deferred state left out. Collective."""
@@ -271,7 +271,7 @@ class Engine:
         wanted = [(v, t) for v, t in outputs.items() if t.requires_grad and v in state.grads]
         if not wanted or not leaves:
             return
-        grads = [state.grads.pop(v) for v, _ in wanted]
+        grads = [state.grads.pop(v).to(t.dtype) for v, t in wanted]
         results = torch.autograd.grad([t for _, t in wanted], list(leaves.values()), grads, retain_graph=state.retain_graph, allow_unused=True)
         for value, result in zip(leaves, results, strict=True):
             if result is not None:
@@ -279,7 +279,7 @@ class Engine:
 
     def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
         known = state.grads.get(value)
-        state.grads[value] = grad if known is None else known + grad
+        state.grads[value] = grad if known is None else known.to(sums_in(known.dtype)) + grad
 
     def _fill(self, state: StepState, position: int) -> None:
         step = self.planned[position]
@@ -310,7 +310,7 @@ class Engine:
 
         def read(value: int, dtype: torch.dtype) -> torch.Tensor:
             grad = state.grads.get(value)
-            return torch.zeros(self.shapes[value], dtype=dtype) if grad is None else grad
+            return torch.zeros(self.shapes[value], dtype=dtype) if grad is None else grad.to(dtype)
 
         for value, grad in execute(step, self.comm, read):
             self._accumulate(state, value, grad)

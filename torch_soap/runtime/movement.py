@@ -13,7 +13,13 @@ from torch_soap.rewrite.segment import identity
 from torch_soap.runtime.comm import Comm
 
 Box = list[Any]
+LOW = (torch.bfloat16, torch.float16)
 ALIGNMENT = 64  # bytes, of torch's CPU allocator
+
+
+def sums_in(dtype: torch.dtype) -> torch.dtype:
+    """What values of this dtype are added up in, over ranks and chunks."""
+    return torch.float32 if dtype in LOW else dtype
 
 
 @dataclass
@@ -177,7 +183,8 @@ def reduce_bucket(
     """All-reduces of one step among the same ranks, as one flat tensor."""
     sources = [read(next(m.src for m in t.moves if m.src >= 0), dtype) for t in transfers]
     flat = torch.cat([s.reshape(-1) for s in sources]) if len(sources) > 1 else sources[0].clone().reshape(-1)
-    parts = comm.all_reduce(flat, ranks, maximum).split([s.numel() for s in sources])
+    flat = comm.all_reduce(flat.to(dtype if maximum else sums_in(dtype)), ranks, maximum).to(dtype)
+    parts = flat.split([s.numel() for s in sources])
     out = []
     for t, source, part in zip(transfers, sources, parts, strict=True):
         result = part.reshape(source.shape)
@@ -204,6 +211,7 @@ def combine(
         if m.dst >= 0:
             arriving.setdefault(m.dst, []).append(m)
     how = (torch.maximum if t.maximum else torch.add) if t.adds else None
+    dtype = sums_in(t.dtype) if t.adds and not t.maximum else t.dtype
     for value, shape in t.results:
         pieces = arriving.get(value, [])
         target: torch.Tensor | None = None
@@ -215,15 +223,16 @@ def combine(
                 raw = received[m.peer][offsets[m.peer] : offsets[m.peer] + num_bytes]
                 offsets[m.peer] += num_bytes
                 piece = (raw if raw.storage_offset() % t.dtype.itemsize == 0 else raw.clone()).view(t.dtype).reshape(m.src_shape)
+            piece = piece.to(dtype)
             if not m.dst_index and (target is None or how is not None):
                 piece = dense(piece)
                 target = piece if target is None else how(target, piece) if how is not None else piece
                 continue
             if target is None:
-                target = torch.full(shape, identity(t.reduce, t.dtype), dtype=t.dtype) if t.adds else torch.empty(shape, dtype=t.dtype)
+                target = torch.full(shape, identity(t.reduce, dtype), dtype=dtype) if t.adds else torch.empty(shape, dtype=dtype)
             elif m is pieces[1] and not pieces[0].dst_index:
                 target = target.clone()  # the first piece may be a view of its source
             put(target, m.dst_index, piece, how)
         if target is None:
             target = torch.full(shape, identity(t.reduce, t.dtype), dtype=t.dtype)
-        out.append((value, aligned(target)))
+        out.append((value, aligned(target.to(t.dtype))))

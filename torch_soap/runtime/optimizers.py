@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from torch_soap.runtime.checkpoint import cut_optimizer_state, gather_optimizer_state
 from torch_soap.runtime.deferred import DeferredGradient
+from torch_soap.runtime.movement import sums_in
 from torch_soap.runtime.parallel import Parallel
 from torch_soap.runtime.storage import cut
 
@@ -202,7 +203,7 @@ class Registry:
         maximum = norm_type == float("inf")
         if not maximum and not 0 < norm_type < float("inf"):
             raise ValueError(f"[grad_norm] a norm over ranks of order {norm_type}: orders are positive or inf")
-        norms = [torch.linalg.vector_norm(t.detach(), norm_type, dtype=wide(t.dtype)).double() for t in counted]
+        norms = [torch.linalg.vector_norm(t.detach(), norm_type, dtype=sums_in(t.dtype)).double() for t in counted]
         share = torch.stack(norms) if norms else torch.zeros(1, dtype=torch.float64)
         share = share.amax() if maximum else (share**norm_type).sum()
         total = parallel.comm.all_reduce(share.reshape(1), list(range(parallel.comm.world_size)), maximum)[0]
@@ -214,11 +215,6 @@ class Registry:
         if error_if_nonfinite and not torch.isfinite(total):
             raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped.")
         return total
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What half precision is summed in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:

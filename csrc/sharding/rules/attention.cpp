@@ -142,7 +142,8 @@ void expand_attention(Expander& e, const Node& node, const Rule& rule, const Til
   acc.push_back(parts);
   AttrMap attrs = node.attrs;
   attrs["begins"] = begins;
-  const auto made = e.add_many({.name = "part", .target = "attention_part", .inputs = inputs, .operand_names = names, .attrs = attrs}, {stat, stat, acc});
+  const auto made = e.add_many({.name = "part", .target = "attention_part", .inputs = inputs, .operand_names = names, .attrs = attrs}, {stat, stat, acc},
+                               e.dtype(inputs[0]) == "float64" ? "" : "float32");
   e.bind(0, e.add({.name = "merge", .target = "attention_merge", .inputs = {made[0], made[1], made[2]}, .operand_names = {"m", "l", "acc"}}, out));
   (void)rule;
 }

@@ -58,7 +58,7 @@ Rule ce_pick(const OpGraph& graph, const Node& node) {
 }
 
 void expand_ce(Expander& e, const Node& node, const Rule& rule, const Tiling&) {
-  const TensorId x = e.operand(0), t = e.operand(1);
+  const TensorId x = e.wide(0), t = e.operand(1);
   const auto shape = e.shape(x);
   const int64_t dim = shape.size() == 1 ? 0 : 1;
   std::vector<int64_t> keep = shape;

@@ -123,7 +123,7 @@ std::vector<std::pair<std::string, std::string>> by_dim(const Rule& rule) {
 }
 
 void expand_norm(Expander& e, const Node& node, const Rule& rule, const Tiling&) {
-  const TensorId x = e.operand(0);
+  const TensorId x = e.wide(0);
   const auto shape = e.shape(x);
   const auto inherit = by_dim(rule);
   std::vector<int64_t> dims, weight_dims;
@@ -153,7 +153,7 @@ void expand_norm(Expander& e, const Node& node, const Rule& rule, const Tiling&)
 }
 
 void expand_stats(Expander& e, const Node&, const Rule& rule, const Tiling&) {
-  const TensorId x = e.operand(0);
+  const TensorId x = e.wide(0);
   const auto shape = e.shape(x);
   std::vector<int64_t> dims;
   for (size_t d = 0; d < shape.size(); ++d) {

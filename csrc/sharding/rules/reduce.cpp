@@ -90,7 +90,7 @@ Rule softmax(const OpGraph& graph, const Node& node) {
 
 // softmax = e / sum(e), e = exp(x - max); log_softmax = x - max - log(sum(e)).
 void expand_softmax(Expander& e, const Node& node, const Rule&, const Tiling&) {
-  const TensorId x = e.operand(0);
+  const TensorId x = e.wide(0);
   std::vector<int64_t> keep = e.shape(x);
   int64_t dim = node.attr<int64_t>("dim", -1);
   if (dim < 0) dim += static_cast<int64_t>(keep.size());
