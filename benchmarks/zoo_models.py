@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,12 +78,15 @@ def video_model(name: str, size: int) -> Made:
 
 
 def timm_model(name: str, size: int) -> Made:
+    """As shallow as its constructor allows."""
     import timm
 
-    try:
-        module = timm.create_model(name, num_classes=10, img_size=size)
-    except TypeError:
-        module = timm.create_model(name, num_classes=10)
+    sizes: tuple[dict[str, Any], ...] = ({"img_size": size}, {})
+    depths: tuple[dict[str, Any], ...] = ({"depth": 2}, {"layers": (1, 1, 1, 1)}, {"depths": (1, 1, 1, 1)}, {})
+    for more in (s | d for s, d in itertools.product(sizes, depths)):
+        with contextlib.suppress(TypeError, AssertionError, IndexError, ValueError):
+            module = timm.create_model(name, num_classes=10, **more)
+            break
     return module, (images(size), torch.randint(10, (ROWS,))), total_loss
 
 
@@ -95,7 +100,8 @@ SEQ2SEQ = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 
            "d_model": 16, "decoder_start_token_id": 1, "forced_eos_token_id": None}  # fmt: skip
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 VISION = {"image_size": 32, "patch_size": 8}
-STAGES = {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "hidden_sizes": [8, 16], "window_size": 2, "patch_size": 4, "num_stages": 2}
+STAGES = {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "hidden_sizes": [8, 16], "window_size": 2, "patch_size": 4, "num_stages": 2,
+          "hidden_size": ..., "num_attention_heads": ..., "num_hidden_layers": ...}  # fmt: skip
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "head_dim": 4}
 MAMBA = {"state_size": 4, "conv_kernel": 4, "expand": 2, "time_step_rank": 2, "head_dim": 8, "num_heads": 4, "n_groups": 2, "chunk_size": 4}
 
@@ -105,7 +111,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "qwen2": {}, "qwen2_moe": EXPERTS, "qwen3": {}, "qwen3_moe": EXPERTS, "gemma": {}, "gemma2": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4},
     "phi": {}, "phi3": {}, "falcon": {"head_dim": ...}, "codegen": {"rotary_dim": 4}, "cohere": {}, "olmo": {}, "olmo2": {}, "olmoe": EXPERTS, "stablelm": {},
     "starcoder2": {}, "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 2}, "persimmon": {}, "glm": {"pad_token_id": 0}, "granite": {}, "granitemoe": EXPERTS,
-    "dbrx": {"d_model": 16, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4,
+    "dbrx": {"rope_theta": 1e4, "d_model": 16, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4,
         "moe_top_k": 2}}, "jetmoe": EXPERTS | {"kv_channels": 4, "num_key_value_heads": 2},
     "deepseek_v2": EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "deepseek_v3": EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}, "mamba": MAMBA, "mamba2": MAMBA,
@@ -130,7 +136,7 @@ MASKED: dict[str, dict[str, Any]] = {
     "nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8}, "yoso": {"use_expectation": True},
     "xmod": {"languages": ["a"], "default_language": "a"}, "ibert": {}, "megatron-bert": {}, "ernie": {},
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 3}, "xlm": {"emb_dim": 16, "n_heads": 4, "n_layers": 2},
-    "flaubert": {"emb_dim": 16, "n_heads": 4, "n_layers": 2}, "modernbert": {"local_attention": 4, "global_attn_every_n_layers": 2}, "reformer": {},
+    "flaubert": {"emb_dim": 16, "n_heads": 4, "n_layers": 2}, "modernbert": {"local_attention": 4, "global_attn_every_n_layers": 2},
 }  # fmt: skip
 TEXT2TEXT: dict[str, dict[str, Any]] = {
     "t5": T5,
@@ -139,21 +145,19 @@ TEXT2TEXT: dict[str, dict[str, Any]] = {
     "mbart": SEQ2SEQ, "pegasus": SEQ2SEQ, "marian": SEQ2SEQ, "blenderbot": SEQ2SEQ, "blenderbot-small": SEQ2SEQ,
     "bigbird_pegasus": SEQ2SEQ | {"attention_type": "original_full"}, "plbart": SEQ2SEQ, "m2m_100": SEQ2SEQ, "led": SEQ2SEQ | {"attention_window": 4},
     "fsmt": SEQ2SEQ | {"src_vocab_size": 64, "tgt_vocab_size": 64},
-    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+    "prophetnet": {"num_hidden_layers": ..., "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
         "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 1, "disable_ngram_loss": True},
     "switch_transformers": {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "num_experts": 4, "decoder_start_token_id": 0,
         "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
 }  # fmt: skip
 IMAGE: dict[str, dict[str, Any]] = {
-    "vit": VISION, "deit": VISION, "beit": VISION, "swin": STAGES, "swinv2": STAGES, "convnext": STAGES, "convnextv2": STAGES, "resnet": STAGES,
+    "vit": VISION, "beit": VISION, "swin": STAGES, "swinv2": STAGES, "convnext": STAGES, "convnextv2": STAGES, "resnet": STAGES,
     "regnet": STAGES | {"groups_width": 4}, "dinov2": VISION, "vit_msn": VISION, "poolformer": {"hidden_sizes": [4, 4, 8, 8], "depths": [1, 1, 1, 1]},
     "pvt": {"image_size": 32, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
     "segformer": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 8},
-    "levit": {"image_size": 64, "hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4]},
     "mobilevit": {"image_size": 64, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]},
     "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25}, "mobilenet_v2": {"image_size": 32},
     "focalnet": STAGES | {"focal_levels": [1, 1], "focal_windows": [3, 3]}, "cvt": {"embed_dim": [8, 8, 16], "depth": [1, 1, 1], "num_heads": [1, 1, 2]},
-    "bit": STAGES, "siglip_vision_model": VISION,
 }  # fmt: skip
 
 
@@ -169,10 +173,7 @@ def filled(module: nn.Module) -> nn.Module:
 def transformers_model(task: str, kind: str, more: dict[str, Any]) -> Made:
     import transformers
 
-    if task == "image":
-        tiny = TINY | {"num_channels": 3}
-    else:
-        tiny = TINY
+    tiny = TINY | {"num_channels": 3, "head_dim": ...} if task == "image" else TINY
     config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in (tiny | more).items() if v is not ...})
     classes = {"causal": "CausalLM", "masked": "MaskedLM", "seq2seq": "Seq2SeqLM", "image": "ImageClassification"}
     module = filled(getattr(transformers, f"AutoModelFor{classes[task]}").from_config(config))

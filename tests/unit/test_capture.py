@@ -444,6 +444,25 @@ def test_python_randomness_is_not_baked() -> None:
     assert not torch.equal(run_graph(graph, feeds)[0][0], run_graph(graph, feeds)[0][0])
 
 
+def test_a_buffer_that_the_first_forward_shapes_is_kept() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("table", torch.zeros(1), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.table.shape[0] != x.shape[1]:
+                self.table = torch.arange(x.shape[1], dtype=x.dtype)
+            return self.linear(x + self.table)
+
+    module = Positions()
+    captured = capture(module, (torch.randn(3, 4),))
+    assert captured.opaque == [] and captured.dynamic, captured.reasons
+    assert module.table.shape == (4,)
+    assert "linear" in targets(agrees(captured, torch.randn(6, 4)))
+
+
 def test_whole_module_is_opaque() -> None:
     captured = capture(Branches(), (torch.randn(4, 4), torch.randn(4, 4)), loss=F.mse_loss)
     assert captured.opaque == [""]

@@ -49,6 +49,7 @@ def capture(
     if on_meta:
         captured.reasons.append("not checked against eager: on the meta device")
     checked = check and not on_meta
+    settled = on_meta
     while True:
         try:
             trace(captured, choices, checked)
@@ -60,6 +61,10 @@ def capture(
             if captured.opaque == [""]:  # what can't be repeated can't be compared
                 captured.reasons.append(f"not equal to eager, though eager itself: {error}")
                 break
+            if not settled:
+                settled = True
+                if settle_buffers(captured):
+                    continue
             captured.reasons.append(f"{f'module {error.path}' if error.path else type(module).__name__} is opaque: {error}")
             path = error.path
             known = path is None or any(path == p or path.startswith(p + ".") for p in captured.opaque)
@@ -69,6 +74,18 @@ def capture(
         if any(r.random for call in calls for r in call):
             captured.reasons.append(f"not exact: {path or type(module).__name__} is opaque and draws random numbers, each rank its own")
     return captured
+
+
+def settle_buffers(captured: Captured) -> bool:
+    """Buffers to which the first forward gives another shape (tables of positions) keep it, as in one process; whether there are any."""
+    owned = [(m, n, b) for m in captured.objective.modules() for n, b in m._buffers.items() if b is not None]
+    with eager_check.preserved(captured.objective), torch.no_grad():
+        captured.call([t.detach().clone() for t in captured.inputs])
+        made = [(m, n, m._buffers[n]) for m, n, b in owned if isinstance(m._buffers.get(n), torch.Tensor) and m._buffers[n].shape != b.shape]  # type: ignore[union-attr]
+    for owner, name, tensor in made:
+        owner._buffers[name] = tensor
+    captured.names_of |= {id(b): n for n, b in captured.buffers.items()}
+    return bool(made)
 
 
 def add_opaque(captured: Captured, path: str) -> None:
