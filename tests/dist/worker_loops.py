@@ -134,6 +134,7 @@ def deferred_reads() -> float:
         both(backward)
         if plan == "* n=fed":
             refused("a read", "isn't reduced", lambda model=model: model[0].weight.grad.norm())
+            refused("its data", "isn't reduced", lambda model=model: model[0].weight.grad.data)
             refused("a clip by value", "isn't reduced", lambda model=model: torch.nn.utils.clip_grad_value_(model.parameters(), 0.1))
         for m in (reference, model):
             scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=4.0), torch.optim.SGD(m.parameters(), lr=0.1)
