@@ -284,6 +284,24 @@ def replaced() -> float:
     return worst
 
 
+def edits() -> float:
+    """Parameters edited through `.data` and under no_grad between steps: copies are made anew in each forward, nothing goes stale."""
+
+    def steps(m: nn.Module, cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for _ in range(2):
+            backward(m)
+            step(m)
+            m.zero_grad()
+            for p in m.parameters():
+                p.data.mul_(0.5)
+                p.data = p.data * 1.5
+            with torch.no_grad():
+                for p in m.parameters():
+                    p.clamp_(-0.2, 0.2)
+
+    return same(steps)
+
+
 def initialised() -> float:
     """Weights set after parallelize, before the plan is made; after it torch.nn.init refuses parts."""
 
@@ -379,7 +397,7 @@ def torchs_checkpoints() -> float:
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (accumulation, retained_graphs, deferred_reads, deferred_pipeline, undeferred, closures, norms, wrapped, replaced, initialised, sparse, averages, torchs_checkpoints)
+    f.__name__: f for f in (accumulation, retained_graphs, deferred_reads, deferred_pipeline, undeferred, closures, norms, wrapped, replaced, edits, initialised, sparse, averages, torchs_checkpoints)
 }
 
 if __name__ == "__main__":
