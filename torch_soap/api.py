@@ -129,6 +129,11 @@ def parallelize(
         warnings.warn("[parallelize] batch_first=False, but dim 0 of every input is taken as the rows: name the dims, sample_dims=[1, ...]", stacklevel=2)
     if isinstance(module, ParallelModule):
         raise ValueError("[parallelize] the module is parallelized already")
+    inside = next((n for n, m in module.named_modules() if isinstance(m, ParallelModule)), None)
+    if inside is not None:
+        raise ValueError(f"[parallelize] its submodule {inside} is parallelized already: parallelize the whole model only, or its parts")
+    if any(getattr(hook, "torch_soap", False) for hook in module._forward_pre_hooks.values()):
+        raise ValueError("[parallelize] the module is part of a parallelized one")
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     comm = TorchComm()

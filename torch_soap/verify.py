@@ -21,6 +21,7 @@ from torch_soap.random_ops import counter_rng
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime import Engine, ThreadComm
 from torch_soap.runtime.comm import ThreadWorld
+from torch_soap.runtime.copies import plain_copy
 from torch_soap.runtime.movement import LOW, take
 from torch_soap.runtime.storage import assemble, cut, stored_boxes
 
@@ -221,7 +222,8 @@ def verify(
         loss: called as loss(output, *targets); targets are the last of example_inputs.
     """
     args, kwargs = as_arguments(example_inputs)
-    module = copy.deepcopy(module).to(dtype)
+    parallel = getattr(module, "_soap", None)
+    module = (copy.deepcopy(module) if parallel is None else plain_copy(parallel, {})).to(dtype)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     cast = [
         leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves

@@ -53,3 +53,8 @@ def test_missing_rank_is_named() -> None:
     seen = seen_in(torchrun(2, "tests.dist.worker_errors", "absent", timeout_s=120), "absent")[0]
     assert "[1]" in seen["message"] and "did not come" in seen["message"] and "for validation too" in seen["message"], seen
     assert seen["seconds"] < TIMEOUT_S + 5
+
+
+def test_groups_of_some_ranks() -> None:
+    for seen in seen_in(torchrun(3, "tests.dist.worker_errors", "pairs", timeout_s=120), "pairs"):
+        assert seen["type"] == "none", seen

@@ -84,6 +84,17 @@ def absent(rank: int) -> None:
         time.sleep(TIMEOUT_S + 4)
 
 
+def pairs(rank: int) -> None:
+    """Some ranks have made a group before; groups of ours have the job's timeout."""
+    if rank < 2:
+        dist.new_group([0, 1], use_local_synchronization=True)
+    m = torch_soap.parallelize(model(), plan="* n=2 @ [0, 2]")
+    m(torch.randn(2, 5)).sum().backward()
+    groups = m._soap.comm.groups
+    assert list(groups) == ([] if rank == 1 else [(0, 2)]), groups
+    assert all(g._get_backend(torch.device("cpu")).options._timeout.total_seconds() == TIMEOUT_S for g in groups.values())
+
+
 def illegal(rank: int) -> None:
     m = model()
     before = [p.data_ptr() for p in m.parameters()]
@@ -93,7 +104,7 @@ def illegal(rank: int) -> None:
         assert [p.data_ptr() for p in m.parameters()] == before and type(m) is nn.Sequential, "half applied"
 
 
-SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, arguments, absent, illegal)}
+SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, arguments, absent, pairs, illegal)}
 
 
 def main(names: list[str]) -> None:

@@ -134,6 +134,7 @@ def deferred_reads() -> float:
         both(backward)
         if plan == "* n=fed":
             refused("a read", "isn't reduced", lambda model=model: model[0].weight.grad.norm())
+            refused("its data", "isn't reduced", lambda model=model: model[0].weight.grad.data)
             refused("a clip by value", "isn't reduced", lambda model=model: torch.nn.utils.clip_grad_value_(model.parameters(), 0.1))
         for m in (reference, model):
             scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=4.0), torch.optim.SGD(m.parameters(), lr=0.1)
@@ -283,6 +284,24 @@ def replaced() -> float:
     return worst
 
 
+def edits() -> float:
+    """Parameters edited through `.data` and under no_grad between steps: copies are made anew in each forward, nothing goes stale."""
+
+    def steps(m: nn.Module, cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for _ in range(2):
+            backward(m)
+            step(m)
+            m.zero_grad()
+            for p in m.parameters():
+                p.data.mul_(0.5)
+                p.data = p.data * 1.5
+            with torch.no_grad():
+                for p in m.parameters():
+                    p.clamp_(-0.2, 0.2)
+
+    return same(steps)
+
+
 def initialised() -> float:
     """Weights set after parallelize, before the plan is made; after it torch.nn.init refuses parts."""
 
@@ -378,7 +397,7 @@ def torchs_checkpoints() -> float:
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (accumulation, retained_graphs, deferred_reads, deferred_pipeline, undeferred, closures, norms, wrapped, replaced, initialised, sparse, averages, torchs_checkpoints)
+    f.__name__: f for f in (accumulation, retained_graphs, deferred_reads, deferred_pipeline, undeferred, closures, norms, wrapped, replaced, edits, initialised, sparse, averages, torchs_checkpoints)
 }
 
 if __name__ == "__main__":

@@ -364,6 +364,8 @@ def refusals() -> float:
     refused("a second backward", out.backward)
     refused("a submodule on its own", lambda: model[0](x))
     refused("parallelizing twice", lambda: torch_soap.parallelize(model))
+    refused("parallelizing a part", lambda: torch_soap.parallelize(model[0]))
+    refused("parallelizing around", lambda: torch_soap.parallelize(nn.Sequential(model)))
     return 0.0
 
 

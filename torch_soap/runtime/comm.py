@@ -64,6 +64,8 @@ class TorchComm:
         self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of those joined the ones with this rank
         self.joined: set[tuple[int, ...]] = set()
         self.traffic = Traffic()
+        assert self.world is not None
+        self.timeout = self.world._get_backend(torch.device("cpu")).options._timeout  # new_group's default is half an hour
         self.num_meetings = 0
         self.store: Any = dist.distributed_c10d._get_default_store() if self.world is dist.group.WORLD else None
 
@@ -78,13 +80,16 @@ class TorchComm:
         return self.groups[key]
 
     def join(self, groups: Iterable[Sequence[int]]) -> None:
-        everyone = self.gather_objects([tuple(g) for g in groups])
-        for key in sorted({g for mine in everyone for g in mine}):
-            if key not in self.joined and len(key) < self.world_size:
-                self.joined.add(key)
-                made = dist.new_group(list(key), group_desc="soap_" + "_".join(map(str, key)))
-                if isinstance(made, dist.ProcessGroup):  # this rank is a member
-                    self.groups[key] = made
+        world = dist.distributed_c10d._world
+        everyone = self.gather_objects(([tuple(g) for g in groups], world.group_count))
+        wanted = sorted({g for mine, _ in everyone for g in mine if len(g) < self.world_size} - self.joined)
+        if wanted:  # ranks that have made groups of their own count otherwise
+            world.group_count = max(count for _, count in everyone)
+        for key in wanted:
+            self.joined.add(key)
+            made = dist.new_group(list(key), timeout=self.timeout, group_desc="soap_" + "_".join(map(str, key)))
+            if isinstance(made, dist.ProcessGroup):  # this rank is a member
+                self.groups[key] = made
 
     def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], maximum: bool) -> torch.Tensor:
         tensor = tensor.contiguous()

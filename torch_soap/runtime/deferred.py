@@ -16,8 +16,11 @@ from torch import nn
 
 from torch_soap.runtime.engine import Engine, StepState
 
-# What doesn't look at values; properties and `data` are "__get__", and themselves deferred.
-HARMLESS = {"__get__", "__set__", "as_subclass", "detach_", "dim", "is_floating_point", "is_complex", "numel", "requires_grad_", "size", "__hash__"}
+# What doesn't look at values.
+HARMLESS = {
+    *("__hash__", "__set__", "as_subclass", "detach_", "device", "dim", "dtype", "grad_fn", "is_complex", "is_cpu", "is_cuda", "is_floating_point"),
+    *("is_leaf", "is_meta", "is_sparse", "layout", "ndim", "numel", "requires_grad", "requires_grad_", "retains_grad", "shape", "size", "_version"),
+}
 
 
 class DeferredGradient(torch.Tensor):
@@ -28,6 +31,7 @@ class DeferredGradient(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", "")
+        name = func.__self__.__name__ if name == "__get__" else name
         if name in ("zero_", "_foreach_zero_"):
             for t in pytree.tree_leaves(args):
                 if isinstance(t, cls):
