@@ -27,18 +27,18 @@ VIDEO = {"mc3_18": 32, "r3d_18": 32, "r2plus1d_18": 32, "s3d": 64, "swin3d_t": 3
 TIMM = {
     "beit_base_patch16_224": 32, "bat_resnext26ts": 128, "botnet26t_256": 64, "cait_xxs24_224": 32, "coat_tiny": 32, "coatnet_pico_rw_224": 64,
     "convit_tiny": 32, "convmixer_768_32": 28, "convnext_atto": 32, "crossvit_tiny_240": 240, "cspresnet50": 32, "davit_tiny": 32,
-    "deit_tiny_patch16_224": 32, "dla34": 32, "dm_nfnet_f0": 32, "dpn48b": 32, "eca_resnet33ts": 64, "edgenext_xx_small": 32, "efficientformer_l1": 224,
+    "deit_tiny_patch16_224": 32, "dla34": 32, "dpn48b": 32, "eca_resnet33ts": 64, "edgenext_xx_small": 32, "efficientformer_l1": 224,
     "efficientformerv2_s0": 224, "efficientvit_b0": 32, "eva02_tiny_patch14_224": 28, "fastvit_t8": 64, "focalnet_tiny_srf": 32, "gcvit_xxtiny": 224,
-    "gernet_s": 32, "ghostnet_050": 32, "gmixer_12_224": 224, "gmlp_ti16_224": 224, "halonet26t": 128, "hardcorenas_a": 32, "hgnet_tiny": 32, "hgnetv2_b0": 32,
-    "hiera_tiny_224": 224, "hrnet_w18_small": 64, "inception_next_atto": 32, "inception_resnet_v2": 80, "lambda_resnet26t": 64, "lcnet_035": 32,
-    "levit_128s": 224, "maxvit_rmlp_pico_rw_256": 256, "mixer_s32_224": 224, "mobilenetv4_conv_small_035": 32, "mobileone_s0": 32, "mobilevit_xxs": 32,
-    "mobilevitv2_050": 32, "mvitv2_tiny": 64, "nest_tiny": 224, "nextvit_small": 32, "nf_regnet_b0": 32, "pit_ti_224": 224, "poolformer_s12": 32,
-    "poolformerv2_s12": 32, "pvt_v2_b0": 32, "regnetx_002": 32, "regnetz_005": 32, "repghostnet_050": 32, "repvgg_a0": 32, "repvit_m0_9": 32,
-    "res2net50_26w_4s": 32, "resmlp_12_224": 224, "resnest14d": 64, "resnetv2_50": 32, "rexnet_100": 32, "samvit_base_patch16_224": 32, "selecsls42": 32,
-    "semnasnet_050": 32, "sequencer2d_s": 224, "sehalonet33ts": 128, "shvit_s1": 64, "skresnet18": 32, "starnet_s1": 32, "swiftformer_xs": 32,
-    "swinv2_cr_tiny_224": 224, "tf_efficientnet_b0": 32, "tiny_vit_5m_224": 32, "tnt_s_legacy_patch16_224": 32, "tresnet_m": 32, "twins_svt_small": 224,
-    "vgg11": 32, "visformer_tiny": 224, "vit_tiny_patch16_224": 32, "vitamin_small_224": 32, "volo_d1_224": 224, "vovnet39a": 32, "xception41": 32,
-    "xcit_nano_12_p16_224": 32, "csatv2": 32,
+    "gernet_s": 32, "ghostnet_050": 32, "gmixer_12_224": 224, "gmlp_ti16_224": 224, "halonet26t": 128, "hardcorenas_a": 32, "hgnet_tiny": 32,
+    "hgnetv2_b0": 32, "hiera_tiny_224": 224, "hrnet_w18_small": 64, "inception_next_atto": 32, "inception_resnet_v2": 80, "lambda_resnet26t": 64,
+    "lcnet_035": 32, "levit_128s": 224, "maxvit_rmlp_pico_rw_256": 256, "mixer_s32_224": 224, "mobilenetv4_conv_small_035": 32, "mobileone_s0": 32,
+    "mobilevit_xxs": 32, "mobilevitv2_050": 32, "mvitv2_tiny": 64, "nest_tiny": 224, "nextvit_small": 32, "nf_regnet_b0": 32, "pit_ti_224": 224,
+    "poolformer_s12": 32, "poolformerv2_s12": 32, "pvt_v2_b0": 32, "regnetx_002": 32, "regnetz_005": 32, "repghostnet_050": 32, "repvgg_a0": 32,
+    "repvit_m0_9": 32, "res2net50_26w_4s": 32, "resmlp_12_224": 224, "resnest14d": 64, "resnetv2_50": 32, "rexnet_100": 32, "samvit_base_patch16_224": 32,
+    "selecsls42": 32, "semnasnet_050": 32, "sequencer2d_s": 224, "sehalonet33ts": 128, "shvit_s1": 64, "skresnet18": 32, "starnet_s1": 32,
+    "swiftformer_xs": 32, "swinv2_cr_tiny_224": 224, "tf_efficientnet_b0": 32, "tiny_vit_5m_224": 32, "tnt_s_legacy_patch16_224": 32, "tresnet_m": 32,
+    "twins_svt_small": 224, "vgg11": 32, "visformer_tiny": 224, "vit_tiny_patch16_224": 32, "vitamin_small_224": 32, "volo_d1_224": 224, "vovnet39a": 32,
+    "xception41": 32, "xcit_nano_12_p16_224": 32, "csatv2": 32,
 }  # fmt: skip
 
 
@@ -111,8 +111,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "qwen2": {}, "qwen2_moe": EXPERTS, "qwen3": {}, "qwen3_moe": EXPERTS, "gemma": {}, "gemma2": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4},
     "phi": {}, "phi3": {}, "falcon": {"head_dim": ...}, "codegen": {"rotary_dim": 4}, "cohere": {}, "olmo": {}, "olmo2": {}, "olmoe": EXPERTS, "stablelm": {},
     "starcoder2": {}, "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 2}, "persimmon": {}, "glm": {"pad_token_id": 0}, "granite": {}, "granitemoe": EXPERTS,
-    "dbrx": {"rope_theta": 1e4, "d_model": 16, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4,
-        "moe_top_k": 2}}, "jetmoe": EXPERTS | {"kv_channels": 4, "num_key_value_heads": 2},
+    "jetmoe": EXPERTS | {"kv_channels": 4, "num_key_value_heads": 2},
     "deepseek_v2": EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "deepseek_v3": EXPERTS | LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}, "mamba": MAMBA, "mamba2": MAMBA,
     "falcon_mamba": MAMBA, "rwkv": {"attention_hidden_size": 16, "context_length": 32},
@@ -139,14 +138,11 @@ MASKED: dict[str, dict[str, Any]] = {
     "flaubert": {"emb_dim": 16, "n_heads": 4, "n_layers": 2}, "modernbert": {"local_attention": 4, "global_attn_every_n_layers": 2},
 }  # fmt: skip
 TEXT2TEXT: dict[str, dict[str, Any]] = {
-    "t5": T5,
-    "umt5": T5,
-    "longt5": T5 | {"local_radius": 2}, "bart": SEQ2SEQ,
-    "mbart": SEQ2SEQ, "pegasus": SEQ2SEQ, "marian": SEQ2SEQ, "blenderbot": SEQ2SEQ, "blenderbot-small": SEQ2SEQ,
-    "bigbird_pegasus": SEQ2SEQ | {"attention_type": "original_full"}, "plbart": SEQ2SEQ, "m2m_100": SEQ2SEQ, "led": SEQ2SEQ | {"attention_window": 4},
-    "fsmt": SEQ2SEQ | {"src_vocab_size": 64, "tgt_vocab_size": 64},
-    "prophetnet": {"num_hidden_layers": ..., "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
-        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 1, "disable_ngram_loss": True},
+    "t5": T5, "umt5": T5, "longt5": T5 | {"local_radius": 2}, "bart": SEQ2SEQ, "mbart": SEQ2SEQ, "pegasus": SEQ2SEQ, "marian": SEQ2SEQ, "blenderbot": SEQ2SEQ,
+    "blenderbot-small": SEQ2SEQ, "bigbird_pegasus": SEQ2SEQ | {"attention_type": "original_full"}, "plbart": SEQ2SEQ, "m2m_100": SEQ2SEQ,
+    "led": SEQ2SEQ | {"attention_window": 4}, "fsmt": SEQ2SEQ | {"src_vocab_size": 64, "tgt_vocab_size": 64},
+    "prophetnet": {"num_hidden_layers": ..., "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 1, "disable_ngram_loss": True},
     "switch_transformers": {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "num_experts": 4, "decoder_start_token_id": 0,
         "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
 }  # fmt: skip
@@ -157,7 +153,7 @@ IMAGE: dict[str, dict[str, Any]] = {
     "segformer": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 8},
     "mobilevit": {"image_size": 64, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]},
     "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25}, "mobilenet_v2": {"image_size": 32},
-    "focalnet": STAGES | {"focal_levels": [1, 1], "focal_windows": [3, 3]}, "cvt": {"embed_dim": [8, 8, 16], "depth": [1, 1, 1], "num_heads": [1, 1, 2]},
+    "focalnet": STAGES | {"focal_levels": [1, 1], "focal_windows": [3, 3]},
 }  # fmt: skip
 
 
