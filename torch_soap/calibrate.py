@@ -13,6 +13,7 @@ import platform
 import socket
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,38 @@ SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 REPEATS = 3
 
 
-def cache_file(num_ranks: int) -> Path:
-    """One file per (host, torch, threads, ranks)."""
+def placement(comm: Comm | None) -> list[int]:
+    """Host of each rank, hosts counted in the order of ranks."""
+    if comm is None:
+        return []
+    hosts = comm.gather_objects(socket.gethostname() + os.environ.get("GROUP_RANK", ""))
+    names = list(dict.fromkeys(hosts))
+    return [names.index(h) for h in hosts]
+
+
+def cache_file(num_ranks: int, host_of: Sequence[int] = ()) -> Path:
+    """One file per (kind of host, torch, threads, ranks on each host)."""
     root = Path(os.environ.get("TORCH_SOAP_CACHE", Path.home() / ".cache" / "torch_soap"))
     key = f"{platform.processor()}|{platform.machine()}|{os.cpu_count()}|{torch.__version__}|{torch.get_num_threads()}|{num_ranks}"
+    if len(set(host_of)) > 1:
+        key += f"|{list(host_of)}"
     return root / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
-def load(num_ranks: int) -> dict[str, Any]:
-    path = cache_file(num_ranks)
-    if path.exists():
+def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) -> dict[str, Any]:
+    """What rank 0's host knows, on all ranks, so that all measure the same things in the same order. Collective when `comm` is given."""
+    known: dict[str, Any] = {"operators": {}, "tables": {}}
+    path = cache_file(num_ranks, host_of)
+    if path.exists() and (comm is None or comm.rank == 0):
         try:
-            return dict(json.loads(path.read_text()))
+            known = dict(json.loads(path.read_text()))
         except json.JSONDecodeError:  # cut short by a killed run: measure again
             path.unlink()
-    return {"operators": {}, "tables": {}}
+    return known if comm is None else dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
 
 
-def save(num_ranks: int, data: dict[str, Any]) -> None:
-    path = cache_file(num_ranks)
+def save(num_ranks: int, data: dict[str, Any], host_of: Sequence[int] = ()) -> None:
+    path = cache_file(num_ranks, host_of)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(data))
@@ -69,14 +83,12 @@ def barrier(comm: Comm | None) -> None:
         comm.gather_ints([0])
 
 
-def detect(world_size: int, comm: Comm | None, known: dict[str, Any]) -> _C.Machine:
-    """The machine that this job runs on; its tables are measured unless they are known."""
+def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: Sequence[int] = ()) -> _C.Machine:
+    """The machine that this job runs on; its tables are measured unless they are known. `known` is the same on all ranks."""
     machine = _C.Machine(world_size, 1)
     machine.name = platform.node()
-    hosts = comm.gather_objects(socket.gethostname() + os.environ.get("GROUP_RANK", "")) if comm is not None else []
-    names = list(dict.fromkeys(hosts))
-    if hosts:
-        machine.host_of = [names.index(h) for h in hosts]
+    if host_of:
+        machine.host_of = list(host_of)
     num_local = max(machine.host_of.count(h) for h in set(machine.host_of))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine.memory_bytes = int(memory * 0.8 / num_local)
@@ -96,16 +108,21 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any]) -> _C.Mach
 
 
 def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> None:
-    """Exchange and all-reduce over the world, by size."""
-    num_hosts = len(set(machine.host_of))
+    """Exchange and all-reduce by size: over the world and, on several hosts, within each host, all hosts at once. Other sets of ranks are priced
+    by the nearest of these."""
+    hosts = [[r for r, h in enumerate(machine.host_of) if h == host] for host in sorted(set(machine.host_of))]
+    layouts = [(comm.world_size, len(hosts), list(range(comm.world_size)))]
+    local = hosts[machine.host_of[comm.rank]]
+    if len(hosts) > 1 and len(local) > 1 and all(len(h) == len(local) for h in hosts):
+        layouts.append((len(local), 1, local))
+        comm.join([tuple(local)])
     tables = dict(machine.tables)
-    ranks = list(range(comm.world_size))
-    for kind in ("exchange", "all_reduce"):
-        key = f"{kind}/{comm.world_size}/{num_hosts}"
-        have = comm.gather_ints([int(key in known["tables"])])
-        if not all(h[0] for h in have):
-            known["tables"][key] = [[size, time_movement(comm, kind, ranks, size)] for size in SIZES]
-        tables[key] = [tuple(p) for p in known["tables"][key]]
+    for num_ranks, num_hosts, ranks in layouts:
+        for kind in ("exchange", "all_reduce"):
+            key = f"{kind}/{num_ranks}/{num_hosts}"
+            if key not in known["tables"]:
+                known["tables"][key] = [[size, time_movement(comm, kind, ranks, size)] for size in SIZES]
+            tables[key] = [tuple(p) for p in known["tables"][key]]
     machine.tables = tables
 
 

@@ -10,6 +10,7 @@ from torch_soap.capture.graph import Graph
 from torch_soap.plan import Plan, make_plan
 from torch_soap.runtime.comm import Comm
 
+MEASURED_SEEDS = ("ddp", "zero-3", "megatron", "owt")
 ROUNDS = 2  # searches; after each, what its best candidates need is measured
 
 
@@ -30,9 +31,10 @@ def search_plan(
     world = len(rows)
     begin = time.perf_counter()
     measuring = machine is None
-    known = calibrate.load(world) if measuring else {"operators": {}, "tables": {}}
+    host_of = calibrate.placement(comm) if measuring else []
+    known = calibrate.load(world, comm, host_of) if measuring else {"operators": {}, "tables": {}}
     if machine is None:
-        machine = calibrate.detect(world, comm, known)
+        machine = calibrate.detect(world, comm, known, host_of)
     cost = _C.CostModel(machine)
     options = _C.SearchOptions()
     options.seed = seed
@@ -42,9 +44,9 @@ def search_plan(
     if memory_limit is not None:
         options.memory_limit_bytes = memory_limit
     measured = simulations = 0
-    if measuring:  # the seeds' operators first, so that no search runs on guesses alone
+    if measuring:  # these seeds' operators first, so that no search runs on guesses alone; what it finds is measured after it
         for name, strategy in _C.seeds(graph, world):
-            if name != "one device":
+            if name in MEASURED_SEEDS:
                 measured += measure(cost, graph, captured, strategy, rows, comm, known)
     for _ in range(ROUNDS if measuring else 1):
         found = searched(graph, rows, cost, options, comm)
@@ -55,7 +57,7 @@ def search_plan(
         if not fresh:
             break
     if measured:
-        calibrate.save(world, known)
+        calibrate.save(world, known, host_of)
     program = _C.lower(graph, strategy, rows)
     simulation = _C.simulate(program, cost)
     predicted = {

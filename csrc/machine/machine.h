@@ -36,7 +36,8 @@ struct Machine {
 // Devices spread evenly over hosts.
 Machine make_machine(int num_devices, int num_hosts);
 
-// Time of one movement among `ranks`: from the measured table when there is one (log-linear between points, by bandwidth beyond), else
+// Time of one movement among `ranks`: from the measured table of as many ranks within a host, or over hosts (log-linear between points, by
+// bandwidth beyond), or of the nearest number of them: an exchange takes as long, an all-reduce by what a ring sends. Without a table:
 // latency and bandwidth of the slowest link: an exchange sends `bytes` per rank; an all-reduce moves 2 (n-1)/n of them (ring;
 // Patarasuk & Yuan 2009).
 int64_t movement_ns(const Machine& machine, const std::string& kind, const std::vector<int>& ranks, int64_t bytes);

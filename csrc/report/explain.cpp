@@ -27,11 +27,12 @@ std::string explain(const Program& p, const Simulation& sim) {
       const bool sample = p.fed[n.id].factor == c.factor;
       const char letter = sample ? 'S' : f.kind == FactorKind::kSample ? 'S' : f.kind == FactorKind::kAttribute ? 'A' : 'P';
       degree[letter] *= c.tiles();
+      if (c.tiles() * c.chunks() == 1) continue;
       cuts += fmt::format("{}{}={}", cuts.empty() ? "" : " ", f.name, c.tiles());
       if (c.chunks() > 1) cuts += fmt::format("x{}t", c.chunks());
     }
     const std::set<int> devices(t.devices.begin(), t.devices.end());
-    std::string list = fmt::format("{}", fmt::join(devices, ","));
+    std::string list = fmt::format("{}", fmt::join(t.devices, ","));  // in the order of tiles
     if (list.size() > 14) list = fmt::format("{} devices", devices.size());
     out += fmt::format("{:<{}} {:>3} {:>3} {:>3} {:>3} {:>6}  {:<14} {:>10.1f} {:>12}  {}{}\n", n.name, width, degree['S'], devices.size(), degree['A'],
                        degree['P'], t.chunks(), list, static_cast<double>(sim.node_ns[n.id]) / 1e3, sim.moved_bytes[n.id], cuts,

@@ -2,7 +2,8 @@
 //
 // 1. Seeds: what a person would write. One device; DDP (every operator cut at the processes' rows); ZeRO-3 (parameters stored in parts,
 //    gathered for use, Rajbhandari et al. 2020); Megatron (linears cut o, then i, attention by heads, Shoeybi et al. 2019); OWT
-//    (convolutions data parallel, linears by channel, Krizhevsky 2014).
+//    (convolutions data parallel, linears by channel, Krizhevsky 2014); grids of samples and Megatron's groups; images by rows; pipelines
+//    of balanced stages in chunks, where the loss is inside.
 // 2. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
 //    try (follow, fed, every factor cut over all devices). The hybrids come from here.
 // 3. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.

@@ -258,7 +258,22 @@ RuleSpec& RuleSpec::result(std::vector<std::string> dims, Reduce reduce) {
   return *this;
 }
 
+RuleSpec& RuleSpec::saves(const std::vector<std::string>& names) {
+  saves_ = names;
+  return *this;
+}
+
+RuleSpec& RuleSpec::view() {
+  rule_.view = true;
+  return saves({});
+}
+
 Rule RuleSpec::build() {
+  if (saves_) {
+    const auto listed = [&](std::string_view name) { return std::count(saves_->begin(), saves_->end(), name) > 0; };
+    for (size_t i = 0; i < rule_.operands.size(); ++i) rule_.operands[i].saved = listed(node_.operand_names[i]) || listed(fmt::format("{}", i));
+    for (Result& r : rule_.results) r.saved = listed("result");
+  }
   described_.resize(rule_.operands.size());
   for (size_t i = 0; i < rule_.operands.size(); ++i) {
     if (!described_[i]) rule_.operands[i].dims.assign(graph_.tensors[node_.inputs[i]].shape.size(), {});

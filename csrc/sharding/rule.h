@@ -79,12 +79,15 @@ struct Operand {
   // Reduction factors of which only the part that holds index 0 reads this operand (a bias under split inputs).
   std::vector<int> anchors;
   bool differentiable = true;
+  bool saved = true;  // backward reads it
 };
 
 struct Result {
   std::vector<DimExpr> dims;
   Reduce reduce = Reduce::kNone;  // how tiles that differ only in factors this result lacks combine
   bool differentiable = true;
+  bool saved = true;             // backward reads it
+  int64_t saved_bytes_more = 0;  // that backward keeps besides, for each of its elements (indices of maxima)
 };
 
 struct Rule {
@@ -93,6 +96,7 @@ struct Rule {
   std::vector<Result> results;
   // Configurations that the factors alone can't refuse; names of factors that must not be cut together.
   std::vector<std::vector<int>> exclusive;
+  bool view = false;  // result 0 is operand 0's memory
 
   int factor(std::string_view name) const;  // index or -1
 };
@@ -130,6 +134,10 @@ class RuleSpec {
   RuleSpec& anchor(std::string_view factor);
   RuleSpec& constant();  // the last operand or result has no gradient
   RuleSpec& result(std::vector<std::string> dims, Reduce reduce = Reduce::kNone);
+  // Backward reads these operands (schema names or indices as text; absent ones are ignored), "result" (all of them), and nothing else. Not
+  // called: everything.
+  RuleSpec& saves(const std::vector<std::string>& names);
+  RuleSpec& view();
   Rule build();  // verifies
 
  private:
@@ -138,6 +146,7 @@ class RuleSpec {
   const Node& node_;
   Rule rule_;
   std::vector<char> described_;
+  std::optional<std::vector<std::string>> saves_;
   int last_operand_ = -1;  // -1: the last thing added was a result
 };
 

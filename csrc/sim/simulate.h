@@ -1,10 +1,14 @@
-// Simulate: one step (forward, backward, update) of a Program on a machine. Discrete: every device has a compute clock, and a communication clock
-// where the machine overlaps. Steps are taken in the Program's order, which is the order in which the runtime takes them:
+// Simulate: one step (forward, backward, update) of a Program on a machine. Discrete: every device has a compute clock C and, where the
+// machine overlaps, a communication clock M. Steps are taken in the Program's order, which is the order in which the runtime issues them:
 //
-//   compute(node, chunk) on d:  clock[d] = max(clock[d], arrival of what it reads) + cost
-//   movement among ranks R:     begin = max over R of the clock that moves; end = begin + price; both ends wait
+//                                without overlap              with overlap
+//   compute on d          C[d] = C[d] + cost                  max(C[d], arrival of what it reads at d) + cost
+//   movement among R      begin = max over R of C[r]          max over R of M[r] and of when r computed what it sends
+//                         C[r] = begin + price                M[r] = begin + price
+//   update on d           C[d] + cost                         max(C[d], M[d]) + cost: all gradients are there
 //
-// Times are integer nanoseconds. The gradient of a parameter is waited for only by the end of the step.
+// Parameters and inputs are there from the start; a parameter is gathered again (Keep::kUse) when forward has given its copy back. Times are
+// integer nanoseconds. Memory: sim/memory.h.
 #pragma once
 
 #include <string>
@@ -24,7 +28,7 @@ struct Event {
 struct Simulation {
   int64_t step_ns = 0;
   std::vector<int64_t> compute_ns, communication_ns;  // per device
-  std::vector<int64_t> memory_bytes;                  // per device, peak: parameters, gradients, optimizer state (2x, AdamW), activations
+  std::vector<int64_t> memory_bytes;                  // per device, peak: parameters, gradients, optimizer state (2x, AdamW), activations, copies
   std::vector<int64_t> node_ns;                       // per node: forward and backward, slowest device
   std::vector<int64_t> moved_bytes;                   // per node: what its results' movements send in all, both ways
   std::vector<Event> events;                          // only when recorded

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "fmt/format.h"
 #include "graphs.h"
 #include "gtest/gtest.h"
 #include "plan/plan_text.h"
@@ -62,6 +63,85 @@ TEST(Search, MemoryLimitLeavesWhatDoesNotFit) {
   const int64_t whole = free.candidates[0].memory_bytes;  // DDP: every parameter everywhere
   const SearchResult tight = search(g, {4, 4}, CostModel(make_machine(2, 1)), {.memory_limit_bytes = whole * 3 / 4});
   EXPECT_LE(tight.candidates[tight.best].memory_bytes, whole * 3 / 4);
+}
+
+const Candidate& named(const SearchResult& r, const std::string& name) {
+  const auto it = std::find_if(r.candidates.begin(), r.candidates.end(), [&](const Candidate& c) { return c.name == name; });
+  if (it == r.candidates.end()) throw std::out_of_range(name);
+  return *it;
+}
+
+// Six devices: Megatron within groups of three and of two. Each device computes a sixth, and reads a third or a half of each weight.
+TEST(Seeds, GridsOfSamplesAndChannels) {
+  OpGraph g;
+  TensorId x = test::source(g, NodeKind::kFeed, "in:0", {12, 6}, false, 0);
+  x = test::linear(g, "up", x, 6);
+  x = test::op(g, "act", "relu", {x}, {"self"}, {12, 6}, "pointwise");
+  x = test::linear(g, "down", x, 6);
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {x}, .sample_dim = 0});
+  for (const int samples : {2, 3}) {
+    const auto all = seeds(g, 6);
+    const std::string name = fmt::format("dp {} x tp {}", samples, 6 / samples);
+    const auto it = std::find_if(all.begin(), all.end(), [&](const auto& s) { return s.first == name; });
+    ASSERT_NE(it, all.end()) << name;
+    const Program p = lower(g, it->second, {2, 2, 2, 2, 2, 2});
+    for (const char* op : {"up", "act", "down"}) {
+      const Tiling& t = p.tilings[*p.graph.find(op)];
+      EXPECT_EQ(t.tiles(), 6) << name << " " << op;
+      EXPECT_EQ(t.replicas, 1) << name << " " << op;
+    }
+    const TensorId weight = p.graph.nodes[*p.graph.find("up")].inputs[1];
+    for (const Coord& c : p.tiles[weight].coords) {
+      EXPECT_EQ(volume(c.box), 36 / (6 / samples)) << name;
+      EXPECT_EQ(static_cast<int>(c.devices.size()), samples) << name;
+    }
+  }
+}
+
+TEST(Seeds, PipelineOnlyWithALoss) {
+  OpGraph g = wide_mlp(64);
+  const auto has = [](const OpGraph& graph, const std::string& name) {
+    const auto all = seeds(graph, 2);
+    return std::any_of(all.begin(), all.end(), [&](const auto& s) { return s.first == name; });
+  };
+  EXPECT_FALSE(has(g, "1f1b"));
+  OpGraph with;
+  TensorId x = test::source(with, NodeKind::kFeed, "in:0", {8, 64}, false, 0);
+  x = test::linear(with, "a", x, 64);
+  x = test::linear(with, "b", x, 64);
+  x = test::op(with, "loss", "mean", {x}, {"self"}, {});
+  add_node(with, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {x}});
+  ASSERT_TRUE(has(with, "1f1b"));
+  const SearchResult r = search(with, {4, 4}, CostModel(make_machine(2, 1)), {.descent_simulations = 10, .mcmc_simulations = 10});
+  for (const char* name : {"gpipe", "1f1b"}) EXPECT_GT(named(r, name).step_ns, 0) << name;
+  const Program p = lower(with, named(r, "gpipe").strategy, {4, 4});
+  EXPECT_EQ(p.tilings[*p.graph.find("a")].devices, std::vector<int>{0});
+  EXPECT_EQ(p.tilings[*p.graph.find("b")].devices, std::vector<int>{1});
+  EXPECT_EQ(p.tilings[*p.graph.find("a")].chunks(), 4);
+}
+
+// Convolutions by rows, what lies between them with them, what comes after data parallel.
+TEST(Seeds, Spatial) {
+  OpGraph g;
+  TensorId x = test::source(g, NodeKind::kFeed, "in:0", {4, 2, 8, 8}, false, 0);
+  for (const char* name : {"c0", "c1"}) {
+    const TensorId w = test::source(g, NodeKind::kParam, std::string("param:") + name, {2, 2, 3, 3}, true);
+    x = test::op(g, name, "conv2d", {x, w}, {"input", "weight"}, {4, 2, 8, 8}, "", {{"padding", std::vector<int64_t>{1, 1}}});
+    x = test::op(g, std::string(name) + "/relu", "relu", {x}, {"self"}, {4, 2, 8, 8}, "pointwise");
+  }
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {x}, .sample_dim = 0});
+  const auto all = seeds(g, 2);
+  const auto it = std::find_if(all.begin(), all.end(), [](const auto& s) { return s.first == "spatial"; });
+  ASSERT_NE(it, all.end());
+  const Program p = lower(g, it->second, {2, 2});
+  const auto cut = [&](const char* name) {
+    const NodeId n = *p.graph.find(name);
+    return p.rules[n].factors[p.tilings[n].cuts.at(0).factor].name;
+  };
+  EXPECT_EQ(cut("c0"), "h");
+  EXPECT_EQ(cut("c0/relu"), "d2");
+  EXPECT_EQ(cut("c1"), "h");
+  EXPECT_EQ(cut("c1/relu"), "d0");
 }
 
 TEST(Simulate, StepCoversComputeAndCommunicationOfEveryDevice) {

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
@@ -25,7 +26,7 @@ class StepState:
 
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
-    outputs: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+    outputs: dict[int, dict[int, tuple[GradientEdge, torch.dtype]]] = field(default_factory=dict)  # segment -> value -> its place in that graph
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
     copies: dict[int, torch.Tensor] = field(default_factory=dict)  # gathered parameters whose storage is given back until backward
     random: CounterState | None = None
@@ -79,6 +80,7 @@ class Engine:
             self.num_forward = len(self.kinds)
         self.released = self._released()
         self.param_fills, self.fill_sources, self.filled_params = self._param_fills()
+        self.dropped = self._dropped()
         self.before: dict[frozenset[int], set[int]] = {}
 
     def groups(self) -> set[tuple[int, ...]]:
@@ -124,6 +126,21 @@ class Engine:
         moves = [m for p in positions if (planned := self.planned[p]) is not None for t in planned.transfers for m in t.moves]
         sources = {m.src: graph.tensors[self.values[m.src].tensor].producer for m in moves if m.src >= 0}
         return positions, sources, set().union(*of_step)
+
+    def _dropped(self) -> dict[int, tuple[list[int], list[int]]]:
+        """Instruction of backward -> copies (Keep.use) and gradients of copies that are used for the last time there."""
+        kinds = _C.InstructionKind
+        last: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        for position, (step, kind) in enumerate(zip(self.planned, self.kinds, strict=True)):
+            if kind == kinds.segment_backward:
+                last[0].update({v: position for v in self.inputs[self.segment_of[position]] if v in self.refilled})
+            elif step is not None and kind == kinds.grad_fill:
+                last[1].update({m.src: position for t in step.transfers for m in t.moves if m.src >= 0})
+        out: dict[int, tuple[list[int], list[int]]] = {}
+        for which, positions in enumerate(last):
+            for value, position in positions.items():
+                out.setdefault(position, ([], []))[which].append(value)
+        return out
 
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(
@@ -224,6 +241,7 @@ class Engine:
         for position in range(state.position, end):
             kind = self.kinds[position]
             start_ns = time.perf_counter_ns() if self.trace is not None else 0
+            waits = state.deferred and position in self.param_fills
             if kind == kinds.segment:
                 self._segment(state, self.segment_of[position], grad)
             elif kind == kinds.segment_backward:
@@ -231,7 +249,7 @@ class Engine:
             elif kind == kinds.fill:
                 self._fill(state, position)
             elif kind == kinds.grad_fill:
-                if not (state.deferred and position in self.param_fills):
+                if not waits:
                     self._grad_fill(state, position)
             else:
                 self._refill(state, position)
@@ -241,6 +259,12 @@ class Engine:
                 for value in self.released.get(position, []):
                     state.copies[value] = state.values.pop(value)
                     state.copies[value].untyped_storage().resize_(0)
+            if position in self.dropped and not waits:
+                copies, grads = self.dropped[position]
+                for value in copies:
+                    state.copies.pop(value, None)
+                for value in grads:
+                    state.grads.pop(value, None)
             if self.trace is not None:
                 self.trace.append((position, start_ns, time.perf_counter_ns()))
         state.position = end
@@ -259,7 +283,8 @@ class Engine:
         outputs = dict(zip(self.outs[segment], results, strict=True))
         if record:
             state.leaves[segment] = leaves
-            state.outputs[segment] = outputs
+            # Not the tensors: what backward reads of them the graph has saved itself.
+            state.outputs[segment] = {v: (get_gradient_edge(t), t.dtype) for v, t in outputs.items() if t.requires_grad}
         gathered = [state.values[v].untyped_storage().data_ptr() for v in self.inputs[segment] if v in self.refilled]
         for value, tensor in outputs.items():
             view = bool(gathered) and tensor.untyped_storage().data_ptr() in gathered  # of a copy whose storage is given back
@@ -268,11 +293,12 @@ class Engine:
     def _segment_backward(self, state: StepState, segment: int) -> None:
         leaves = state.leaves.pop(segment)
         outputs = state.outputs.pop(segment)
-        wanted = [(v, t) for v, t in outputs.items() if t.requires_grad and v in state.grads]
+        wanted = [(v, output) for v, output in outputs.items() if v in state.grads]
         if not wanted or not leaves:
             return
-        grads = [state.grads.pop(v).to(t.dtype) for v, t in wanted]
-        results = torch.autograd.grad([t for _, t in wanted], list(leaves.values()), grads, retain_graph=state.retain_graph, allow_unused=True)
+        grads = [state.grads.pop(v).to(dtype) for v, (_, dtype) in wanted]
+        edges = [edge for _, (edge, _) in wanted]
+        results = torch.autograd.grad(edges, list(leaves.values()), grads, retain_graph=state.retain_graph, allow_unused=True)
         for value, result in zip(leaves, results, strict=True):
             if result is not None:
                 self._accumulate(state, value, result.to_dense() if result.is_sparse else result)
@@ -285,10 +311,18 @@ class Engine:
         step = self.planned[position]
         if step is None:
             raise RuntimeError("[engine] a fill without its plan")
-        for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v]):
+        sources: set[int] = set()
+
+        def read(value: int, dtype: torch.dtype) -> torch.Tensor:
+            sources.add(state.values[value].untyped_storage().data_ptr())
+            return state.values[value]
+
+        for value, tensor in execute(step, self.comm, read):
             # A copy that is given back and gathered again needs a storage of its own: pieces are views of parameters, of other
             # values, or of what a peer sent.
-            state.values[value] = tensor.clone(memory_format=torch.contiguous_format) if value in self.refilled else tensor
+            storage = tensor.untyped_storage()
+            own = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in sources
+            state.values[value] = tensor if own or value not in self.refilled else tensor.clone(memory_format=torch.contiguous_format)
 
     def _refill(self, state: StepState, position: int) -> None:
         """Gathers a parameter's copy again, into the storage that the segments' graphs saved."""

@@ -66,7 +66,7 @@ Rule attention(const OpGraph& graph, const Node& node) {
     sizes.push_back(s.keys);
     r.operand("attn_mask", mask_dims(graph, node, with({heads, "s", "t"}), sizes));
   }
-  return r.result(with({heads, "s", "e"})).build();
+  return r.result(with({heads, "s", "e"})).saves({"0", "1", "2", "attn_mask", "result"}).build();
 }
 
 // One part of the keys, per index of p: m[.. s p], l[.. s p], acc[.. s e p]. `begins` are the parts' cut points in t.

@@ -55,7 +55,7 @@ Rule conv(const OpGraph& graph, const Node& node, bool transposed) {
            .dilation = dilation[d],
            .kernel = kernel[d]});
   }
-  return r.operand(1, ws).operand("bias", {out}).anchor("c").result(ys, Reduce::kSum).build();
+  return r.operand(1, ws).operand("bias", {out}).anchor("c").result(ys, Reduce::kSum).saves({"0", "1"}).build();
 }
 
 Rule forward(const OpGraph& graph, const Node& node) {
@@ -93,7 +93,9 @@ Rule pool(const OpGraph& graph, const Node& node) {
     r.map(static_cast<int>(lead + d), names[d],
           {.kind = IndexMap::Kind::kWindow, .stride = stride[d] ? stride[d] : kernel[d], .pad = pad[d], .dilation = dilation[d], .kernel = kernel[d]});
   }
-  return r.result(ys).build();
+  Rule rule = r.result(ys).saves({"0"}).build();
+  if (node.target.starts_with("max")) rule.results[0].saved_bytes_more = 8;  // where its maximum was
+  return rule;
 }
 
 // Adaptive pools and interpolation. A spatial dim can be cut where the window of every output index is the same (adaptive) or where
@@ -135,7 +137,7 @@ Rule resized(const OpGraph& graph, const Node& node, bool adaptive) {
                                      : static_cast<double>(in) / static_cast<double>(out);
     r.map(static_cast<int>(lead + d), names[d], {.kind = IndexMap::Kind::kResample, .out_size = out, .scale = scale, .align_corners = align, .reach = 1});
   }
-  return r.result(ys).build();
+  return r.result(ys).saves({}).build();
 }
 
 Rule adaptive_pool(const OpGraph& graph, const Node& node) {

@@ -19,7 +19,7 @@ Rule embedding(const OpGraph& graph, const Node& node) {
   r.factor("v", w[0], FactorKind::kReduction, by_frequency ? Cuttable::kWhole : Cuttable::kInterval).factor("d", w[1], FactorKind::kParameter);
   std::vector<std::string> out = in;
   out.push_back("d");
-  return r.operand("weight", {"v", "d"}).operand("indices", in).constant().result(out, Reduce::kSum).build();
+  return r.operand("weight", {"v", "d"}).operand("indices", in).constant().result(out, Reduce::kSum).saves({"indices"}).build();
 }
 
 // Bags of equal length: t[n b]; sums and means cut like an embedding, maxima by width and rows only.

@@ -35,7 +35,7 @@ Rule ce_rows(const OpGraph& graph, const Node& node) {
   const auto rows = without_classes(names);
   r.operand(0, names).operand(1, probabilities ? names : rows);
   r.operand("weight", {"v"});
-  return r.result(rows).build();
+  return r.result(rows).saves({"0", "1", "weight"}).build();  // the softmax, as large as operand 0, in its stead
 }
 
 // Number (or summed weight) of the rows that count.

@@ -31,7 +31,7 @@ Rule linear(const OpGraph& graph, const Node& node) {
   }
   r.operand("input", in).operand("weight", weight);
   if (w.size() == 2) r.operand("bias", {"o"}).anchor("i");
-  return r.result(out, Reduce::kSum).build();
+  return r.result(out, Reduce::kSum).saves({"input", "weight"}).build();
 }
 
 // matmul, bmm, mm with broadcast batch dims, also vectors.
@@ -64,7 +64,7 @@ Rule matmul(const OpGraph& graph, const Node& node) {
     right.push_back("o");
     out.push_back("o");
   }
-  return r.operand(0, left).operand(1, right).result(out, Reduce::kSum).build();
+  return r.operand(0, left).operand(1, right).result(out, Reduce::kSum).saves({"0", "1"}).build();
 }
 
 // addmm, baddbmm: beta * bias + alpha * (a @ b); the bias broadcasts.
@@ -87,7 +87,7 @@ Rule addmm(const OpGraph& graph, const Node& node) {
     const size_t to = y.size() - bias.size() + d;
     b.push_back(bias[d] == y[to] ? out[to] : "*");
   }
-  return r.operand(0, b).anchor("i").operand(1, left).operand(2, right).result(out, Reduce::kSum).build();
+  return r.operand(0, b).anchor("i").operand(1, left).operand(2, right).result(out, Reduce::kSum).saves({"1", "2"}).build();
 }
 
 // einsum with an explicit output in which each letter stands once in an operand (capture sees to that): a letter is a factor, and those
@@ -122,7 +122,7 @@ Rule einsum(const OpGraph& graph, const Node& node) {
   for (size_t i = 0; i < terms.size(); ++i) r.operand(static_cast<int>(i), terms[i]);
   std::vector<std::string> out;
   for (char c : result) out.emplace_back(1, c);
-  return r.result(out, Reduce::kSum).build();
+  return r.result(out, Reduce::kSum).saves(node.operand_names).build();
 }
 
 // Distances between all rows of a[b.. m d] and b[b.. n d].

@@ -25,7 +25,7 @@ Rule narrow(const OpGraph& graph, const Node& node) {
   const int64_t dim = wrap(node.attr<int64_t>("dim", 0), y.size());
   const auto names = result_factors(r, y);
   const IndexMap map{.kind = IndexMap::Kind::kStride, .stride = node.attr<int64_t>("step", 1), .offset = node.attr<int64_t>("start", 0)};
-  return r.operand(0, names).map(static_cast<int>(dim), names[dim], map).result(names).build();
+  return r.operand(0, names).map(static_cast<int>(dim), names[dim], map).result(names).view().build();
 }
 
 Rule cat(const OpGraph& graph, const Node& node) {
@@ -38,7 +38,7 @@ Rule cat(const OpGraph& graph, const Node& node) {
     r.operand(static_cast<int>(i), names).map(static_cast<int>(dim), names[dim], {.kind = IndexMap::Kind::kShift, .offset = -before});
     before += graph.input(node, static_cast<int>(i)).shape[dim];
   }
-  return r.result(names).build();
+  return r.result(names).saves({}).build();
 }
 
 Rule expand(const OpGraph& graph, const Node& node) {
@@ -48,7 +48,7 @@ Rule expand(const OpGraph& graph, const Node& node) {
   std::vector<std::string> in;
   const size_t lead = y.size() - x.size();
   for (size_t d = 0; d < x.size(); ++d) in.push_back(x[d] == y[d + lead] ? names[d + lead] : "*");
-  return r.operand(0, in).result(names).build();
+  return r.operand(0, in).result(names).view().build();
 }
 
 Rule flip(const OpGraph& graph, const Node& node) {
@@ -58,7 +58,7 @@ Rule flip(const OpGraph& graph, const Node& node) {
   r.operand(0, names);
   for (int64_t d : node.attr<std::vector<int64_t>>("dims", {}))
     r.map(static_cast<int>(wrap(d, y.size())), names[wrap(d, y.size())], {.kind = IndexMap::Kind::kFlip});
-  return r.result(names).build();
+  return r.result(names).saves({}).build();
 }
 
 // Constant pad: the tile reads what lies inside; the local computation adds the border.
@@ -86,7 +86,7 @@ Rule pad(const OpGraph& graph, const Node& node) {
           mode == "constant" ? IndexMap{.kind = IndexMap::Kind::kShift, .offset = -amounts[i]}
                              : IndexMap{.kind = IndexMap::Kind::kReflect, .offset = amounts[i]});
   }
-  return r.result(names).build();
+  return r.result(names).saves({}).build();
 }
 
 // Each tile makes its own part.

@@ -25,7 +25,7 @@ Rule batch_norm(const OpGraph& graph, const Node& node) {
   }
   r.operand(0, names);
   for (const char* name : {"weight", "bias", "running_mean", "running_var"}) r.operand(name, {"c"});
-  return r.result(names).build();
+  return r.result(names).saves({"0", "weight"}).build();
 }
 
 // Statistics of a batch, [c] and [c]; only read by running averages.
@@ -60,7 +60,7 @@ Rule layer_norm(const OpGraph& graph, const Node& node) {
              inner ? Cuttable::kExpand : Cuttable::kAny);
   }
   const std::vector<std::string> inner(names.end() - static_cast<int64_t>(normalized), names.end());
-  return r.operand(0, names).operand("weight", inner).operand("bias", inner).result(names).build();
+  return r.operand(0, names).operand("weight", inner).operand("bias", inner).result(names).saves({"0", "weight"}).build();
 }
 
 // Channels in groups: a cut falls between groups.
@@ -71,7 +71,7 @@ Rule group_norm(const OpGraph& graph, const Node& node) {
   r.factor("n", x[0], FactorKind::kSample).factor("g", groups, FactorKind::kParameter).factor("c", x[1] / groups, FactorKind::kAttribute, Cuttable::kWhole);
   std::vector<std::string> names{"n", "g c"};
   for (size_t d = 2; d < x.size(); ++d) names.push_back("*");
-  return r.operand(0, names).operand("weight", {"g c"}).operand("bias", {"g c"}).result(names).build();
+  return r.operand(0, names).operand("weight", {"g c"}).operand("bias", {"g c"}).result(names).saves({"0", "weight"}).build();
 }
 
 // xc * rsqrt(sum of squares / count + eps) * weight + bias: x's dims are factors; the statistics have size 1 where they are summed,

@@ -1,9 +1,21 @@
 // Pointwise operators: one factor per dim of the result; operands are aligned from the right, a broadcast dim lacks the factor.
+#include <set>
+
 #include "base/error.h"
 #include "sharding/rules/families.h"
 
 namespace soap {
 namespace {
+
+// What backward reads, by name of the schema's operand or "result"; a product reads its operands, and so does what isn't listed.
+std::vector<std::string> saved(const Node& node) {
+  static const std::set<std::string_view> nothing{"add",        "sub", "rsub",     "neg",    "clone", "alias",
+                                                  "contiguous", "to",  "_to_copy", "detach", "scale", "lift_fresh_copy"};
+  static const std::set<std::string_view> own{"relu", "tanh", "sigmoid", "exp", "exp_shifted", "sqrt", "rsqrt", "reciprocal", "expm1"};
+  if (nothing.count(node.target) || ((node.target == "mul" || node.target == "div") && node.inputs.size() == 1)) return {};
+  if (own.count(node.target)) return {"result"};
+  return node.operand_names;
+}
 
 Rule pointwise(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
@@ -22,7 +34,7 @@ Rule pointwise(const OpGraph& graph, const Node& node) {
     r.operand(static_cast<int>(i), dims);
   }
   for (size_t i = 0; i < node.outputs.size(); ++i) r.result(names);
-  return r.build();
+  return r.saves(saved(node)).build();
 }
 
 }  // namespace

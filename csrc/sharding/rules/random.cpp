@@ -16,7 +16,9 @@ Rule elementwise(const OpGraph& graph, const Node& node) {
   for (size_t i = 0; i < node.inputs.size(); ++i) {
     if (graph.input(node, static_cast<int>(i)).shape == y) r.operand(static_cast<int>(i), names);
   }
-  return r.result(names).build();
+  Rule rule = r.result(names).saves({}).build();
+  rule.results[0].saved_bytes_more = graph.output(node, 0).element_bytes;  // the mask, scaled
+  return rule;
 }
 
 }  // namespace

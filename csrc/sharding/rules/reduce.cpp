@@ -38,6 +38,7 @@ Rule reduction(const OpGraph& graph, const Node& node, Reduce reduce, Cuttable c
   }
   r.operand(0, in);
   for (size_t i = 0; i < node.outputs.size(); ++i) r.result(out, cut == Cuttable::kAny ? reduce : Reduce::kNone);
+  if (cut == Cuttable::kAny) r.saves({});
   return r.build();
 }
 
@@ -85,7 +86,7 @@ Rule softmax(const OpGraph& graph, const Node& node) {
                       : FactorKind::kAttribute,
              here ? Cuttable::kExpand : Cuttable::kAny);
   }
-  return r.operand(0, names).result(names).build();
+  return r.operand(0, names).result(names).saves({"result"}).build();
 }
 
 // softmax = e / sum(e), e = exp(x - max); log_softmax = x - max - log(sum(e)).

@@ -45,7 +45,7 @@ Rule view(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
   const auto &in = graph.input(node, 0).shape, &shape = graph.output(node, 0).shape;
   std::vector<std::string> x(in.size(), "*"), y(shape.size(), "*");
-  if (numel(in) == 0) return r.operand(0, x).result(y).build();
+  if (numel(in) == 0) return r.operand(0, x).result(y).view().build();
   int count = 0;
   for (const Group& g : groups(in, shape)) {
     // Cut points: suffix products of either side.
@@ -79,7 +79,7 @@ Rule view(const OpGraph& graph, const Node& node) {
     assign(g.in, in, x);
     assign(g.out, shape, y);
   }
-  return r.operand(0, x).result(y).build();
+  return r.operand(0, x).result(y).view().build();
 }
 
 // transpose, permute, t, movedim, ...: the capture gives every one of them as `permute` with its dims.
@@ -93,7 +93,7 @@ Rule permute(const OpGraph& graph, const Node& node) {
     r.factor(x.back(), in[d], FactorKind::kAttribute);
   }
   for (int64_t d : dims) y.push_back(x[d < 0 ? d + static_cast<int64_t>(in.size()) : d]);
-  return r.operand(0, x).result(y).build();
+  return r.operand(0, x).result(y).view().build();
 }
 
 }  // namespace

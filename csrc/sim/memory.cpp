@@ -1,0 +1,324 @@
+#include "sim/memory.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+namespace soap {
+namespace {
+
+using Key = std::pair<int, int>;  // (node, chunk) or (group, tag)
+
+int64_t bytes_of(const Box& box, const Tensor& t) {
+  return volume(box) * t.element_bytes;
+}
+
+// A part of a box that is one stretch of its memory, row-major: dims of one index, then an interval, then whole dims.
+bool is_stretch(const Box& part, const Box& box) {
+  size_t d = 0;
+  while (d < box.size() && part[d].size() == 1) ++d;
+  if (d < box.size()) {
+    const IndexSet at = positions(part[d], box[d]);
+    if (!at.is_interval()) return false;
+    ++d;
+  }
+  for (; d < box.size(); ++d) {
+    if (part[d] != box[d]) return false;
+  }
+  return true;
+}
+
+struct Memory {
+  const Program& p;
+  const StepPieces& pieces;
+  int end = 0, turn = 0;                                                   // number of steps; of those before the first of backward
+  std::map<Key, int> compute, compute_back, fill, refill;                  // -> step
+  std::map<Key, std::pair<int, int>> grad_fill;                            // (group, producer chunk) -> (step, item)
+  std::map<Key, int> item_of_fill;                                         // -> index in its step
+  std::vector<int> movements;                                              // [step]: movements before it
+  std::vector<std::vector<int64_t>> changes;                               // [device][step]: bytes that come; those that go, at the step after
+  std::map<Key, int> forward_end, backward_end, leaf_end, backward_begin;  // of a copy, by its readers
+  std::map<Key, std::set<int>> sums;                                       // (group, coord) -> backward steps that add to its gradient
+  std::map<Key, std::set<std::pair<int, int>>> views;                      // (group, tag) -> (coord, device) that are parts of tiles
+
+  void hold(int device, int64_t bytes, int from, int to) {
+    if (bytes == 0 || to < from) return;
+    changes[device][from] += bytes;
+    changes[device][to + 1] -= bytes;
+  }
+
+  void index_steps() {
+    end = static_cast<int>(p.steps.size());
+    changes.assign(p.world_size, std::vector<int64_t>(end + 2));
+    turn = end;
+    movements.assign(end + 1, 0);
+    for (int s = 0; s < end; ++s) {
+      const bool crosses = std::any_of(pieces[s].begin(), pieces[s].end(), [](const MovedItem& m) { return m.movement.pattern != Pattern::kLocal; });
+      movements[s + 1] = movements[s] + crosses;
+    }
+    for (int s = 0; s < end; ++s) {
+      const Step& step = p.steps[s];
+      if (step.kind != StepKind::kFill && step.kind != StepKind::kCompute) turn = std::min(turn, s);
+      for (size_t i = 0; i < step.items.size(); ++i) {
+        const Key key{step.items[i].id, step.items[i].chunk};
+        switch (step.kind) {
+          case StepKind::kCompute: compute[key] = s; break;
+          case StepKind::kComputeBackward: compute_back[key] = s; break;
+          case StepKind::kRefill: refill[key] = s; break;
+          case StepKind::kGradFill: grad_fill[key] = {s, static_cast<int>(i)}; break;
+          case StepKind::kFill:
+            fill[key] = s;
+            item_of_fill[key] = static_cast<int>(i);
+            break;
+        }
+      }
+    }
+  }
+
+  // Something moves after step a and before step b.
+  bool moved_between(int a, int b) const { return b > a && movements[b] > movements[a + 1]; }
+
+  void stored() {
+    for (const Node& n : p.graph.nodes) {
+      if (n.kind == NodeKind::kOp || n.kind == NodeKind::kReturn) continue;
+      const Tensor& t = p.graph.output(n, 0);
+      const bool trained = n.kind == NodeKind::kParam && t.requires_grad;
+      for (const Coord& c : p.tiles[t.id].coords) {
+        for (int d : c.devices) {
+          hold(d, bytes_of(c.box, t) * (trained ? 1 + kOptimizerCopies : 1), 0, end);
+          if (trained) hold(d, bytes_of(c.box, t), 0, p.interleaved ? end : turn - 1);  // the last step's gradient
+        }
+      }
+    }
+  }
+
+  // Readers of copies: their last steps, and the first that makes a gradient. A view that reads lives on in its own readers (see `tiles`).
+  void readers() {
+    for (size_t g = 0; g < p.groups.size(); ++g) {
+      for (const Use& u : p.groups[g].uses) {
+        const Node& n = p.graph.nodes[u.node];
+        const Operand& operand = p.rules[u.node].operands[u.operand];
+        const int chunks = p.tilings[u.node].chunks();
+        for (size_t i = 0; i < u.coord_of.size(); ++i) {
+          if (u.coord_of[i] < 0) continue;
+          const Key key{static_cast<int>(g), p.groups[g].copies.coords[u.coord_of[i]].chunk};
+          const int chunk = static_cast<int>(i) % chunks;
+          const auto grow = [&](std::map<Key, int>& m, int step) {
+            const auto [it, fresh] = m.emplace(key, step);
+            if (!fresh) it->second = std::max(it->second, step);
+          };
+          grow(forward_end, n.kind == NodeKind::kReturn ? end : compute.at({u.node, chunk}));
+          const auto back = compute_back.find({u.node, chunk});
+          if (n.kind == NodeKind::kReturn && p.groups[g].grad) backward_begin.emplace(key, fill.at(key) + 1);
+          if (back == compute_back.end()) continue;
+          if (operand.saved) grow(backward_end, back->second);
+          if (!p.groups[g].grad) continue;
+          const NodeId producer = p.graph.tensors[p.groups[g].tensor].producer;
+          const auto made = compute.find({producer, chunk}), made_back = compute_back.find({producer, chunk});
+          const bool apart = made != compute.end() && made_back != compute_back.end() &&
+                             (moved_between(made->second, compute.at({u.node, chunk})) || moved_between(back->second, made_back->second));
+          if (apart || moves(key)) grow(leaf_end, back->second);
+          sums[{static_cast<int>(g), u.coord_of[i]}].insert(back->second);
+          const int begin = back->second + (p.rules[u.node].view ? 1 : 0);  // a view's gradient is a view too
+          const auto [it, fresh] = backward_begin.emplace(key, begin);
+          if (!fresh) it->second = std::min(it->second, begin);
+        }
+      }
+    }
+  }
+
+  void find_views() {
+    for (const auto& [key, step] : fill) {
+      const CopyGroup& g = p.groups[key.first];
+      if (refill.count(key)) continue;  // has memory of its own, to be given back
+      std::map<std::pair<int, int>, std::vector<const Piece*>> arriving;
+      for (const Piece& x : pieces[step][item_of_fill.at(key)].pieces) arriving[{x.dst, x.to}].push_back(&x);
+      for (const auto& [copy, list] : arriving) {
+        const Piece& x = *list[0];
+        if (list.size() > 1 || x.from != x.to || x.box != g.copies.coords[x.dst].box) continue;
+        if (is_stretch(x.box, p.tiles[g.tensor].coords[x.src].box)) views[key].insert(copy);
+      }
+    }
+  }
+
+  bool moves(const Key& key) const { return pieces[fill.at(key)][item_of_fill.at(key)].movement.pattern != Pattern::kLocal; }
+
+  static int at(const std::map<Key, int>& m, const Key& key) {
+    const auto it = m.find(key);
+    return it == m.end() ? -1 : it->second;
+  }
+
+  // From the last node to the first, so that all readers of a tensor are known before it.
+  void values() {
+    std::map<Key, int> lives;  // copies: last step
+    for (const auto& [key, step] : fill) lives[key] = std::max({step, at(forward_end, key), at(backward_end, key), at(leaf_end, key)});
+    for (auto n = p.graph.nodes.rbegin(); n != p.graph.nodes.rend(); ++n) {
+      const Rule& rule = p.rules[n->id];
+      for (size_t r = 0; r < n->outputs.size(); ++r) {
+        const Tensor& t = p.graph.tensors[n->outputs[r]];
+        std::map<int, int> last;  // chunk -> step
+        for (int g : p.groups_of[t.id]) {
+          for (auto f = fill.lower_bound({g, 0}); f != fill.end() && f->first.first == g; ++f) {
+            for (const Piece& x : pieces[f->second][item_of_fill.at(f->first)].pieces) {
+              int& until = last[p.tiles[t.id].coords[x.src].chunk];
+              until = std::max(until, f->second);
+              const auto v = views.find(f->first);
+              if (v != views.end() && v->second.count({x.dst, x.to})) until = std::max(until, lives.at(f->first));
+            }
+          }
+        }
+        if (n->kind != NodeKind::kOp) continue;
+        for (const Coord& c : p.tiles[t.id].coords) {
+          const int made = compute.at({n->id, c.chunk}), back = at(compute_back, {n->id, c.chunk});
+          int until = std::max(made, last.count(c.chunk) ? last.at(c.chunk) : -1);
+          if (rule.results[r].saved) until = std::max(until, back);
+          for (int d : c.devices) {
+            if (!rule.view) hold(d, bytes_of(c.box, t), made, until);
+            hold(d, volume(c.box) * rule.results[r].saved_bytes_more, made, std::max(made, back));
+          }
+          if (rule.view && r == 0) keep_viewed(*n, c.chunk, until, lives);
+        }
+      }
+    }
+    for (const auto& [key, until] : lives) copies(key, until);
+  }
+
+  // What a view looks at lives as long as the view.
+  void keep_viewed(const Node& view, int chunk, int until, std::map<Key, int>& lives) const {
+    for (int g : p.groups_of[view.inputs[0]]) {
+      for (const Use& u : p.groups[g].uses) {
+        if (u.node != view.id || u.operand != 0) continue;
+        const int chunks = p.tilings[view.id].chunks();
+        for (size_t i = chunk; i < u.coord_of.size(); i += chunks) {
+          if (u.coord_of[i] < 0) continue;
+          int& last = lives.at({g, p.groups[g].copies.coords[u.coord_of[i]].chunk});
+          last = std::max(last, until);
+        }
+      }
+    }
+  }
+
+  void copies(const Key& key, int until) {
+    const CopyGroup& g = p.groups[key.first];
+    const Tensor& t = p.graph.tensors[g.tensor];
+    const auto v = views.find(key);
+    const int made = fill.at(key), again = at(refill, key);
+    for (size_t j = 0; j < g.copies.coords.size(); ++j) {
+      const Coord& c = g.copies.coords[j];
+      if (c.chunk != key.second) continue;
+      for (int d : c.devices) {
+        if (v != views.end() && v->second.count({static_cast<int>(j), d})) continue;
+        const int64_t bytes = bytes_of(c.box, t);
+        if (again >= 0 && at(forward_end, key) < again) {
+          hold(d, bytes, made, at(forward_end, key));
+          hold(d, bytes, again, until);
+          hold(d, bytes, again, again);  // gathered, then written into the old place
+        } else {
+          hold(d, bytes, made, until);
+        }
+      }
+    }
+  }
+
+  void gradients() {
+    for (size_t g = 0; g < p.groups.size(); ++g) {
+      const CopyGroup& group = p.groups[g];
+      if (!group.grad) continue;
+      const Tensor& t = p.graph.tensors[group.tensor];
+      const Node& producer = p.graph.nodes[t.producer];
+      std::map<std::pair<int, int>, int> leaves;                 // copy (coord, device) -> last step that brings it home
+      std::map<std::pair<int, int>, std::pair<int, int>> tiles;  // tile -> the one copy that is its gradient, or -1
+      for (auto it = grad_fill.lower_bound({static_cast<int>(g), 0}); it != grad_fill.end() && it->first.first == static_cast<int>(g); ++it) {
+        const auto& list = pieces[it->second.first][it->second.second].pieces;
+        std::map<std::pair<int, int>, int> arriving;
+        for (const Piece& x : list) ++arriving[{x.dst, x.to}];
+        for (const Piece& x : list) {
+          int& last = leaves[{x.src, x.from}];
+          last = std::max(last, it->second.first);
+          const bool same =
+              arriving[{x.dst, x.to}] == 1 && x.from == x.to && x.box == p.tiles[t.id].coords[x.dst].box && x.box == group.copies.coords[x.src].box;
+          tiles[{x.dst, x.to}] = same ? std::pair{x.src, it->second.first} : std::pair{-1, it->second.first};
+        }
+      }
+      std::set<std::pair<int, int>> shared;  // copies whose gradient is a tile's
+      for (const auto& [tile, from] : tiles) {
+        const auto [coord, device] = tile;
+        const Coord& c = p.tiles[t.id].coords[coord];
+        int begin = from.second;
+        if (from.first >= 0) {
+          shared.insert({from.first, device});
+          begin = at(backward_begin, {static_cast<int>(g), group.copies.coords[from.first].chunk});
+          if (begin < 0) begin = from.second;
+        }
+        if (producer.kind == NodeKind::kParam && p.interleaved) continue;  // stored
+        const int until = producer.kind == NodeKind::kOp ? at(compute_back, {producer.id, c.chunk}) : end;
+        hold(device, bytes_of(c.box, t), std::min(begin, end), until);
+      }
+      for (const auto& [copy, last] : leaves) {
+        const auto added = sums.find({static_cast<int>(g), copy.first});
+        if (added != sums.end()) {
+          for (auto s = std::next(added->second.begin()); s != added->second.end(); ++s)
+            hold(copy.second, 2 * bytes_of(group.copies.coords[copy.first].box, t), *s, *s);
+        }
+        if (shared.count(copy)) continue;
+        const Coord& c = group.copies.coords[copy.first];
+        const int begin = at(backward_begin, {static_cast<int>(g), c.chunk});
+        hold(copy.second, bytes_of(c.box, t), begin < 0 ? last : std::min(begin, last), last);
+      }
+    }
+  }
+
+  // What an exchange sends and receives, for the time that it takes; what arrives alone becomes its copy.
+  void packed() {
+    for (int s = 0; s < end; ++s) {
+      for (size_t i = 0; i < pieces[s].size(); ++i) {
+        const StepItem& item = p.steps[s].items[i];
+        if (pieces[s][i].movement.pattern != Pattern::kExchange) continue;
+        const Tensor& t = p.graph.tensors[p.groups[item.id].tensor];
+        std::map<std::pair<int, int>, int> arriving;
+        for (const Piece& x : pieces[s][i].pieces) ++arriving[{x.dst, x.to}];
+        for (const Piece& x : pieces[s][i].pieces) {
+          if (x.from == x.to) continue;
+          hold(x.from, bytes_of(x.box, t), s, s);
+          if (arriving[{x.dst, x.to}] > 1) hold(x.to, bytes_of(x.box, t), s, s);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+StepPieces step_pieces(const Program& p) {
+  StepPieces out(p.steps.size());
+  for (size_t s = 0; s < p.steps.size(); ++s) {
+    const Step& step = p.steps[s];
+    if (step.kind == StepKind::kCompute || step.kind == StepKind::kComputeBackward) continue;
+    for (const StepItem& item : step.items) {
+      auto pieces = item_pieces(p, step.kind, item);
+      Movement movement = item_movement(p, step.kind, item, pieces);
+      out[s].push_back({std::move(pieces), std::move(movement)});
+    }
+  }
+  return out;
+}
+
+std::vector<int64_t> peak_memory(const Program& program, const StepPieces& pieces) {
+  Memory m{.p = program, .pieces = pieces};
+  m.index_steps();
+  m.stored();
+  m.readers();
+  m.find_views();
+  m.values();
+  m.gradients();
+  m.packed();
+  std::vector<int64_t> peaks;
+  for (const auto& changes : m.changes) {
+    int64_t now = 0, peak = 0;
+    for (int64_t c : changes) peak = std::max(peak, now += c);
+    peaks.push_back(peak);
+  }
+  return peaks;
+}
+
+}  // namespace soap

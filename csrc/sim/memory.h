@@ -1,0 +1,37 @@
+// Memory: the peak of what each device holds while a Program runs.
+//
+//   held(d, step) = stored(d) + tiles + copies + gradients that live at that step + what its movement packs
+//
+//   stored      parts of parameters with optimizer state, buffers, constants, inputs: always. The gradients of the last step until backward
+//               begins (a loop that calls zero_grad between the two; one that accumulates holds one more set)
+//   tile        from the step that computes it to the last that reads it; to its backward where a rule says that backward reads it
+//   copy        assembled by a fill, from it to the last reader; to the readers' backward where it is read, or is the leaf of their graph:
+//               where it has a gradient and something moves between its producer and them. Nothing where it is part of a tile that is there. Keep::kUse: given
+//               back after its last use in forward, and there again from the refill on
+//   gradient    of a copy from its first reader's backward until it is brought to the tiles; of a tile from then until its producer's backward,
+//               of a parameter to the end. Where a reader adds to it, the addend and the new sum are there besides
+//
+// Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs isn't counted.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "program/program.h"
+
+namespace soap {
+
+constexpr int64_t kOptimizerCopies = 2;  // AdamW's two moments
+
+struct MovedItem {
+  std::vector<Piece> pieces;
+  Movement movement;
+};
+// Of each item of each step, empty for computing ones.
+using StepPieces = std::vector<std::vector<MovedItem>>;
+StepPieces step_pieces(const Program& program);
+
+// Bytes per device.
+std::vector<int64_t> peak_memory(const Program& program, const StepPieces& pieces);
+
+}  // namespace soap

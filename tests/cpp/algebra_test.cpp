@@ -1,0 +1,97 @@
+// Rules of the algebra that only a planted bug would show: each of these fails when its sentence isn't kept.
+#include <algorithm>
+#include <set>
+
+#include "base/error.h"
+#include "graphs.h"
+#include "gtest/gtest.h"
+#include "plan/plan_text.h"
+#include "program/project.h"
+
+namespace soap {
+namespace {
+
+Sharding rows(std::vector<std::pair<IndexSet, std::vector<int>>> parts, Reduce partial = Reduce::kNone) {
+  Sharding s{.partial = partial};
+  for (auto& [set, devices] : parts) s.coords.push_back({.box = {set}, .devices = devices});
+  return s;
+}
+
+IndexSet span(int64_t begin, int64_t end) {
+  return IndexSet::interval(begin, end);
+}
+
+// A bias is read by the tile that holds index 0 of the sum, and by no other, wherever that tile is.
+TEST(Anchor, IsReadByOnePart) {
+  const OpGraph g = test::mlp(6);
+  const Program p = lower(g, parse_plan(g, "down i=[0,0,3,8] @ [2,0,1]", 3), {6, 0, 0});
+  const TensorId bias = p.graph.nodes[*p.graph.find("down")].inputs[2];
+  ASSERT_EQ(p.groups_of[bias].size(), 1u);
+  const CopyGroup& copies = p.groups[p.groups_of[bias][0]];
+  EXPECT_EQ(copies.uses[0].coord_of, (std::vector<int>{-1, 0, -1}));  // the first part is empty
+  EXPECT_EQ(copies.copies.coords[0].devices, std::vector<int>{0});
+}
+
+// Elements that several tiles of a partial value cover come from all of them; those of a complete one from exactly one, or it is our mistake.
+TEST(Reshard, OverlapsAreSummedOrRefused) {
+  const Sharding copy = rows({{span(1, 5), {2}}});
+  const auto partial = fill_pieces(rows({{span(0, 4), {0}}, {span(2, 6), {1}}}, Reduce::kSum), copy, 0);
+  ASSERT_EQ(partial.size(), 2u);
+  EXPECT_EQ(partial[0].box, Box{span(1, 4)});
+  EXPECT_EQ(partial[1].box, Box{span(2, 5)});
+  EXPECT_THROW(fill_pieces(rows({{span(0, 4), {0}}, {span(2, 6), {1}}}), copy, 0), InternalError);
+  EXPECT_THROW(fill_pieces(rows({{span(0, 2), {0}}, {span(3, 6), {1}}}), copy, 0), InternalError);
+}
+
+// The halo of a 3-row window at a border: the reader's own rows and one of its neighbour's; the gradient of that row goes back to its owner.
+TEST(Reshard, GradientOfAHaloGoesBackToItsOwner) {
+  const Sharding tiles = rows({{span(0, 4), {0}}, {span(4, 8), {1}}}), copies = rows({{span(0, 5), {0}}, {span(3, 8), {1}}});
+  std::set<std::tuple<int, int, std::string>> back;
+  for (const Piece& x : grad_pieces(tiles, copies, 0)) back.insert({x.src, x.dst, to_string(x.box)});
+  const std::set<std::tuple<int, int, std::string>> expected{{0, 0, "([0,4))"}, {0, 1, "([4,5))"}, {1, 0, "([3,4))"}, {1, 1, "([4,8))"}};
+  EXPECT_EQ(back, expected);
+}
+
+// A reader uses the replica on its own device, else the one of its own index; all replicas of a destination read all sources, in one order.
+TEST(Reshard, ReadersChooseReplicasByTheirIndex) {
+  const Sharding tiles = rows({{span(0, 2), {0, 1}}, {span(2, 4), {2, 3}}}), copies = rows({{span(0, 4), {1, 4}}});
+  std::vector<std::tuple<int, int, int>> reads;  // to, src, from
+  for (const Piece& x : fill_pieces(tiles, copies, 0)) reads.emplace_back(x.to, x.src, x.from);
+  EXPECT_EQ(reads, (std::vector<std::tuple<int, int, int>>{{1, 0, 1}, {1, 1, 2}, {4, 0, 1}, {4, 1, 3}}));
+}
+
+// What all chunks and several consumers read alike is gathered once, and its gradient is summed before it moves, once.
+TEST(Copies, AreSharedByChunksAndConsumers) {
+  OpGraph g;
+  const TensorId x = test::source(g, NodeKind::kFeed, "in:0", {12, 4}, false, 0), w = test::source(g, NodeKind::kParam, "param:w", {4, 4}, true);
+  const TensorId a = test::op(g, "a", "linear", {x, w}, {"input", "weight"}, {12, 4}), b = test::op(g, "b", "linear", {a, w}, {"input", "weight"}, {12, 4});
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {b}, .sample_dim = 0});
+  const Program p = lower(g, parse_plan(g, "* n=2x3t\nparam:w d0=2", 2), {6, 6});
+  ASSERT_EQ(p.groups_of[w].size(), 1u);
+  int fills = 0, back = 0;
+  for (const Step& s : p.steps) {
+    for (const StepItem& i : s.items) {
+      fills += s.kind == StepKind::kFill && i.id == p.groups_of[w][0];
+      back += s.kind == StepKind::kGradFill && i.id == p.groups_of[w][0];
+    }
+  }
+  EXPECT_EQ(fills, 1);
+  EXPECT_EQ(back, 1);
+}
+
+// A global return has each process' gradient, each counted once, summed into the value.
+TEST(Returns, WithoutASampleSumTheGradientsOfAllProcesses) {
+  OpGraph g;
+  const TensorId x = test::source(g, NodeKind::kFeed, "in:0", {6}, true, 0);
+  const TensorId y = test::op(g, "total", "sum", {x}, {"self"}, {});
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {y}});
+  const Program p = lower(g, parse_plan(g, "total d0=3", 3), {2, 2, 2});
+  const StepItem item{p.groups_of[y][0], 0};
+  std::map<int, std::set<int>> sources;  // tile -> processes
+  for (const Piece& piece : item_pieces(p, StepKind::kGradFill, item)) sources[piece.dst].insert(piece.from);
+  ASSERT_EQ(sources.size(), 3u);
+  for (const auto& [tile, from] : sources) EXPECT_EQ(from, (std::set<int>{0, 1, 2}));
+}
+
+}  // namespace
+}  // namespace soap

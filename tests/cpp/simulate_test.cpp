@@ -1,0 +1,132 @@
+// The simulator's clocks and memory on programs small enough to be done by hand.
+#include "sim/simulate.h"
+
+#include <map>
+
+#include "fmt/format.h"
+#include "graphs.h"
+#include "gtest/gtest.h"
+#include "plan/plan_text.h"
+
+namespace soap {
+namespace {
+
+constexpr int64_t kMove = 100;
+
+// in:0 [8, 4] -> a -> b -> out:0, weights without bias.
+OpGraph chain(bool process_feeds = true) {
+  OpGraph g;
+  const TensorId x = test::source(g, NodeKind::kFeed, "in:0", {8, 4}, false, process_feeds ? 0 : -1);
+  const TensorId wa = test::source(g, NodeKind::kParam, "param:a", {4, 4}, true), wb = test::source(g, NodeKind::kParam, "param:b", {4, 4}, true);
+  const TensorId a = test::op(g, "a", "linear", {x, wa}, {"input", "weight"}, {8, 4}), b = test::op(g, "b", "linear", {a, wb}, {"input", "weight"}, {8, 4});
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {b}, .sample_dim = 0});
+  return g;
+}
+
+// Forward of any operator 10, backward 20, any movement 100, updates nothing.
+CostModel simple(const Program& p, bool overlap) {
+  Machine m = make_machine(p.world_size, 1);
+  m.overlap = overlap;
+  m.op_overhead_ns = 0;
+  m.memory_bytes_per_s = 1e30;
+  for (const char* kind : {"exchange", "all_reduce"}) m.tables[fmt::format("{}/2/1", kind)] = {{1, kMove}, {1 << 30, kMove}};
+  CostModel cost(m);
+  for (const OpSample& s : cost.missing(p)) cost.set(s.key, {10, 20});
+  return cost;
+}
+
+struct Times {
+  int64_t begin = -1, end = -1;
+  bool operator==(const Times&) const = default;
+};
+
+// By step_name and device.
+std::map<std::pair<std::string, int>, Times> timeline(const Program& p, const Simulation& s) {
+  std::map<std::pair<std::string, int>, Times> out;
+  for (const Event& e : s.events) out[{step_name(p, e.step), e.device}] = {e.begin_ns, e.end_ns};
+  return out;
+}
+
+// Data parallel, a bucket for each gradient. Forward a 0-10, b 10-20; backward b 20-40.
+//   without overlap: reduce b 40-140, backward a 140-160, reduce a 160-260
+//   with overlap:    reduce b 40-140 beside backward a 40-60; reduce a begins when the first is through: 140-240
+TEST(Simulate, GradientsAreReducedBesideBackward) {
+  const OpGraph g = chain();
+  const Program p = lower(g, parse_plan(g, "set bucket_bytes=1\n* n=fed", 2), {4, 4});
+  EXPECT_EQ(simulate(p, simple(p, false)).step_ns, 260);
+  const Simulation s = simulate(p, simple(p, true), true);
+  EXPECT_EQ(s.step_ns, 240);
+  const auto t = timeline(p, s);
+  EXPECT_EQ(t.at({"grad_fill param:b", 0}), (Times{40, 140}));
+  EXPECT_EQ(t.at({"compute_backward a", 0}), (Times{40, 60}));
+  EXPECT_EQ(t.at({"grad_fill param:a", 1}), (Times{140, 240}));
+}
+
+// Two stages, two chunks, forward. Without overlap both ends wait for each movement: a#0 0-10, move 10-110, then a#1 and b#0 110-120, move
+// 120-220, b#1 220-230. With overlap a#1 runs 10-20, and its movement begins when the first is through, though device 1 is then at b#0:
+// 110-210, b#1 210-220.
+TEST(Simulate, MovementsBeginWhenTheirSourcesAreComputed) {
+  const OpGraph g = chain();
+  const Program p = lower(g, parse_plan(g, "a n=1x2t @ [0]\nb n=1x2t @ [1]", 2), {8, 0});
+  const auto apart = timeline(p, simulate(p, simple(p, false), true)), beside = timeline(p, simulate(p, simple(p, true), true));
+  EXPECT_EQ(apart.at({"compute b#0", 1}), (Times{110, 120}));
+  EXPECT_EQ(apart.at({"compute a#1", 0}), (Times{110, 120}));
+  EXPECT_EQ(apart.at({"compute b#1", 1}), (Times{220, 230}));
+  EXPECT_EQ(beside.at({"compute a#1", 0}), (Times{10, 20}));
+  EXPECT_EQ(beside.at({"compute b#0", 1}), (Times{110, 120}));
+  EXPECT_EQ(beside.at({"compute b#1", 1}), (Times{210, 220}));
+}
+
+// Parameters are there from the start: with overlap b's is gathered while a runs, not after it. fill a 0-100, a 100-110, fill b 100-200, b 200-210.
+TEST(Simulate, ParametersAreGatheredAhead) {
+  const OpGraph g = chain();
+  const Program p = lower(g, parse_plan(g, "a n=fed store=shard\nb n=fed store=shard", 2), {4, 4});
+  const auto t = timeline(p, simulate(p, simple(p, true), true));
+  EXPECT_EQ(t.at({"compute a", 0}), (Times{100, 110}));
+  EXPECT_EQ(t.at({"fill param:b", 0}), (Times{100, 200}));
+  EXPECT_EQ(t.at({"compute b", 0}), (Times{200, 210}));
+}
+
+// Of each device, in elements: 3 * (16 + 16) for parameters and two moments, 16 of the input. Backward of b holds besides: the output and its
+// gradient, a's result and its gradient, the gradient of b's weight: 5 * 16. So does the end: the output, both gradients before and after
+// their sum. Forward's end holds less: the last step's gradients (32), a's result and the output.
+TEST(Simulate, MemoryOfDataParallelByHand) {
+  const OpGraph g = chain();
+  const Program p = lower(g, parse_plan(g, "* n=fed", 2), {4, 4});
+  const Simulation s = simulate(p, simple(p, false));
+  EXPECT_EQ(s.memory_bytes[0], 8 * (3 * 32 + 16 + 5 * 16));
+}
+
+// Gathered parameters live as long as the plan says: `use` gives them back between forward and backward.
+TEST(Simulate, GatheredParametersLiveAsLongAsTheyAreKept) {
+  OpGraph g;
+  TensorId x = test::source(g, NodeKind::kFeed, "in:0", {4, 64}, false, 0);
+  for (int i = 0; i < 6; ++i) x = test::linear(g, fmt::format("l{}", i), x, 64);
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {x}, .sample_dim = 0});
+  const auto memory = [&](const char* plan) {
+    const Program p = lower(g, parse_plan(g, plan, 2), {2, 2});
+    return simulate(p, simple(p, false)).memory_bytes[0];
+  };
+  const int64_t layer = 8 * 64 * 64;
+  const int64_t whole = memory("* n=fed"), kept = memory("set bucket_bytes=1\n* n=fed store=shard"),
+                used = memory("set bucket_bytes=1\n* n=fed store=shard keep=use");
+  EXPECT_GT(whole, 4 * 6 * layer);
+  EXPECT_GT(kept, 4 * 3 * layer + 6 * layer);
+  EXPECT_LT(used, 4 * 3 * layer + 4 * layer);
+}
+
+// Ranks that were not measured together: an exchange as the nearest number of ranks, an all-reduce by what a ring sends, and never across
+// the border of hosts.
+TEST(Machine, SubgroupsArePricedByTheNearestTable) {
+  Machine m = make_machine(8, 2);
+  m.tables["exchange/8/2"] = {{1000, 8000}, {1000000, 800000}};
+  m.tables["exchange/4/1"] = {{1000, 1000}, {1000000, 100000}};
+  m.tables["all_reduce/4/1"] = {{1000, 1000}, {1000000, 1000000}};
+  EXPECT_EQ(movement_ns(m, "exchange", {0, 1}, 1000000), 100000);
+  EXPECT_EQ(movement_ns(m, "exchange", {0, 4}, 1000000), 800000);
+  EXPECT_NEAR(static_cast<double>(movement_ns(m, "all_reduce", {0, 1}, 900000)), 600000, 2);         // (1/2) / (3/4) of the tensor
+  EXPECT_EQ(movement_ns(m, "all_reduce", {0, 4}, 0), static_cast<int64_t>(2 * m.inter.latency_ns));  // nobody measured: the link
+}
+
+}  // namespace
+}  // namespace soap
