@@ -122,6 +122,10 @@ def captured_call(e: Emit, call: Call, fn: Callable[..., Any] | None = None) -> 
         result = e(in_region(fn or node.fn, node.no_grad, node.autocast), *args, **kwargs)
     else:
         result = e(fn or node.fn, *args, **kwargs)
+    return results_of(e, call, node, result)
+
+
+def results_of(e: Emit, call: Call, node: Node, result: fx.Node) -> list[fx.Node]:
     if len(call.shapes) == 1 and not returns_list(node):
         return [result]
     return [e(operator.getitem, result, i) for i in range(len(call.shapes))]
