@@ -181,7 +181,8 @@ def report(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Real models",
         "",
-        f"`make zoo`: {len(results)} of its {len(zoo())} models so far, with random weights: {len(ran)} captured ({', '.join(f'{n} {k}' for k, n in rungs.most_common())}), "
+        f"`make zoo`: {len(results)} of its {len(zoo())} models so far, with random weights: "
+        f"{len(ran)} captured ({', '.join(f'{n} {k}' for k, n in rungs.most_common())}), "
         f"{sum(r['exact'] for r in ran.values())} exact in float64 under {len(PLANS)} random plans, {STEPS} steps each "
         "(their own float32 computations in float64 too). Where more than 1e-10 differs, so does one process whose weights moved by a unit in "
         "the last place: few rows and 1 x 1 images before batch norms.",
