@@ -29,7 +29,7 @@ from torch_soap.capture import Captured, capture
 from torch_soap.planner import search_plan
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.testing import random_plan_of
-from torch_soap.verify import RankResult, as_arguments, even_rows, run_rank, verify_captured
+from torch_soap.verify import RankResult, as_arguments, even_rows, run_rank, run_reference, verify_captured
 
 RESULTS = Path(__file__).parent / "results"
 PLANS = ((2, 0), (3, 1))  # (ranks, seed)
@@ -66,6 +66,22 @@ def rung(captured: Captured) -> str:
     if captured.opaque:
         return "one operator" if captured.opaque == [""] else "opaque children"
     return "dynamic" if captured.dynamic else "static"
+
+
+def conditioning(captured: Captured, inputs: list[torch.Tensor]) -> float:
+    """How far one process' gradients move when its weights move by a unit in the last place: no run can be closer than that."""
+    saved = {n: t.clone() for n, t in captured.module.state_dict().items()}
+    runs = []
+    for ulps in (0, 1):
+        captured.module.load_state_dict({n: t * (1 + ulps * 2.0**-52) if t.is_floating_point() else t for n, t in saved.items()})
+        runs.append(run_reference(captured, inputs, STEPS, 0).grads)
+    captured.module.load_state_dict(saved)
+    moved = 0.0
+    for before, after in zip(*runs, strict=True):
+        sizes = {n: float(g.abs().max()) for n, g in before.items() if g is not None}
+        for n, size in sizes.items():
+            moved = max(moved, float((after[n] - before[n]).abs().max()) / max(size, 1e-2 * max(sizes.values()), 1e-300))  # type: ignore[operator]
+    return moved
 
 
 def whole_operators(graph: _C.OpGraph) -> tuple[int, dict[str, int]]:
@@ -106,7 +122,9 @@ def examine(name: str) -> dict[str, Any]:
                 result["failures"].append(f"{ranks} ranks, seed {seed}: {traceback.format_exc(limit=-4)}")
                 continue
             worst = max(worst, report.worst.error if report.worst else 0.0)
-            if not report.ok:
+            if not report.ok and not report.failures and worst <= 10 * conditioning(captured, inputs):
+                result["conditioned"] = True
+            elif not report.ok:
                 result["failures"].append(f"{ranks} ranks, seed {seed}: {str(report)[:1500]}")
         result["worst"], result["exact"] = worst, not result["failures"]
         begin = time.perf_counter()
@@ -163,9 +181,11 @@ def report(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Real models",
         "",
-        f"`make zoo`: {len(results)} models with random weights, {len(ran)} captured ({', '.join(f'{n} {k}' for k, n in rungs.most_common())}), "
+        f"`make zoo`: {len(results)} of its {len(zoo())} models so far, with random weights: "
+        f"{len(ran)} captured ({', '.join(f'{n} {k}' for k, n in rungs.most_common())}), "
         f"{sum(r['exact'] for r in ran.values())} exact in float64 under {len(PLANS)} random plans, {STEPS} steps each "
-        "(their own float32 computations in float64 too).",
+        "(their own float32 computations in float64 too). Where more than 1e-10 differs, so does one process whose weights moved by a unit in "
+        "the last place: few rows and 1 x 1 images before batch norms.",
         "",
         "Operators that no plan can cut, by the number of models that have one: " + ", ".join(f"{k} {n}" for k, n in whole.most_common()) + ".",
         "",
@@ -177,7 +197,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {name} | - | | no: {r['error'].strip().splitlines()[-1][:100]} | | | | | |")
             continue
         share = sum(r["whole"].values()) / max(r["operators"], 1)
-        exact = "yes" if r["exact"] else "no" if r["promised"] else "no, as said"
+        exact = ("yes, as far as it is conditioned" if "conditioned" in r else "yes") if r["exact"] else "no" if r["promised"] else "no, as said"
         lines.append(
             f"| {name} | {r['rung']} | {r['capture_s']:.0f} | {exact} | {r['worst']:.0e} | {r['operators']} "
             f"| {share:.0%} | {r.get('plan', '-')} | {r['plan_s']:.0f} |"

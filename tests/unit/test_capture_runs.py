@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tests.unit.test_capture import Branches, Counts, Custom, Writes, around
 from torch_soap.capture import capture
@@ -135,3 +138,17 @@ def test_a_module_without_forward_is_opaque_with_its_caller() -> None:
 
     captured = capture(around(Caller()), (torch.randn(6, 4),))
     assert captured.opaque == ["child"], captured.reasons
+
+
+def test_replicas_of_what_is_opaque_and_random_are_equal() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.dropout(self.linear(x), 0.5)
+            return y * random.random() if bool((y.abs() < 1e6).all()) else y
+
+    report = verify(around(Drops()), (torch.randn(4, 4),), "first n=fed\nchild replicas=2\nlast n=fed", world_size=2)
+    assert report.differences and not report.failures, str(report)

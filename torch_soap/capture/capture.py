@@ -81,8 +81,8 @@ class Captured:
 
     @property
     def exact(self) -> bool:
-        """False where a plan may not compute what one process does: all of it opaque, something opaque draws random numbers,
-        each rank its own, or opaque rows may be computed apart because they could be on the first batch."""
+        """False where a plan may not compute what one process does: all of it opaque, something opaque draws random numbers
+        of its own, or opaque rows may be computed apart because they could be on the first batch."""
         return self.opaque != [""] and not self.rows_apart and not any(r.random for calls in self.recordings.values() for call in calls for r in call)
 
     @property

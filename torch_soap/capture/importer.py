@@ -213,6 +213,7 @@ class Importer:
             return self.scalar(name, args, fx_node)
         if target.namespace == OPAQUE_NAMESPACE:
             opaque = self.opaques[target._opname]
+            self.rng_index = self.num_random if opaque.random else None
             made = self.emit("opaque", opaque, *args[0])
             self.describe_opaque(opaque)
             self.num_random += opaque.num_random  # so that what follows has the numbers that counter_rng gives it

@@ -72,7 +72,9 @@ def capture(
             record_opaque(captured, choices)
     for path, calls in captured.recordings.items():
         if any(r.random for call in calls for r in call):
-            captured.reasons.append(f"not exact: {path or type(module).__name__} is opaque and draws random numbers, each rank its own")
+            captured.reasons.append(
+                f"not exact: {path or type(module).__name__} is opaque and draws random numbers, the same on all ranks but not those of one process"
+            )
     return captured
 
 

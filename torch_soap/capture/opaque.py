@@ -7,6 +7,8 @@ In a trace such a call is one call of an operator that is defined for it alone; 
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -113,6 +115,8 @@ class ModuleCall:
     real tensors can run.
     """
 
+    lock = threading.RLock()  # ranks in one process have one module, and one state of the generators
+
     def __init__(self, module: nn.Module, args: Any, train: bool, recordings: list[Recording]) -> None:
         self.__name__ = f"opaque_{type(module).__name__}"
         leaves, self.spec = flatten(args)
@@ -122,7 +126,6 @@ class ModuleCall:
         self.recordings = recordings
         self.params = [n for n, _ in module.named_parameters()]
         self.buffers = [n for n, _ in module.named_buffers()]
-        self.lock = threading.Lock()
 
     @property
     def num_random(self) -> int:
@@ -212,6 +215,25 @@ class ModuleCall:
     def unflatten(self, tensors: list[torch.Tensor]) -> Any:
         r = self.recording
         return pytree.tree_unflatten(fill(r.out_constants, r.out_slots, tensors[: len(r.out_slots)]), r.out_spec)
+
+
+@contextlib.contextmanager
+def seeded(text: str) -> Iterator[None]:
+    """Torch, Python and NumPy draw what they draw after this seed; afterwards they go on where they were."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng():
+        random.seed(text)
+        seed = random.getrandbits(32)
+        torch.manual_seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager

@@ -133,6 +133,10 @@ def captured_call(e: Emit, call: Call, fn: Callable[..., Any] | None = None) -> 
     if node.rng_index is not None and called in RANDOM_KERNELS:
         called, args = drawn, (e.random, node.rng_index, called, *args)
     result = e(called, *args, **kwargs)
+    return results_of(e, call, node, result)
+
+
+def results_of(e: Emit, call: Call, node: Node, result: fx.Node) -> list[fx.Node]:
     if len(call.shapes) == 1 and not returns_list(node):
         return [result]
     return [e(operator.getitem, result, i) for i in range(len(call.shapes))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import fx
 
 from torch_soap import random
 from torch_soap.capture.graph import substitute
+from torch_soap.capture.opaque import ModuleCall, seeded
 from torch_soap.random import CounterState
 from torch_soap.random_ops import RANDOM_KERNELS
-from torch_soap.rewrite.local import Call, Emit, local
+from torch_soap.rewrite.local import Call, Emit, captured_call, in_region, local, results_of
 
 Runs = list[list[tuple[int, int]]]
 
@@ -54,6 +56,25 @@ def layer_dropout(state: CounterState, op_index: int, x: torch.Tensor, p: float,
     """Dropout after recurrent layer `layer`: its masks are slice `layer` of one tensor [layers - 1, t, n, units]."""
     where = {"key": state.key(op_index), "tile": [[(layer, layer + 1)], *tile], "global_sizes": sizes}
     return random.dropout(x.unsqueeze(0), p, True, **where).squeeze(0)  # type: ignore[arg-type]
+
+
+def seeded_call(fn: Callable[..., Any], op_index: int) -> Callable[..., Any]:
+    """What is opaque draws from global generators: seeded alike on all ranks, or replicas would drift apart."""
+
+    def call(state: CounterState, *tensors: torch.Tensor) -> Any:
+        with ModuleCall.lock, seeded(f"{state.seed} {state.call} {op_index}"):
+            return fn(*tensors)
+
+    return call
+
+
+@local("opaque")
+def opaque(e: Emit, call: Call) -> list[fx.Node]:
+    node = call.captured
+    if node is None or not isinstance(node.fn, ModuleCall) or not node.fn.random:
+        return captured_call(e, call)
+    fn = in_region(node.fn, node.no_grad, node.autocast)
+    return results_of(e, call, node, e(seeded_call(fn, node.rng_index or 0), e.random, *call.operands))
 
 
 @local("layer_dropout")
