@@ -13,12 +13,58 @@ from tests.property.cases import ROWS, Built, Fn, case, weights
 
 
 @case
+def max_norm() -> Built:
+    """The lookup scales long rows of its table down, in place."""
+
+    def forward(m: Any, ids: torch.Tensor) -> Any:
+        return m.head(m.table(ids)), m.table(ids[:, :2])
+
+    table = nn.Embedding(10, 4, max_norm=1.0, padding_idx=3)
+    return Built(Fn(forward, table=table, head=nn.Linear(4, 3)), (torch.randint(10, (ROWS, 6)),))
+
+
+@case
+def clamped() -> Built:
+    """Weights written in forward: past autograd, and under no_grad."""
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        m.a.weight.detach().clamp_(-0.3, 0.3)
+        with torch.no_grad():
+            m.b.weight[0].mul_(0.5)
+        return m.b(torch.tanh(m.a(x)))
+
+    return Built(Fn(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 3)), (torch.randn(ROWS, 4),))
+
+
+@case
 def sparse_tables() -> Built:
     def forward(m: Any, ids: torch.Tensor) -> Any:
         return m.head(m.table(ids)), m.bags(ids)
 
     module = Fn(forward, table=nn.Embedding(10, 4, sparse=True, padding_idx=3), bags=nn.EmbeddingBag(10, 3, mode="sum", sparse=True), head=nn.Linear(4, 3))
     return Built(module, (torch.randint(10, (ROWS, 6)),))
+
+
+@case
+def ragged_bags() -> Built:
+    """Offsets given: the global batch only, over processes they are refused."""
+
+    def forward(m: Any, ids: torch.Tensor, offsets: torch.Tensor) -> Any:
+        return m.head(m.mean(ids, offsets)), m.total(ids, offsets)
+
+    module = Fn(forward, mean=nn.EmbeddingBag(10, 4), total=nn.EmbeddingBag(10, 3, mode="sum", padding_idx=2), head=nn.Linear(4, 3))
+    return Built(module, (torch.randint(10, (13,)), torch.tensor([0, 3, 3, 7, 12])), sample_dims=[None, 0])
+
+
+@case
+def padded_bags() -> Built:
+    """What ragged bags are over processes."""
+
+    def forward(m: Any, ids: torch.Tensor) -> Any:
+        return m.head(m.mean(ids)), m.total(ids)
+
+    module = Fn(forward, mean=nn.EmbeddingBag(10, 4, padding_idx=0), total=nn.EmbeddingBag(10, 3, mode="sum", padding_idx=2), head=nn.Linear(4, 3))
+    return Built(module, (torch.randint(10, (ROWS, 4)),))
 
 
 @case

@@ -31,7 +31,7 @@ SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_co
 POINTWISE = {
     "__and__", "__or__", "__xor__", "multiply", "divide", "subtract", "floor_divide", "real", "imag", "log_sigmoid", "hardswish", "clone", "to",
     "type_as", "_to_copy", "detach", "softplus", "logit", "masked_fill", "where", "true_divide", "not_equal", "greater", "less", "dropout_mask",
-    "running_average", "_prelu_kernel",
+    "running_average", "_prelu_kernel", "rewritten",
     "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu",
     "mse_loss", "l1_loss", "kl_div", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "relu6", "mish", "hardtanh", "leaky_relu", "elu", "rrelu", "fill", "addcmul", "addcdiv", "lerp", "sigmoid", "tanh",
