@@ -228,6 +228,8 @@ class Importer:
             return self.embedding_bag(target, args, kwargs)
         if name == "batch_norm":
             return self.batch_norm(target, args, kwargs)
+        if name == "instance_norm":
+            self.instance_statistics(target, args, kwargs)
         if mutated:
             return self.inplace(name, target, args, kwargs, mutated)
         return self.functional(name, target, args, kwargs)
@@ -347,6 +349,21 @@ class Importer:
             self.buffer_updates.append((index, self.emit("running_average", functional.running_average, buffer, new, share)))
         self.no_grad = old
         return y
+
+    def instance_statistics(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The running ones of an instance norm in training, which its schema doesn't say that it writes: means over the instances."""
+        given = dict(zip([a.name for a in target._schema.arguments], args, strict=False)) | kwargs
+        x: Any = given["input"]
+        if given["running_mean"] is None or not given["use_input_stats"]:
+            return
+        share = max(given["momentum"], 0.0)  # None (CUMULATIVE) is 0 here, in torch too
+        old, self.no_grad = self.no_grad, True
+        space = list(range(2, x.dim()))
+        mean = self.emit("mean", torch.ops.aten.mean.dim, x, [0, *space])
+        var = self.emit("mean", torch.ops.aten.mean.dim, self.emit("var", torch.ops.aten.var.correction, x, space, correction=1), [0])
+        for index, new in ((3, mean), (4, var)):
+            self.buffer_updates.append((index, self.emit("running_average", functional.running_average, args[index], new, share)))
+        self.no_grad = old
 
     # -- graphs ------------------------------------------------------------------------------------------------------
     def run(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:
