@@ -46,6 +46,11 @@ def index_write(input: torch.Tensor, values: torch.Tensor, indices: list[torch.T
     return torch.ops.aten.index_put(input, [*[None] * dim, *indices], values, accumulate)  # type: ignore[no-any-return]
 
 
+def rewritten(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """What autograd makes of a tensor whose memory was written past it: the new values, the old one's gradient."""
+    return new.detach() + (old - old.detach())
+
+
 # -- statistics ----------------------------------------------------------------------------------------------------------
 def running_average(old: torch.Tensor, new: torch.Tensor, share: Any) -> torch.Tensor:
     """A batch norm's: `share` (a number or a tensor) of the new value."""

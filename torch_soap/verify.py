@@ -177,9 +177,7 @@ def run_rank(captured: Captured, program: _C.Program, graph: Any, inputs: list[t
             grads[name] = None if p.grad is None else p.grad.clone()
         result.grads.append(grads)
         result.input_grads.append({n: engine.gradient(state, nodes[n]) for n in feeds})
-        for name, value in engine.buffer_values(state).items():
-            with torch.no_grad():
-                stored[f"buffer:{name}"].copy_(value)
+        engine.write(state, stored)
         if optimizer is not None:
             optimizer.step()
         result.buffers.append({n: t.clone() for n, t in stored.items() if n.startswith("buffer:")})

@@ -13,12 +13,58 @@ from tests.property.cases import ROWS, Built, Fn, case, weights
 
 
 @case
+def max_norm() -> Built:
+    """The lookup scales long rows of its table down, in place."""
+
+    def forward(m: Any, ids: torch.Tensor) -> Any:
+        return m.head(m.table(ids)), m.table(ids[:, :2])
+
+    table = nn.Embedding(10, 4, max_norm=1.0, padding_idx=3)
+    return Built(Fn(forward, table=table, head=nn.Linear(4, 3)), (torch.randint(10, (ROWS, 6)),))
+
+
+@case
+def clamped() -> Built:
+    """Weights written in forward: past autograd, and under no_grad."""
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        m.a.weight.detach().clamp_(-0.3, 0.3)
+        with torch.no_grad():
+            m.b.weight[0].mul_(0.5)
+        return m.b(torch.tanh(m.a(x)))
+
+    return Built(Fn(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 3)), (torch.randn(ROWS, 4),))
+
+
+@case
 def sparse_tables() -> Built:
     def forward(m: Any, ids: torch.Tensor) -> Any:
         return m.head(m.table(ids)), m.bags(ids)
 
     module = Fn(forward, table=nn.Embedding(10, 4, sparse=True, padding_idx=3), bags=nn.EmbeddingBag(10, 3, mode="sum", sparse=True), head=nn.Linear(4, 3))
     return Built(module, (torch.randint(10, (ROWS, 6)),))
+
+
+@case
+def ragged_bags() -> Built:
+    """Offsets given: the global batch only, over processes they are refused."""
+
+    def forward(m: Any, ids: torch.Tensor, offsets: torch.Tensor) -> Any:
+        return m.head(m.mean(ids, offsets)), m.total(ids, offsets)
+
+    module = Fn(forward, mean=nn.EmbeddingBag(10, 4), total=nn.EmbeddingBag(10, 3, mode="sum", padding_idx=2), head=nn.Linear(4, 3))
+    return Built(module, (torch.randint(10, (13,)), torch.tensor([0, 3, 3, 7, 12])), sample_dims=[None, 0])
+
+
+@case
+def padded_bags() -> Built:
+    """What ragged bags are over processes."""
+
+    def forward(m: Any, ids: torch.Tensor) -> Any:
+        return m.head(m.mean(ids)), m.total(ids)
+
+    module = Fn(forward, mean=nn.EmbeddingBag(10, 4, padding_idx=0), total=nn.EmbeddingBag(10, 3, mode="sum", padding_idx=2), head=nn.Linear(4, 3))
+    return Built(module, (torch.randint(10, (ROWS, 4)),))
 
 
 @case
@@ -143,3 +189,83 @@ def drawn_whole() -> Built:
         )
 
     return Built(Fn(forward, lin=nn.Linear(4, 5)), (torch.randn(ROWS, 4),))
+
+
+# -- arguments that change what a rule computes ------------------------------------------------------------------------
+@case
+def resampled() -> Built:
+    """align_corners, scale given against size given, antialias."""
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        y = m.conv(x)
+        return (
+            F.interpolate(y, scale_factor=1.7, mode="bicubic", align_corners=True),
+            F.interpolate(y, scale_factor=(0.6, 1.3), mode="bicubic"),
+            F.interpolate(y, size=(3, 4), mode="bilinear", antialias=True),
+            F.interpolate(y, scale_factor=0.5, mode="bicubic", antialias=True),
+            F.interpolate(y, scale_factor=1.3, mode="nearest-exact"),
+            F.interpolate(y, scale_factor=1.3, mode="bilinear", align_corners=True, recompute_scale_factor=True),
+        )
+
+    return Built(Fn(forward, conv=nn.Conv2d(2, 3, 3, padding=1)), (torch.randn(3, 2, 7, 6),))
+
+
+@case
+def masks() -> Built:
+    """Boolean and float masks that broadcast, with grouped heads; dropout with a mask."""
+
+    def forward(m: Any, x: torch.Tensor, keep: torch.Tensor) -> Any:
+        b, s, _ = x.shape
+        q = m.q(x).view(b, s, 4, 3).transpose(1, 2)
+        k, v = m.kv(x).view(b, s, 2, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        return (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :], enable_gqa=True),
+            F.scaled_dot_product_attention(q, k, v, attn_mask=m.bias, enable_gqa=True),
+            F.scaled_dot_product_attention(q[:, :2], k, v, attn_mask=m.bias[0], dropout_p=0.3, scale=0.5),
+            F.scaled_dot_product_attention(q[:, :1], k[:, :1], v[:, :1], attn_mask=torch.ones(s, s, dtype=torch.bool).tril()),
+        )
+
+    keep = torch.rand(3, 6) < 0.7
+    keep[:, 0] = True
+    return Built(Fn(forward, q=nn.Linear(5, 12), kv=nn.Linear(5, 12), bias=weights(1, 1, 6)), (torch.randn(3, 6, 5), keep))
+
+
+@case
+def more_losses() -> Built:
+    """Probabilities as targets, smoothing with ignored rows and class weights, targets in 2-D, and others by rows."""
+
+    def loss(y: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        share = torch.linspace(0.5, 2, 6, dtype=y.dtype)
+        flat, pixels = y.mean(1), y.transpose(1, 2)  # b 6; b 6 7
+        classes = torch.where(c == 0, -100, c)
+        total = F.cross_entropy(flat, t.softmax(-1), weight=share, label_smoothing=0.1) + F.cross_entropy(flat, t.softmax(-1))
+        total = total + F.cross_entropy(pixels, classes, weight=share, label_smoothing=0.2) + F.nll_loss(pixels.log_softmax(1), classes, weight=share)
+        total = total + F.binary_cross_entropy_with_logits(flat, t.sigmoid(), pos_weight=share, weight=share.flip(0))
+        total = total + F.poisson_nll_loss(flat, t.exp()) + F.soft_margin_loss(flat, t.sign()) + F.multi_margin_loss(flat, c[:, 0])
+        return total + F.cosine_embedding_loss(flat, t, torch.where(c[:, 0] > 2, 1, -1)) + F.triplet_margin_loss(flat, t, t.flip(-1))
+
+    return Built(nn.Linear(4, 6), (torch.randn(ROWS, 7, 4), torch.randn(ROWS, 6), torch.randint(6, (ROWS, 7))), loss)
+
+
+@case
+def ctc() -> Built:
+    """Opaque: what it makes hangs on the lengths' values."""
+
+    def loss(y: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return F.ctc_loss(y.transpose(0, 1).log_softmax(-1), c, torch.full((y.shape[0],), 7), torch.full((y.shape[0],), 3))
+
+    return Built(nn.Linear(4, 6), (torch.randn(ROWS, 7, 4), torch.randint(1, 6, (ROWS, 3))), loss)
+
+
+@case
+def running_norms() -> Built:
+    """Instance norm with running statistics, batch norm cumulative over calls, group norm of images."""
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        y = m.conv(x)
+        return m.instance(y), m.cumulative(y), m.group(y), m.sync(y)
+
+    norms = {"instance": nn.InstanceNorm1d(4, affine=True, track_running_stats=True), "cumulative": nn.BatchNorm1d(4, momentum=None)}
+    return Built(
+        Fn(forward, conv=nn.Conv1d(2, 4, 3, padding=1), group=nn.GroupNorm(2, 4), sync=nn.BatchNorm1d(4, eps=0.1), **norms), (torch.randn(ROWS, 2, 6),)
+    )

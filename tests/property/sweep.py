@@ -32,12 +32,12 @@ HOSTILE = {
 # Where one process with permuted rows already moves by more than the bound: variances of zero, scores of 1e5, products of many factors,
 # equal distributions (every gradient is zero in mathematics).
 ILL_CONDITIONED = {
-    "zeros": {"conv_bn", "batch_norms", "divergences"},
-    "very negative": {"batch_norms", "scans", "reductions", "products", "einsums", "causal", "chunked_qkv",
-                      "gqa", "cross_attention", "hand_written_attention", "multihead", "encoder_layer", "attention_dropout"},
+    "zeros": {"conv_bn", "batch_norms", "running_norms", "divergences"},
+    "very negative": {"batch_norms", "running_norms", "scans", "reductions", "products", "einsums", "causal", "chunked_qkv",
+                      "gqa", "cross_attention", "hand_written_attention", "multihead", "encoder_layer", "attention_dropout", "masks"},
     # Whether inf becomes NaN hangs on the order of association, on 0 * inf in a padded border, on which NaN is the largest, on how
     # a mean is summed.
-    "inf in one row": {"einsum_forms", "transposed", "transposed1d", "conv3d", "unet", "pools1d", "batch_norms"},
+    "inf in one row": {"einsum_forms", "transposed", "transposed1d", "conv3d", "unet", "pools1d", "batch_norms", "running_norms"},
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from torch_soap import functional
 from torch_soap.capture.canonical import REWRITES, narrow, permute, view
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "reshape_as", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"}
@@ -24,6 +25,7 @@ PARTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
 
 class Functional(Protocol):
     mode: Any
+    no_grad: bool
     ids: dict[int, int]
 
     def emit(self, target: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
@@ -119,6 +121,8 @@ class Aliases:
 
     def write(self, handle: torch.Tensor, value: torch.Tensor) -> None:
         entry = self.views.get(id(handle))
+        if entry is None and self.graph.no_grad and handle.requires_grad:
+            value = self._past_autograd(self._read(handle), value)
         if entry is None:
             self.writes[id(handle)] = self.writes.get(id(handle), 0) + 1
         else:
@@ -126,11 +130,17 @@ class Aliases:
             entry.seen = self.writes[id(self.root(handle))]
         self.now[id(handle)] = value
 
+    def _past_autograd(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        before, self.graph.no_grad = self.graph.no_grad, False
+        value: torch.Tensor = self.graph.emit("rewritten", functional.rewritten, old, new)
+        self.graph.no_grad = before
+        return value
+
     def _scatter(self, entry: View, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The parent's value after the view of it became `new`."""
         e, name = self.graph, entry.name
         if name in SAME and new.dtype == old.dtype:
-            return new
+            return self._past_autograd(old, new) if name == "detach" and old.requires_grad else new
         if name in RESHAPES and new.numel() == old.numel():
             return view(e, new, list(old.shape))
         if name in PERMUTES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_soap.capture import check as eager_check
-from torch_soap.capture.graph import Graph
+from torch_soap.capture.graph import Graph, Ref
 from torch_soap.capture.importer import CUMULATIVE, CaptureError, Importer, fake_like
 from torch_soap.capture.names import clean_path, unique
 from torch_soap.capture.objective import FlatCall, Objective
@@ -84,6 +85,17 @@ class Captured:
         """False where a plan may not compute what one process does: all of it opaque, something opaque draws random numbers
         of its own, or opaque rows may be computed apart because they could be on the first batch."""
         return self.opaque != [""] and not self.rows_apart and not any(r.random for calls in self.recordings.values() for call in calls for r in call)
+
+    @functools.cached_property
+    def ragged(self) -> list[str]:
+        """Inputs that say positions in another input: offsets of bags."""
+        graph = self.instantiate(self._signature_of(self.inputs))
+        offsets = [n.arg_names.get("offsets") for n in graph.nodes if n.target == "embedding_bag"]
+        known = {r.value for r in offsets if isinstance(r, Ref)}
+        for node in reversed(graph.nodes):
+            if known & set(node.outputs):
+                known |= set(node.inputs)
+        return [n.name for n in graph.of_kind("feed") if n.outputs[0] in known]
 
     @property
     def inputs(self) -> list[torch.Tensor]:
@@ -223,6 +235,7 @@ class Captured:
         handles: list[Any] = []
         shared: dict[int, Any] = {}
         buffers = importer.buffers
+        parameters: dict[str, Any] = {}
         feeds = iter(self._feeds(importer, signature))
         for item in spec.input_specs:
             kind = item.kind.name
@@ -232,8 +245,8 @@ class Captured:
             tensor, group, name = self._stored(trace.program, item.target, kind)
             if id(tensor) not in shared:
                 shared[id(tensor)] = self._source(importer, group, name, tensor)
-                if group == "buffer":
-                    buffers[name] = shared[id(tensor)]
+                if group != "const":
+                    (buffers if group == "buffer" else parameters)[name] = shared[id(tensor)]
             handles.append(shared[id(tensor)])
         with quiet():
             outputs = importer.run(trace.program.graph_module, handles)
@@ -242,7 +255,7 @@ class Captured:
             if item.kind.name == "BUFFER_MUTATION":
                 importer.aliases.write(buffers[clean_path(item.target)], importer.aliases.read(handle))
         results = [importer.aliases.read(o) for o, item in made if item.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
-        return self._finish(importer, results, {n: importer.aliases.read(h) for n, h in buffers.items() if importer.aliases.read(h) is not h})
+        return self._finish(importer, results, {n: importer.aliases.read(h) for n, h in (buffers | parameters).items() if importer.aliases.read(h) is not h})
 
     def _import_whole(self, importer: Importer, signature: Signature) -> Graph:
         """The last rung: everything is one operator."""

@@ -31,12 +31,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def preserved(module: nn.Module) -> Iterator[None]:
-    """Random states and buffers are afterwards what they were."""
+def preserved(module: nn.Module, parameters: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Random states, buffers and these parameters are afterwards what they were."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy is not None else None
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     owned = [(m, n, b, b.detach().clone()) for m in module.modules() for n, b in m._buffers.items() if b is not None]
+    others = [(p, p.detach().clone()) for p in parameters]
     with torch.random.fork_rng(devices=cuda):
         try:
             yield
@@ -49,6 +50,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
                     owner._buffers[name] = tensor
                     if not tensor.is_meta:
                         tensor.copy_(saved)
+                for parameter, saved in others:
+                    parameter.copy_(saved)
 
 
 @contextlib.contextmanager

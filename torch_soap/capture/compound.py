@@ -181,7 +181,7 @@ def _prelu(e: Emitter, x: Any, weight: Any) -> Any:
 def _instance_norm(
     e: Emitter, x: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, momentum: float, eps: float, cudnn: bool = False
 ) -> Any:
-    if mean is not None or not use_input_stats:
+    if not use_input_stats:
         return e.emit("instance_norm", aten.instance_norm.default, x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn)
     return e.emit("group_norm", aten.group_norm.default, x, x.shape[1], weight, bias, eps)
 

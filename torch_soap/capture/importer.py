@@ -31,7 +31,7 @@ SKIPPED = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_co
 POINTWISE = {
     "__and__", "__or__", "__xor__", "multiply", "divide", "subtract", "floor_divide", "real", "imag", "log_sigmoid", "hardswish", "clone", "to",
     "_to_copy", "detach", "softplus", "logit", "masked_fill", "where", "true_divide", "not_equal", "greater", "less", "dropout_mask",
-    "running_average", "_prelu_kernel",
+    "running_average", "_prelu_kernel", "rewritten",
     "zeros_like", "ones_like", "full_like", "empty_like", "isnan", "isfinite", "isinf", "clip", "square", "float_power", "nan_to_num", "celu", "selu",
     "mse_loss", "l1_loss", "kl_div", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "relu6", "mish", "hardtanh", "leaky_relu", "elu", "rrelu", "fill", "addcmul", "addcdiv", "lerp", "sigmoid", "tanh",
@@ -229,6 +229,8 @@ class Importer:
             return self.embedding_bag(target, args, kwargs)
         if name == "batch_norm":
             return self.batch_norm(target, args, kwargs)
+        if name == "instance_norm":
+            self.instance_statistics(target, args, kwargs)
         if mutated:
             return self.inplace(name, target, args, kwargs, mutated)
         return self.functional(name, target, args, kwargs)
@@ -348,6 +350,21 @@ class Importer:
             self.buffer_updates.append((index, self.emit("running_average", functional.running_average, buffer, new, share)))
         self.no_grad = old
         return y
+
+    def instance_statistics(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The running ones of an instance norm in training, which its schema doesn't say that it writes: means over the instances."""
+        given = dict(zip([a.name for a in target._schema.arguments], args, strict=False)) | kwargs
+        x: Any = given["input"]
+        if given["running_mean"] is None or not given["use_input_stats"]:
+            return
+        share = max(given["momentum"], 0.0)  # None (CUMULATIVE) is 0 here, in torch too
+        old, self.no_grad = self.no_grad, True
+        space = list(range(2, x.dim()))
+        mean = self.emit("mean", torch.ops.aten.mean.dim, x, [0, *space])
+        var = self.emit("mean", torch.ops.aten.mean.dim, self.emit("var", torch.ops.aten.var.correction, x, space, correction=1), [0])
+        for index, new in ((3, mean), (4, var)):
+            self.buffer_updates.append((index, self.emit("running_average", functional.running_average, args[index], new, share)))
+        self.no_grad = old
 
     # -- graphs ------------------------------------------------------------------------------------------------------
     def run(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:

@@ -194,10 +194,19 @@ def record_opaque(captured: Captured, choices: list[list[int | None]]) -> None:
 
 def record_run(captured: Captured, tensors: list[torch.Tensor]) -> dict[str, list[Recording]]:
     module = captured.objective if captured.opaque == [""] else captured.module
+    parameters = [(f"{path}.{n}", p, p.detach().clone()) for path in captured.opaque for n, p in module.get_submodule(path).named_parameters() if not p.is_meta]
 
     def record(drawn: Callable[[], tuple[int, int]]) -> dict[str, list[Recording]]:
         with eager_check.preserved(captured.objective), eager_check.recorded(module, captured.opaque, drawn) as calls, torch.enable_grad():
             captured.call([t.detach().clone().requires_grad_(t.requires_grad) for t in tensors])
+        for name, p, before in parameters:
+            if not torch.equal(p.detach().nan_to_num(), before.nan_to_num()):
+                with torch.no_grad():
+                    p.copy_(before)
+                raise ValueError(
+                    f"[capture] forward writes the parameter {name.removeprefix('.')}, in code that can't be traced ({captured.reasons[-1]}): "
+                    "write it by p.detach() or under torch.no_grad(), or after the step"
+                )
         return calls
 
     try:
@@ -222,7 +231,7 @@ def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad
         known = captured._last().out_constants
         if len(constants) != len(known) or any(type(a) is not type(b) or (a is not None and a != b) for a, b in zip(constants, known, strict=True)):
             raise CaptureError(f"the module returned the constants {constants}, the trace {known}")
-        return [leaves[i] for i in slots], captured.buffers
+        return [leaves[i] for i in slots], captured.buffers | written
 
     def traced(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         graph = captured.instantiate(signature_of(tensors))
@@ -232,10 +241,11 @@ def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad
             )
         except Exception as error:
             raise CaptureError(f"the trace doesn't run: {first_line(error)}") from error
-        return outputs, {n: writes.get(n, b) for n, b in captured.buffers.items()}
+        return outputs, {n: writes.get(n, b) for n, b in (captured.buffers | written).items()}
 
-    captured.instantiate(signature_of(list(inputs)))
-    with eager_check.preserved(objective), transparent_checkpoints():
+    graph = captured.instantiate(signature_of(list(inputs)))
+    written: dict[str, torch.Tensor] = {n: captured.parameters[n] for n, _ in graph.buffer_writes if n in captured.parameters}
+    with eager_check.preserved(objective, written.values()), transparent_checkpoints():
         try:
             expected = eager_check.run(module, eager, inputs, grad)
         except CaptureError:
@@ -246,4 +256,4 @@ def check_against_eager(captured: Captured, inputs: Sequence[torch.Tensor], grad
             raise CaptureError(f"the module doesn't run on {signature_of(list(inputs))}: {first_line(error)}") from error
     with eager_check.preserved(objective):
         got = eager_check.run(module, traced, inputs, grad)
-    eager_check.compare(expected, got, {v.dtype for v in captured.instantiate(signature_of(list(inputs))).values})
+    eager_check.compare(expected, got, {v.dtype for v in graph.values})

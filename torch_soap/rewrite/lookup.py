@@ -41,6 +41,18 @@ def embedding(e: Emit, call: Call) -> fx.Node:
     )
 
 
+@local("embedding_renorm")
+def embedding_renorm(e: Emit, call: Call) -> fx.Node:
+    begin, end = call.interval("v")
+    return e(renormed, call.operands[0], call.operands[1], begin, end, float(call.attr("max_norm")), float(call.attr("norm_type")))
+
+
+def renormed(weight: torch.Tensor, indices: torch.Tensor, begin: int, end: int, max_norm: float, norm_type: float) -> torch.Tensor:
+    """Rows of [begin, end) of a table, those that are looked up scaled down to max_norm."""
+    here = indices[(indices >= begin) & (indices < end)] - begin
+    return torch.ops.aten.embedding_renorm.default(weight, here, max_norm, norm_type)  # type: ignore[no-any-return]
+
+
 def bag(indices: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, begin: int, end: int, mode: int) -> torch.Tensor:
     """Bags of equal length over a part of the table; sums and means are shares."""
     if mode == 2:

@@ -13,7 +13,7 @@ from torch_soap.capture.graph import substitute
 from torch_soap.capture.opaque import ModuleCall, seeded
 from torch_soap.random import CounterState
 from torch_soap.random_ops import RANDOM_KERNELS
-from torch_soap.rewrite.local import Call, Emit, captured_call, in_region, local, results_of
+from torch_soap.rewrite.local import Call, Emit, captured_call, local, results_of
 
 Runs = list[list[tuple[int, int]]]
 
@@ -73,8 +73,7 @@ def opaque(e: Emit, call: Call) -> list[fx.Node]:
     node = call.captured
     if node is None or not isinstance(node.fn, ModuleCall) or not node.fn.random:
         return captured_call(e, call)
-    fn = in_region(node.fn, node.no_grad, node.autocast)
-    return results_of(e, call, node, e(seeded_call(fn, node.rng_index or 0), e.random, *call.operands))
+    return results_of(e, call, node, e(seeded_call(node.fn, node.rng_index or 0), e.random, *call.operands))
 
 
 @local("layer_dropout")

@@ -18,6 +18,7 @@ from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.movement import PlannedStep, execute, plan_step, sums_in
+from torch_soap.runtime.storage import cut, stored_boxes
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Engine:
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
             self.num_forward = len(self.kinds)
+        self.boxes = stored_boxes(program, rank)
         self.released = self._released()
         self.param_fills, self.fill_sources, self.filled_params = self._param_fills()
         self.dropped = self._dropped()
@@ -184,9 +186,13 @@ class Engine:
     def return_wants_grad(self, node: int) -> bool:
         return bool(self.program.graph.tensors[self.program.graph.nodes[node].inputs[0]].requires_grad)
 
-    def buffer_values(self, state: StepState) -> dict[str, torch.Tensor]:
-        """New values of the buffers that this forward wrote, by qualified name."""
-        return {self.names[n].removeprefix("write:"): state.values[self.value_of_return[n]] for n in self.writes}
+    def write(self, state: StepState, stored: dict[str, torch.Tensor]) -> None:
+        """Brings what this forward wrote into the buffers (and parameters, their own parts) by node name."""
+        for node in self.writes:
+            name = self.names[node].removeprefix("write:")
+            key = f"buffer:{name}" if f"buffer:{name}" in stored else f"param:{name}"
+            with torch.no_grad():
+                stored[key].copy_(cut(state.values[self.value_of_return[node]], self.boxes[key]))
 
     def seed(self, state: StepState, grads: dict[str, torch.Tensor]) -> None:
         for node in self.returns:

@@ -272,6 +272,11 @@ class Parallel:
         )
         captured = self.capture(args, kwargs)
         tensors = captured.flatten_inputs(args, kwargs)
+        if captured.ragged and self.comm.world_size > 1:
+            raise ValueError(
+                f"[forward] {captured.ragged} are offsets of an embedding_bag into indices that are given too: each process' count from 0, so its "
+                "bags can't be joined with others'. Give the indices in 2-D, one bag a row, padded with padding_idx (or weighted 0)"
+            )
         rows, signature = self.header.rows(tensors, captured.batch_dims)
         self.same_constants(captured, tensors)
         engine, graph = self.engine(captured, signature, rows)
@@ -313,9 +318,7 @@ class Parallel:
 
     def finish(self, engine: Engine, state: StepState, stored: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Writes buffers; the outputs in order."""
-        with torch.no_grad():
-            for name, value in engine.buffer_values(state).items():
-                stored[f"buffer:{name}"].copy_(value)
+        engine.write(state, stored)
         return [engine.output(state, node).detach() for node in engine.returns]
 
 

@@ -22,6 +22,13 @@ Rule embedding(const OpGraph& graph, const Node& node) {
   return r.operand("weight", {"v", "d"}).operand("indices", in).constant().result(out, Reduce::kSum).saves({"indices"}).build();
 }
 
+// max_norm: the rows that anyone looks up are scaled down, each by itself.
+Rule embedding_renorm(const OpGraph& graph, const Node& node) {
+  RuleSpec r(graph, node);
+  r.factor("v", graph.input(node, 0).shape[0], FactorKind::kParameter, Cuttable::kInterval);
+  return r.operand(0, {"v", "*"}).operand(1, std::vector<std::string>(graph.input(node, 1).shape.size(), "*")).constant().result({"v", "*"}).build();
+}
+
 // Bags of equal length: t[n b]; sums and means cut like an embedding, maxima by width and rows only.
 Rule embedding_bag(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
@@ -57,6 +64,7 @@ Rule index_select(const OpGraph& graph, const Node& node) {
 
 void register_embedding(RuleRegistry& rules) {
   rules.add({"embedding"}, embedding);
+  rules.add({"embedding_renorm"}, embedding_renorm);
   rules.add({"embedding_bag_fixed"}, embedding_bag);
   rules.add({"index_select"}, index_select);
 }
