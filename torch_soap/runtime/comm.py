@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 HEADER_INTS = 128  # fixed size, so that ranks that disagree still meet
-MEETINGS = ("calibration", "forward", "backward", "state_dict", "state_dict of an optimizer", "deepcopy", "gradient norm", "deferred gradient")
+MEETINGS = ("calibration", "forward", "backward", "state_dict", "state_dict of an optimizer", "deepcopy", "gradient norm", "deferred gradient", "step")
 
 
 class RankMismatchError(RuntimeError):

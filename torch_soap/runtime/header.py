@@ -63,7 +63,7 @@ class Header:
                     if value != everyone[0][key]:
                         if key == "attributes":
                             raise RankMismatchError(
-                                f"[forward] on rank {rank} a submodule's mode or an attribute of it (a number, a text) isn't what it is on rank 0"
+                                f"[forward] on rank {rank} a submodule's mode or attribute, or a parameter's dtype or requires_grad, isn't rank 0's"
                             )
                         hint = " A forward on some ranks only, or in another mode, must be called on all ranks." if key in ("mode", "grad") else ""
                         raise RankMismatchError(f"[forward] ranks disagree on {key}: rank {rank} has {value}, rank 0 has {everyone[0][key]}.{hint}")

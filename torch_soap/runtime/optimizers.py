@@ -139,6 +139,7 @@ class Registry:
             self.first_step(optimizer, ours)
         if is_elementwise(optimizer):
             return
+        ours[0][0].comm.gather_ints([], "step")
         kept = []
         for parallel, name, p in ours:
             part, grad = p.data, p.grad

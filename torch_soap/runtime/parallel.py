@@ -263,13 +263,13 @@ class Parallel:
         return self.call_plainly(args, kwargs)
 
     def call_plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.calls += 1
         self.gradients.attach(self.known.look(self.parameters()))
         leaves = input_tensors(args, kwargs)
         deferred = torch.is_grad_enabled() and self.deferred.wanted()
         self.header.check(
             self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs), self.attributes.look(), deferred, self.known.replaced
         )
+        self.calls += 1  # alike on all ranks
         captured = self.capture(args, kwargs)
         tensors = captured.flatten_inputs(args, kwargs)
         if captured.ragged and self.comm.world_size > 1:
@@ -336,7 +336,7 @@ class RunProgram(torch.autograd.Function):
         later = engine.program.interleaved and (deferred or bool(parallel.deferred.waiting))
         state = engine.forward(feeds, stored, grad=True, random=parallel.random, seeds=seeds, deferred=later)
         outputs = parallel.finish(engine, state, stored)
-        ctx.parallel, ctx.engine, ctx.state, ctx.deferred = parallel, engine, state, deferred
+        ctx.parallel, ctx.engine, ctx.state, ctx.deferred, ctx.call = parallel, engine, state, deferred, parallel.calls
         ctx.shapes = [tuple(t.shape) for t in tensors]
         ctx.needs = [t.requires_grad for t in tensors]
         # What comes in from the loss of this process is taken as 1/P of the objective's. What goes out to a part of this process'
@@ -365,7 +365,7 @@ class RunProgram(torch.autograd.Function):
             ctx.state = None
         deferred = ctx.parallel.deferred
         accumulates = (ctx.deferred or bool(deferred.waiting)) and accumulates_all(ctx.next_functions)
-        used, accumulates = agree_on_backward(engine, comm, grads, accumulates)
+        used, accumulates = agree_on_backward(engine, comm, grads, accumulates, ctx.call)
         scales = dict(zip([*ctx.feed_names, *ctx.param_names], ctx.scales, strict=True))
         scale: torch.Tensor | None = None
         if engine.program.interleaved:
@@ -399,12 +399,18 @@ class RunProgram(torch.autograd.Function):
         return (None, None, None, None, None, *out)
 
 
-def agree_on_backward(engine: Engine, comm: Comm, grads: Sequence[torch.Tensor | None], accumulates: bool) -> tuple[frozenset[int], bool]:
+def agree_on_backward(engine: Engine, comm: Comm, grads: Sequence[torch.Tensor | None], accumulates: bool, call: int) -> tuple[frozenset[int], bool]:
     """The returns whose gradient comes in on some rank (one that is used on no rank gives its parameters None, as in one process), and
     whether all ranks say `accumulates`. Collective."""
     parts = [grads[i : i + 100] for i in range(0, max(len(grads), 1), 100)]
-    said = [comm.gather_ints([accumulates, *(g is not None for g in part)], "backward") for part in parts]
-    used = [any(column) for chunk in said for column in list(zip(*chunk, strict=True))[1:]]
+    said = [comm.gather_ints([accumulates, call, *(g is not None for g in part)], "backward") for part in parts]
+    used = [any(column) for chunk in said for column in list(zip(*chunk, strict=True))[2:]]
+    for rank, other in enumerate(said[0]):
+        if other[1] != said[0][0][1]:
+            raise RankMismatchError(
+                f"[backward] rank {rank} goes back through its forward {other[1]}, rank 0 through its forward {said[0][0][1]}: all ranks must call "
+                "backward in the same order"
+            )
     return frozenset(n for n, u in zip(engine.returns, used, strict=True) if u), all(s[0] for s in said[0])
 
 

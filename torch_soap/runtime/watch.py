@@ -202,7 +202,8 @@ class AttributeWatch:
 
     def look(self) -> int:
         """A number that is equal on ranks with equal modes and attributes."""
-        return number(repr((self.modes(), [r.now() for r in self.reads[:1]])))
+        frozen = tuple(p.requires_grad for p in self.module.parameters())
+        return number(repr((self.modes(), frozen, [r.now() for r in self.reads[:1]])))
 
     def captured(self, capture: Captured, read: ReadAttributes) -> None:
         """Warns about what a parallel forward can't do to the module, and when it is captured again and again."""
