@@ -152,6 +152,7 @@ def parallelize(
     seeds = comm.gather_objects(parallel.random.seed)
     if any(s != seeds[0] for s in seeds):
         parallel.random.seed, parallel.random.torch_seed = seeds[0], None
+    parallel.label = f"model {registry().number()}"
     parallel.sample_dims = sample_dims
     if example_inputs is not None:
         parallel.prepare(*as_arguments(example_inputs))

@@ -18,6 +18,7 @@ EXPECTED = {
     "wider": ["parameter 0.weight", "(7, 5)", "(6, 5)"],
     "frozen": ["parameter 0.bias", "True", "False"],
     "arguments": ["example_inputs", "given", "none"],
+    "order": ["model"],
     "plans": ["plan", "n=fed", "o=2"],
 }
 

@@ -74,6 +74,13 @@ def arguments(rank: int) -> None:
     torch_soap.parallelize(model(), torch.randn(2, 5) if rank else None)
 
 
+def order(rank: int) -> None:
+    """Two models alike, called in another order."""
+    models = [torch_soap.parallelize(model(), plan="* n=fed") for _ in range(2)]
+    for m in models[::-1] if rank else models:
+        m(torch.randn(2, 5))
+
+
 def absent(rank: int) -> None:
     """A forward on rank 0 alone, as DDP's users write for validation."""
     m = torch_soap.parallelize(model(), plan="* n=fed")
@@ -104,7 +111,7 @@ def illegal(rank: int) -> None:
         assert [p.data_ptr() for p in m.parameters()] == before and type(m) is nn.Sequential, "half applied"
 
 
-SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, arguments, absent, pairs, illegal)}
+SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, arguments, order, absent, pairs, illegal)}
 
 
 def main(names: list[str]) -> None:

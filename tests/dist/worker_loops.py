@@ -342,7 +342,7 @@ def sparse() -> float:
             optimizer.step()
         if cut is own:
             refuses = torch.optim.SparseAdam(m.parameters())
-            refused("SparseAdam", "dense gradients", refuses.step)
+            refused("SparseAdam", "gradients are dense", refuses.step)
             m.zero_grad()
             refuses.step()  # as after a failed step, parameters are parts again
 

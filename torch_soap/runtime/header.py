@@ -34,15 +34,26 @@ class Header:
         self.comm = comm
 
     def check(
-        self, training: bool, grad: bool, tensors: Sequence[torch.Tensor], structure: Any, attributes: int, deferred: bool = False, replaced: int = 0
+        self,
+        training: bool,
+        grad: bool,
+        tensors: Sequence[torch.Tensor],
+        structure: Any,
+        attributes: int,
+        *,
+        model: str,
+        deferred: bool = False,
+        replaced: int = 0,
     ) -> None:
         """All ranks call the module in the same mode, with the same number, dtypes and ranks of inputs, in the same structure with the same constants.
 
         attributes: a number that stands for the modes and plain attributes of all submodules.
+        model: which of those that this process parallelized.
         deferred: inside no_sync.
         replaced: how often parameters were replaced by other objects.
         """
         words = {
+            "model": model,
             "mode": "train" if training else "eval",
             "grad": grad,
             "no_sync": deferred,

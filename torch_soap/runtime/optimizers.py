@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,6 +33,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.made: list[weakref.ref[Parallel]] = []
+        self.numbers = itertools.count(1)  # of calls of parallelize
         self.known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.wholes: dict[int, list[tuple[Parallel, str, torch.nn.Parameter, torch.Tensor]]] = {}
         register_optimizer_step_pre_hook(self.before_step)
@@ -61,6 +63,9 @@ class Registry:
             return init(tensor, *args, **kwargs)
 
         return of_wholes
+
+    def number(self) -> int:
+        return next(self.numbers)
 
     def add(self, parallel: Parallel) -> None:
         self.made = [r for r in self.made if r() is not None] + [weakref.ref(parallel)]

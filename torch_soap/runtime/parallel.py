@@ -62,6 +62,7 @@ class Parallel:
         self.storage: dict[str, Any] = {}  # node name -> Sharding
         self.random = CounterState.from_torch()
         self.header = Header(comm)
+        self.label = ""  # which of the models that this process parallelized: the same on all ranks
         self.calls = 0
         self.deferred = Deferred(self.parameters)
         self.known = ParameterWatch()
@@ -129,7 +130,9 @@ class Parallel:
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures and plans for this process' example inputs, without running."""
-        self.header.check(self.module.training, torch.is_grad_enabled(), input_tensors(args, kwargs), structure_key(args, kwargs), self.attributes.look())
+        self.header.check(
+            self.module.training, torch.is_grad_enabled(), input_tensors(args, kwargs), structure_key(args, kwargs), self.attributes.look(), model=self.label
+        )
         captured = self.capture(args, kwargs)
         rows, signature = self.header.rows(captured.flatten_inputs(args, kwargs), captured.batch_dims)
         self.engine(captured, signature, rows)
@@ -267,7 +270,14 @@ class Parallel:
         leaves = input_tensors(args, kwargs)
         deferred = torch.is_grad_enabled() and self.deferred.wanted()
         self.header.check(
-            self.module.training, torch.is_grad_enabled(), leaves, structure_key(args, kwargs), self.attributes.look(), deferred, self.known.replaced
+            self.module.training,
+            torch.is_grad_enabled(),
+            leaves,
+            structure_key(args, kwargs),
+            self.attributes.look(),
+            model=self.label,
+            deferred=deferred,
+            replaced=self.known.replaced,
         )
         self.calls += 1  # alike on all ranks
         captured = self.capture(args, kwargs)
