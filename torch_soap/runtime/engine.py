@@ -289,8 +289,10 @@ class Engine:
         outputs = dict(zip(self.outs[segment], results, strict=True))
         if record:
             state.leaves[segment] = leaves
-            # Not the tensors: what backward reads of them the graph has saved itself.
-            state.outputs[segment] = {v: (get_gradient_edge(t), t.dtype) for v, t in outputs.items() if t.requires_grad}
+            # Not the tensors: what backward reads of them the graph has saved itself. A view of a leaf made under no_grad has no place in it.
+            own = [id(t) for t in leaves.values()]
+            reached = {v: t for v, t in outputs.items() if t.grad_fn is not None or id(t) in own}
+            state.outputs[segment] = {v: (get_gradient_edge(t), t.dtype) for v, t in reached.items()}
         gathered = [state.values[v].untyped_storage().data_ptr() for v in self.inputs[segment] if v in self.refilled]
         for value, tensor in outputs.items():
             view = bool(gathered) and tensor.untyped_storage().data_ptr() in gathered  # of a copy whose storage is given back
