@@ -72,7 +72,7 @@ class Plan:
 
 
 class OneProcess:
-    """`model.plan` where there is one process: nothing is cut, the module's own forward runs. Reads like a Plan."""
+    """`model.plan` where there is one process: nothing is cut, the module's own forward runs. It explains itself like a Plan, but there is nothing to save."""
 
     world_size = 1
     text = ""

@@ -115,6 +115,12 @@ struct Simulator {
     }
   }
 
+  // Of an element in an all-reduce: sums of 16-bit floats travel in float32.
+  int64_t reduced_bytes(StepKind kind, const Tensor& t) const {
+    const bool sum = kind == StepKind::kGradFill || p.tiles[t.id].partial != Reduce::kMax;
+    return sum && is_float(t) ? std::max<int64_t>(t.element_bytes, 4) : t.element_bytes;
+  }
+
   void run_movement(int s) {
     const Step& step = p.steps[s];
     std::map<std::vector<int>, int64_t> reduced, sent;  // ranks -> bytes
@@ -124,9 +130,10 @@ struct Simulator {
       const StepItem& item = step.items[i];
       const Tensor& t = p.graph.tensors[p.groups[item.id].tensor];
       const auto& [list, m] = pieces[s][i];
-      out.moved_bytes[t.producer] += m.elements * t.element_bytes;
+      const int64_t element_bytes = m.pattern == Pattern::kAllReduce ? reduced_bytes(step.kind, t) : t.element_bytes;
+      out.moved_bytes[t.producer] += m.elements * element_bytes;
       if (machine.overlap && m.pattern != Pattern::kLocal) sources(step.kind, item, list, begin);
-      if (m.pattern == Pattern::kAllReduce) reduced[m.ranks] += m.elements * t.element_bytes;
+      if (m.pattern == Pattern::kAllReduce) reduced[m.ranks] += m.elements * element_bytes;
       if (m.pattern == Pattern::kExchange) {
         exchanging.insert(m.ranks.begin(), m.ranks.end());
         for (const Piece& x : list) {

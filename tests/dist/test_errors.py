@@ -19,6 +19,7 @@ EXPECTED = {
     "frozen": ["parameter 0.bias", "True", "False"],
     "arguments": ["example_inputs", "given", "none"],
     "order": ["model"],
+    "order_back": ["different models"],
     "plans": ["plan", "n=fed", "o=2"],
 }
 

@@ -81,6 +81,13 @@ def order(rank: int) -> None:
         m(torch.randn(2, 5))
 
 
+def order_back(rank: int) -> None:
+    """Their backwards in another order."""
+    losses = [torch_soap.parallelize(model(), plan="* n=fed")(torch.randn(2, 5)).sum() for _ in range(2)]
+    for loss in losses[::-1] if rank else losses:
+        loss.backward()
+
+
 def absent(rank: int) -> None:
     """A forward on rank 0 alone, as DDP's users write for validation."""
     m = torch_soap.parallelize(model(), plan="* n=fed")
@@ -111,7 +118,7 @@ def illegal(rank: int) -> None:
         assert [p.data_ptr() for p in m.parameters()] == before and type(m) is nn.Sequential, "half applied"
 
 
-SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, arguments, order, absent, pairs, illegal)}
+SCENARIOS: dict[str, Callable[[int], None]] = {f.__name__: f for f in (shape, dtype, dims, mode, grad, unsynced, wider, frozen, plans, arguments, order, order_back, absent, pairs, illegal)}
 
 
 def main(names: list[str]) -> None:

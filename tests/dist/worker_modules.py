@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -118,7 +120,57 @@ def bfloat16() -> float:
     return float((grad - 260).abs().amax()) if grad.numel() else 0.0
 
 
-CHECKS: dict[str, Callable[[], float]] = {f.__name__: f for f in (parametrized_parts, tables, sparse_adam, ragged_bags, bfloat16)}
+class Positions(nn.Module):
+    """The first forward gives its table another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.linear = nn.Linear(6, 4).double()
+        self.register_buffer("table", torch.zeros(1).double(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.arange(x.shape[1], dtype=x.dtype)
+        return self.linear(x + self.table)
+
+
+def shaped_buffers() -> float:
+    x, _ = batch()
+    reference, model = Positions(), torch_soap.parallelize(Positions(), plan="* n=fed")
+    worst = 0.0
+    for _ in range(2):
+        worst = max(worst, float((model(own(x)) - own(reference(x))).detach().abs().amax()))
+    return worst if torch.equal(model.table, reference.table) else float("inf")
+
+
+class Drawing(nn.Module):
+    """Opaque, and of a number from Python's generator."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + random.random()
+
+
+def drawing_modules() -> float:
+    """Two modules that draw get different numbers in one forward, all ranks the same, and others in the next."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not those of one process
+        model = torch_soap.parallelize(nn.Sequential(nn.Linear(6, 6), Drawing(), nn.Identity(), Drawing()), plan="* n=2")
+        zero = torch.zeros(2, 6)
+        seen = []
+        for _ in range(2):
+            y = model(zero)
+            seen.append(float((y - model[0].bias).mean().detach()))
+        first = torch_soap.parallelize(nn.Sequential(nn.Linear(6, 6), Drawing()), plan="* n=2")
+        one = float((first(zero) - first[0].bias).mean().detach())
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, seen)
+    assert all(g == gathered[0] for g in gathered), gathered
+    assert abs(seen[0] - seen[1]) > 1e-6 and abs(seen[0] - 2 * one) > 1e-6, (seen, one)
+    return 0.0
+
+
+CHECKS: dict[str, Callable[[], float]] = {f.__name__: f for f in (parametrized_parts, tables, sparse_adam, ragged_bags, bfloat16, shaped_buffers, drawing_modules)}
 
 
 def main(names: list[str]) -> None:

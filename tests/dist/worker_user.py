@@ -48,7 +48,8 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert list(a) == list(b), (list(a), list(b))
     for name in a:
         assert a[name].shape == b[name].shape, (name, a[name].shape, b[name].shape)
-    return max(float((a[n] - b[n]).abs().max()) if a[n].numel() else 0.0 for n in a)
+    errors = [float((a[n] - b[n]).abs().max()) if a[n].numel() else 0.0 for n in a]
+    return float("inf") if any(e != e for e in errors) else max(errors)  # max(0.0, nan) is 0.0
 
 
 def train(

@@ -32,7 +32,7 @@ def linear(weight: list[list[float]]) -> nn.Module:
 @pytest.mark.parametrize("more", ["", "\n1 d0=2 @ [0,1]"])  # an all-reduce; an exchange
 def test_partial_values_are_added_in_float32(more: str) -> None:
     """256 + 1 is 256 in bfloat16, 256 + 7 isn't."""
-    report = verify(linear([[256.0] + [1.0] * 7]), torch.ones(2, 8), "0 i=8", dtype=torch.bfloat16, world_size=8, steps=1)
+    report = verify(linear([[256.0] + [1.0] * 7]), torch.ones(2, 8), "0 i=8" + more, dtype=torch.bfloat16, world_size=8, steps=1)
     assert report.worst is not None and report.worst.error == 0, report
 
 

@@ -81,7 +81,7 @@ def capture(
 def settle_buffers(captured: Captured) -> bool:
     """Buffers to which the first forward gives another shape (tables of positions) keep it, as in one process; whether there are any."""
     owned = [(m, n, b) for m in captured.objective.modules() for n, b in m._buffers.items() if b is not None]
-    with eager_check.preserved(captured.objective), torch.no_grad():
+    with eager_check.preserved(captured.objective, captured.parameters.values()), torch.no_grad():
         captured.call([t.detach().clone() for t in captured.inputs])
         made = [(m, n, m._buffers[n]) for m, n, b in owned if isinstance(m._buffers.get(n), torch.Tensor) and m._buffers[n].shape != b.shape]  # type: ignore[union-attr]
     for owner, name, tensor in made:

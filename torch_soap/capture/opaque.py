@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from torch_soap.capture.structure import flatten
+from torch_soap.random_ops import GENERATOR
 
 OPAQUE_NAMESPACE = "torch_soap_opaque"
 Shape = tuple[int, ...]
@@ -115,7 +115,7 @@ class ModuleCall:
     real tensors can run.
     """
 
-    lock = threading.RLock()  # ranks in one process have one module, and one state of the generators
+    lock = GENERATOR  # ranks in one process have one module, and one state of the generators
 
     def __init__(self, module: nn.Module, args: Any, train: bool, recordings: list[Recording]) -> None:
         self.__name__ = f"opaque_{type(module).__name__}"

@@ -58,11 +58,11 @@ def layer_dropout(state: CounterState, op_index: int, x: torch.Tensor, p: float,
     return random.dropout(x.unsqueeze(0), p, True, **where).squeeze(0)  # type: ignore[arg-type]
 
 
-def seeded_call(fn: Callable[..., Any], op_index: int) -> Callable[..., Any]:
+def seeded_call(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
     """What is opaque draws from global generators: seeded alike on all ranks, or replicas would drift apart."""
 
     def call(state: CounterState, *tensors: torch.Tensor) -> Any:
-        with ModuleCall.lock, seeded(f"{state.seed} {state.call} {op_index}"):
+        with ModuleCall.lock, seeded(f"{state.seed} {state.call} {name}"):
             return fn(*tensors)
 
     return call
@@ -73,7 +73,7 @@ def opaque(e: Emit, call: Call) -> list[fx.Node]:
     node = call.captured
     if node is None or not isinstance(node.fn, ModuleCall) or not node.fn.random:
         return captured_call(e, call)
-    return results_of(e, call, node, e(seeded_call(node.fn, node.rng_index or 0), e.random, *call.operands))
+    return results_of(e, call, node, e(seeded_call(node.fn, call.node.name), e.random, *call.operands))
 
 
 @local("layer_dropout")

@@ -28,7 +28,7 @@ def plain_copy(parallel: Parallel, memo: dict[int, Any], for_capture: bool = Fal
 def parallel_copy(parallel: Parallel, memo: dict[int, Any]) -> Parallel:
     """Behind a copy of the module with the same parts on the same plan, also where that is still to be made."""
     other = type(parallel)(bare_copy(parallel, memo), parallel.comm, loss=parallel.loss, planner=parallel.planner)
-    other.label = f"a copy of {parallel.label}"
+    other.label = f"copy {len(parallel.family)} of {parallel.label}"
     parallel.family.append(weakref.ref(other))
     other.family, other.sample_dims, other.refresh, other.random = parallel.family, parallel.sample_dims, parallel.refresh, copy.copy(parallel.random)
     if parallel.storage:

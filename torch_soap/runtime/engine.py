@@ -114,7 +114,7 @@ class Engine:
                 out.setdefault(position, []).append(value)
         return out
 
-    def _param_fills(self) -> tuple[list[int], dict[int, int], set[int]]:
+    def _param_fills(self) -> tuple[set[int], dict[int, int], set[int]]:
         """Instructions that bring gradients to parameters over ranks (steps of their own: buckets); the values that they read, with the
         parameter's node; and the nodes of all parameters that any rank has such an instruction for."""
         program, graph = self.program, self.program.graph
@@ -127,7 +127,7 @@ class Engine:
         positions = [p for p, i in enumerate(self.instructions) if i.kind == _C.InstructionKind.grad_fill and of_step[i.step]]
         moves = [m for p in positions if (planned := self.planned[p]) is not None for t in planned.transfers for m in t.moves]
         sources = {m.src: graph.tensors[self.values[m.src].tensor].producer for m in moves if m.src >= 0}
-        return positions, sources, set().union(*of_step)
+        return set(positions), sources, set().union(*of_step)
 
     def _dropped(self) -> dict[int, tuple[list[int], list[int]]]:
         """Instruction of backward -> copies (Keep.use) and gradients of copies that are used for the last time there."""
@@ -168,7 +168,10 @@ class Engine:
             state.values[self.value_of_store[node]] = feeds[self.names[node]]
         for node in self.stores:
             if self.value_of_store[node] >= 0:
-                state.values[self.value_of_store[node]] = stored[self.names[node]].detach()
+                value = self.value_of_store[node]
+                state.values[value] = stored[self.names[node]].detach()
+                if list(state.values[value].shape) != self.shapes[value]:
+                    raise RuntimeError(f"[engine] {self.names[node]} has shape {list(state.values[value].shape)} here, the plan {self.shapes[value]}")
         if seeds is not None:
             self.seed(state, seeds)
         self._run(state, self.num_forward, grad)
@@ -238,7 +241,7 @@ class Engine:
 
     def reduce(self, state: StepState) -> None:
         """The gradient fills that a deferred state left out. Collective."""
-        for position in self.param_fills:
+        for position in sorted(self.param_fills):
             self._grad_fill(state, position)
 
     # -- instructions ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.copies import plain_copy, with_memory
 from torch_soap.runtime.deferred import Deferred
 from torch_soap.runtime.engine import Engine, StepState
-from torch_soap.runtime.header import Header, RankMismatchError, agree
+from torch_soap.runtime.header import Header, RankMismatchError, agree, number
 from torch_soap.runtime.storage import assemble, cut
 from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ParameterWatch, ReadAttributes, ReplicaWatch, checksum, compare_replicas
 
@@ -93,11 +93,19 @@ class Parallel:
             for p in twin.parameters():
                 p.grad = None
                 p.data = torch.empty_like(p.data)
+            self.settle_buffers(twin)
             known.append((captured, read.of(self.module)))
             self.attributes.captured(captured, known[-1][1])
         for mine, theirs in zip(self.module.parameters(), captured.module.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
         return captured
+
+    def settle_buffers(self, twin: nn.Module) -> None:
+        """Buffers that the first forward gives another shape have it in the twin: the module's get it too, as in one process."""
+        for name, b in twin.named_buffers():
+            if self.module.get_buffer(name).shape != b.shape:
+                owner, _, leaf = name.rpartition(".")
+                self.module.get_submodule(owner)._buffers[leaf] = b.detach().clone()
 
     def together(self, make: Callable[[], Captured], tensors: Sequence[torch.Tensor]) -> Captured:
         """make() on every rank; where one fails all raise, and say so when it is because their inputs differ. Collective."""
@@ -375,7 +383,7 @@ class RunProgram(torch.autograd.Function):
             ctx.state = None
         deferred = ctx.parallel.deferred
         accumulates = (ctx.deferred or bool(deferred.waiting)) and accumulates_all(ctx.next_functions)
-        used, accumulates = agree_on_backward(engine, comm, grads, accumulates, ctx.call)
+        used, accumulates = agree_on_backward(engine, ctx.parallel, grads, accumulates, ctx.call)
         scales = dict(zip([*ctx.feed_names, *ctx.param_names], ctx.scales, strict=True))
         scale: torch.Tensor | None = None
         if engine.program.interleaved:
@@ -409,16 +417,22 @@ class RunProgram(torch.autograd.Function):
         return (None, None, None, None, None, *out)
 
 
-def agree_on_backward(engine: Engine, comm: Comm, grads: Sequence[torch.Tensor | None], accumulates: bool, call: int) -> tuple[frozenset[int], bool]:
+def agree_on_backward(engine: Engine, parallel: Parallel, grads: Sequence[torch.Tensor | None], accumulates: bool, call: int) -> tuple[frozenset[int], bool]:
     """The returns whose gradient comes in on some rank (one that is used on no rank gives its parameters None, as in one process), and
     whether all ranks say `accumulates`. Collective."""
     parts = [grads[i : i + 100] for i in range(0, max(len(grads), 1), 100)]
-    said = [comm.gather_ints([accumulates, call, *(g is not None for g in part)], "backward") for part in parts]
-    used = [any(column) for chunk in said for column in list(zip(*chunk, strict=True))[2:]]
+    model = number(parallel.label)
+    said = [parallel.comm.gather_ints([accumulates, model, call, *(g is not None for g in part)], "backward") for part in parts]
+    used = [any(column) for chunk in said for column in list(zip(*chunk, strict=True))[3:]]
+    first = said[0][0]
     for rank, other in enumerate(said[0]):
-        if other[1] != said[0][0][1]:
+        if other[1] != first[1]:
             raise RankMismatchError(
-                f"[backward] rank {rank} goes back through its forward {other[1]}, rank 0 through its forward {said[0][0][1]}: all ranks must call "
+                f"[backward] rank {rank} and rank 0 go back through different models, here {parallel.label}: call backward in the same order"
+            )
+        if other[2] != first[2]:
+            raise RankMismatchError(
+                f"[backward] rank {rank} goes back through its forward {other[2]}, rank 0 through its forward {first[2]}: all ranks must call "
                 "backward in the same order"
             )
     return frozenset(n for n, u in zip(engine.returns, used, strict=True) if u), all(s[0] for s in said[0])
