@@ -38,6 +38,11 @@ def torchrun(
         return Outcome(done.returncode, done.stdout[-6000:] + done.stderr[-12000:], read_results(folder, nproc))
 
 
+def revision() -> str:
+    """Of the checkout, for reports."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def read_results(folder: str, nproc: int) -> list[Any]:
     files = [Path(folder) / f"{rank}.json" for rank in range(nproc)]
     return [json.loads(f.read_text()) if f.exists() else None for f in files]

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.dist.launch import torchrun  # noqa: E402
+from tests.dist.launch import revision, torchrun  # noqa: E402
 from tests.models import CASES  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +45,7 @@ def is_ok(result: dict[str, Any]) -> bool:
     return "error" in result and result["error"] <= result["allowed"]
 
 
-def write_report(everything: dict[str, dict[str, Any]], seconds: float, worlds: list[int], plans: int) -> str:
+def write_report(everything: dict[str, dict[str, Any]], seconds: float, worlds: list[int], plans: int, of: str) -> str:
     import torch
 
     flat = [(key, run, r) for key, runs in everything.items() for run, r in runs.items()]
@@ -55,7 +55,7 @@ def write_report(everything: dict[str, dict[str, Any]], seconds: float, worlds: 
         "# Real processes against one process",
         "",
         f"`make test-processes`: {len(flat)} trainings of 3 steps ({plans} random plans a model, {', '.join(map(str, worlds))} ranks, float64 and float32, random delays), "
-        f"{len(bad)} failures, {seconds / 60:.0f} minutes. torch {torch.__version__}, gloo, {platform.machine()}.",
+        f"{len(bad)} failures, {seconds / 60:.0f} minutes. Revision {of}, torch {torch.__version__}, gloo, {platform.machine()}.",
         "",
         f"The plans used: {', '.join(used)}.",
         "",
@@ -111,7 +111,7 @@ def main() -> int:
             results = everything[f"{name}@{world}"] = run_model(name, world, runs)
             good = sum(map(is_ok, results.values()))
             print(f"{name} on {world} ranks: {good} of {len(results)} ok ({time.perf_counter() - start:.0f} s)", flush=True)
-            text = write_report(everything, time.perf_counter() - start, worlds, options.plans)
+            text = write_report(everything, time.perf_counter() - start, worlds, options.plans, revision())
     print("\n" + text)
     return 0 if all(is_ok(r) for runs in everything.values() for r in runs.values()) else 1
 
