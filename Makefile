@@ -10,10 +10,15 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --timeout=600
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
+# Installs a package of Debian's, when root, unless the command succeeds.
+needs = $(1) > /dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq $(2) > /dev/null; } || { echo "this needs $(2): apt-get install $(2)"; exit 1; }
+
 .PHONY: env build demo tiny test test-cpp test-python test-processes test-long test-min-torch lint format golden-update benchmark zoo clean
 
 env: $(VENV)/.ready
 $(VENV)/.ready: requirements-dev.txt
+	@$(call needs,python3 -c 'import ensurepip',python3-venv)
+	@$(call needs,test -e "$$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",python3-dev)
 	@test -x $(PY) || python3 -m venv $(VENV)
 	@$(PY) -m pip install --quiet $(TORCH)
 	@$(PY) -m pip install --quiet -r requirements-dev.txt
@@ -33,11 +38,11 @@ tiny: build
 test: lint test-cpp test-python
 
 test-python: build
+	@[ "$$(id -u)" != 0 ] || { $(call needs,command -v ip,iproute2); }  # hosts as network namespaces; not root: that test is skipped
 	$(PYTEST) tests/tiny tests/unit tests/golden tests/lint tests/property tests/dist
 
 test-cpp: env
-	@dpkg -s libgtest-dev > /dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq libgtest-dev > /dev/null; } || \
-	  { echo "make test-cpp needs GoogleTest: apt-get install libgtest-dev"; exit 1; }
+	@$(call needs,dpkg -s libgtest-dev,libgtest-dev)
 	@$(PY) tools/build.py --build-dir build-tests --tests
 	build-tests/soap_tests --gtest_brief=1
 
