@@ -22,7 +22,7 @@ from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime import Engine, ThreadComm
 from torch_soap.runtime.comm import ThreadWorld
 from torch_soap.runtime.copies import plain_copy
-from torch_soap.runtime.movement import LOW, take
+from torch_soap.runtime.movement import LOW, bytes_of, take
 from torch_soap.runtime.storage import assemble, cut, stored_boxes
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -348,10 +348,7 @@ def largest(tensors: Any) -> float:
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    def bits(t: torch.Tensor) -> torch.Tensor:
-        return t.reshape(1).view(torch.uint8) if t.dim() == 0 else t.contiguous().view(torch.uint8)
-
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bytes_of(a), bytes_of(b))
 
 
 def error_of(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:

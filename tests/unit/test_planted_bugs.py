@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from torch_soap.rewrite import local, lookup, randomness, segment
 from torch_soap.runtime import movement
-from torch_soap.verify import Report, verify
+from torch_soap.verify import Report, bits_equal, verify
 
 
 @pytest.fixture(autouse=True)
@@ -199,3 +199,9 @@ def test_empty_tile_that_is_not_the_identity(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(movement, "identity", lambda *_: next(counter))
     monkeypatch.setattr(segment, "identity", lambda *_: next(counter))
     caught(run(mlp, "0 i=[0,0,4]\n2 i=[0,2,6]", rows=[6, 0]))
+
+
+def test_replicas_are_compared_whatever_their_strides() -> None:
+    column = torch.ones(3, 1, dtype=torch.float64)
+    assert bits_equal(column.as_strided((3, 1), (1, 3)), column)
+    assert not bits_equal(column.as_strided((3, 1), (1, 3)), column + 1e-16 + 2.0**-52)
