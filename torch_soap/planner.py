@@ -75,6 +75,20 @@ def search_plan(
     )
 
 
+def settled(graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.CostModel, limit: int, comm: Comm | None) -> tuple[str, str]:
+    """Name and text of what is best now that all operators of the found strategy are measured: it, or a seed that it beat by a guess."""
+    choice = found["chosen"], found["plan"]
+    if comm is None or comm.rank == 0:
+        best = _C.simulate(_C.lower(graph, _C.parse_plan(graph, found["plan"], len(rows)), rows), cost).step_ns
+        for name, strategy in _C.seeds(graph, len(rows)):
+            if found["seeds"].get(name, {}).get("step_time_ns", -1) < 0:  # not legal here
+                continue
+            simulation = _C.simulate(_C.lower(graph, strategy, rows), cost)
+            if simulation.step_ns < best and max(simulation.memory_bytes) <= limit:
+                best, choice = simulation.step_ns, (name, _C.print_plan(graph, strategy))
+    return choice if comm is None else comm.gather_objects(choice)[0]
+
+
 def measure(cost: _C.CostModel, graph: _C.OpGraph, captured: Graph, strategy: _C.Strategy, rows: list[int], comm: Comm | None, known: dict[str, Any]) -> int:
     """Times a strategy's operators on all ranks at once."""
     try:
