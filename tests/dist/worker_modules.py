@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import torch_soap
 from tests.dist.launch import report
-from tests.dist.worker_user import batch, difference, own, train, whole
+from tests.dist.worker_user import batch, difference, own, run, train, whole
 from tests.property.cases_modules import LowRank
 
 IDS = torch.tensor([[1, 2, 3], [3, 4, 0], [9, 9, 1], [5, 0, 7]])
@@ -172,18 +172,5 @@ def drawing_modules() -> float:
 
 CHECKS: dict[str, Callable[[], float]] = {f.__name__: f for f in (parametrized_parts, tables, sparse_adam, ragged_bags, bfloat16, shaped_buffers, drawing_modules)}
 
-
-def main(names: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results: dict[str, Any] = {}
-    for name in names or list(CHECKS):
-        try:
-            results[name] = CHECKS[name]()
-        except Exception:  # every type: the test prints it
-            results[name] = traceback.format_exc()[-1500:]
-        report(results)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(CHECKS, sys.argv[1:])
