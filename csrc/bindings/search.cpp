@@ -4,6 +4,7 @@
 
 #include "bindings/bindings.h"
 #include "report/explain.h"
+#include "sim/delta.h"
 
 namespace py = pybind11;
 
@@ -63,6 +64,23 @@ void bind_search(py::module_& m) {
       .def_readonly("events", &Simulation::events);
   m.def("simulate", &simulate, py::arg("program"), py::arg("cost"), py::arg("record") = false, py::call_guard<py::gil_scoped_release>());
   m.def("step_name", &step_name, py::arg("program"), py::arg("step"));
+  struct OwnedDelta {  // with the cost model and graph that its cache refers to kept alive by the caller
+    std::unique_ptr<LayoutCache> cache;
+    DeltaSimulator simulator;
+  };
+  py::class_<OwnedDelta>(m, "DeltaSimulator", "The simulated step time of a strategy that changes a little at a time.")
+      .def(py::init([](const OpGraph& graph, const Strategy& start, const FedRows& rows, const CostModel& cost) {
+             auto cache = std::make_unique<LayoutCache>(graph, rows, cost);
+             LayoutCache& shared = *cache;
+             return std::unique_ptr<OwnedDelta>(new OwnedDelta{std::move(cache), DeltaSimulator(shared, start, rows)});
+           }),
+           py::arg("graph"), py::arg("strategy"), py::arg("rows"), py::arg("cost"), py::keep_alive<1, 2>(), py::keep_alive<1, 5>())
+      .def_property_readonly("step_ns", [](const OwnedDelta& d) { return d.simulator.step_ns(); })
+      .def_property_readonly("strategy", [](const OwnedDelta& d) { return d.simulator.strategy(); })
+      .def(
+          "change", [](OwnedDelta& d, NodeId node, std::optional<OpConfig> config) { return d.simulator.change({{node, std::move(config)}}); }, py::arg("node"),
+          py::arg("config"), "Step time with a node's new configuration; None: it follows. ValueError when it isn't legal.")
+      .def("undo", [](OwnedDelta& d) { d.simulator.undo(); });
   py::class_<SearchOptions>(m, "SearchOptions")
       .def(py::init<>())
       .def_readwrite("seed", &SearchOptions::seed)

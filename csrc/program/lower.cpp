@@ -14,19 +14,16 @@
 #include "sharding/expand.h"
 
 namespace soap {
-namespace {
 
-// Where a parameter is stored when the strategy doesn't say: on each device the box that its first user reads there, if those boxes
-// are one per device and make up the whole; else whole on every device.
-Sharding derived_storage(const Program& p, const Tensor& t) {
-  std::vector<int> all(p.world_size);
+Sharding derived_storage(const Tensor& t, const Sharding* copies, int world_size) {
+  std::vector<int> all(world_size);
   std::iota(all.begin(), all.end(), 0);
   const Sharding whole{.coords = {{.box = whole_box(t.shape), .devices = all}}};
-  if (p.groups_of[t.id].empty() || p.graph.nodes[t.producer].kind != NodeKind::kParam) return whole;
+  if (!copies) return whole;
   Sharding out;
   std::set<int> used;
   int64_t covered = 0;
-  for (const Coord& c : p.groups[p.groups_of[t.id].front()].copies.coords) {
+  for (const Coord& c : copies->coords) {
     auto same = std::find_if(out.coords.begin(), out.coords.end(), [&](const Coord& o) { return o.box == c.box; });
     if (same == out.coords.end()) {
       for (const Coord& o : out.coords) {
@@ -48,14 +45,20 @@ Sharding derived_storage(const Program& p, const Tensor& t) {
   return out.coords.empty() ? whole : out;
 }
 
-void check_storage(const Node& node, const Sharding& storage) {
+Sharding configured_storage(const Node& node, const Rule& rule, const Tiling& tiling, const Tensor& t) {
+  if (node.kind != NodeKind::kParam) user_error("[plan] {}: only parameters can be stored in parts", node.name);
+  if (tiling.chunks() > 1) user_error("[plan] {}: storage isn't cut in time", node.name);
+  Sharding out = result_sharding(rule, tiling, 0, t.shape);
   std::set<int> used;
-  for (const Coord& c : storage.coords) {
+  for (const Coord& c : out.coords) {
     for (int d : c.devices) {
       if (!used.insert(d).second) user_error("[plan] {}: device {} would store two parts of it; a device stores one", node.name, d);
     }
   }
+  return out;
 }
+
+namespace {
 
 void build_layouts(Program& p, const Strategy& strategy) {
   OpGraph& g = p.graph;
@@ -98,12 +101,10 @@ void build_layouts(Program& p, const Strategy& strategy) {
         for (int id : p.groups_of[t.id]) p.groups[id].keep = it->second.keep;
       }
     } else if (it == strategy.nodes.end()) {
-      p.tiles[t.id] = derived_storage(p, t);
+      const bool used = node.kind == NodeKind::kParam && !p.groups_of[t.id].empty();
+      p.tiles[t.id] = derived_storage(t, used ? &p.groups[p.groups_of[t.id].front()].copies : nullptr, p.world_size);
     } else {
-      if (node.kind != NodeKind::kParam) user_error("[plan] {}: only parameters can be stored in parts", node.name);
-      if (p.tilings[node.id].chunks() > 1) user_error("[plan] {}: storage isn't cut in time", node.name);
-      p.tiles[t.id] = result_sharding(p.rules[node.id], p.tilings[node.id], 0, t.shape);
-      check_storage(node, p.tiles[t.id]);
+      p.tiles[t.id] = configured_storage(node, p.rules[node.id], p.tilings[node.id], t);
       for (int id : p.groups_of[t.id]) p.groups[id].keep = it->second.keep;
     }
   }
@@ -397,6 +398,18 @@ void order_steps(Program& p, const Strategy& strategy) {
 
 }  // namespace
 
+std::vector<char> differentiable_nodes(const Program& p) {
+  std::vector<char> out;
+  for (const Node& n : p.graph.nodes) {
+    bool grad = false;
+    for (size_t i = 0; n.kind == NodeKind::kOp && i < p.rules[n.id].results.size(); ++i) {
+      grad = grad || (p.graph.tensors[n.outputs[i]].requires_grad && p.rules[n.id].results[i].differentiable);
+    }
+    out.push_back(grad);
+  }
+  return out;
+}
+
 Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& rows) {
   if (static_cast<int>(rows.size()) != strategy.world_size) {
     user_error("[lower] {} processes feed rows, the plan is for {} devices", rows.size(), strategy.world_size);
@@ -409,11 +422,7 @@ Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& row
             .rules = std::move(r.rules),
             .tilings = std::move(r.tilings),
             .fed = std::move(r.fed)};
-  for (const Node& n : p.graph.nodes) {
-    bool grad = false;
-    for (size_t i = 0; i < n.outputs.size(); ++i) grad = grad || (p.graph.tensors[n.outputs[i]].requires_grad && p.rules[n.id].results[i].differentiable);
-    p.differentiable.push_back(n.kind == NodeKind::kOp && grad);
-  }
+  p.differentiable = differentiable_nodes(p);
   build_layouts(p, strategy);
   check_partials(p);
   if (p.interleaved) {

@@ -66,6 +66,15 @@ struct Program {
 // own invariants fail (coverage).
 Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& rows);
 
+// Of each node, whether it has a backward step: from its rule and the gradients of its results.
+std::vector<char> differentiable_nodes(const Program& program);
+
+// Where a parameter is stored when the strategy doesn't say: on each device the box that its first user reads there (`copies`, null for
+// what isn't a parameter or has no user), if those boxes are one per device and make up the whole; else whole on every device.
+Sharding derived_storage(const Tensor& tensor, const Sharding* copies, int world_size);
+// Where it is stored when the strategy does say. Throws std::invalid_argument when a device would store two parts, or what can't be stored in parts is.
+Sharding configured_storage(const Node& node, const Rule& rule, const Tiling& tiling, const Tensor& tensor);
+
 // The pieces of one item of a fill, refill or grad-fill step, and how they move.
 std::vector<Piece> item_pieces(const Program& program, StepKind kind, const StepItem& item);
 Movement item_movement(const Program& program, StepKind kind, const StepItem& item, const std::vector<Piece>& pieces);

@@ -338,6 +338,44 @@ std::vector<IndexSet> Expander::part_sets(std::string_view factor) const {
   return {IndexSet::all(rule_.factors[f].size)};
 }
 
+ResolvedNode resolve_node(const OpGraph& graph, const Node& node, const Strategy& strategy, const FedRows& rows,
+                          const std::vector<std::optional<TensorTiling>>& placed, const std::vector<std::optional<TensorTiling>>& shadow) {
+  ExpandPass pass{.source = graph, .strategy = strategy, .rows = rows};
+  std::map<TensorId, TensorId> seen;
+  Node own = node;
+  for (size_t i = 0; i < own.inputs.size(); ++i) {
+    TensorId& t = own.inputs[i];
+    const auto [it, fresh] = seen.emplace(t, -1);
+    if (fresh) {
+      const Tensor& s = graph.tensors[t];
+      it->second = add_tensor(pass.out.graph, s.shape, s.dtype, s.element_bytes, s.requires_grad);
+      add_node(pass.out.graph, {.kind = graph.nodes[s.producer].kind, .name = fmt::format("operand:{}", i), .outputs = {it->second}});
+      pass.out.rules.emplace_back();
+      pass.out.tilings.emplace_back();
+      pass.out.fed.emplace_back();
+      pass.placed.push_back(placed[i]);
+      pass.shadow.push_back(shadow[i]);
+    }
+    t = it->second;
+  }
+  ResolvedNode out{.first = static_cast<NodeId>(pass.out.graph.nodes.size()), .operands = own.inputs};
+  for (TensorId& t : own.outputs) {
+    const Tensor& s = graph.tensors[t];
+    t = add_tensor(pass.out.graph, s.shape, s.dtype, s.element_bytes, s.requires_grad);
+  }
+  out.results = own.outputs;
+  pass.place(std::move(own), nullptr);
+  for (TensorId& t : out.results) {
+    const auto it = pass.replaced.find(t);
+    if (it != pass.replaced.end()) t = it->second;
+    SOAP_CHECK(pass.out.graph.tensors[t].producer >= out.first, "[resolve] {} ({}): a result is one of its operands", node.name, node.target);
+    out.placed.push_back(pass.placed[t]);
+    out.shadow.push_back(pass.shadow[t]);
+  }
+  out.inner = std::move(pass.out);
+  return out;
+}
+
 Resolved resolve(const OpGraph& graph, const Strategy& strategy, const FedRows& rows) {
   ExpandPass pass{.source = graph, .strategy = strategy, .rows = rows};
   pass.run();

@@ -115,12 +115,6 @@ struct Simulator {
     }
   }
 
-  // Of an element in an all-reduce: sums of 16-bit floats travel in float32.
-  int64_t reduced_bytes(StepKind kind, const Tensor& t) const {
-    const bool sum = kind == StepKind::kGradFill || p.tiles[t.id].partial != Reduce::kMax;
-    return sum && is_float(t) ? std::max<int64_t>(t.element_bytes, 4) : t.element_bytes;
-  }
-
   void run_movement(int s) {
     const Step& step = p.steps[s];
     std::map<std::vector<int>, int64_t> reduced, sent;  // ranks -> bytes
@@ -130,7 +124,9 @@ struct Simulator {
       const StepItem& item = step.items[i];
       const Tensor& t = p.graph.tensors[p.groups[item.id].tensor];
       const auto& [list, m] = pieces[s][i];
-      const int64_t element_bytes = m.pattern == Pattern::kAllReduce ? reduced_bytes(step.kind, t) : t.element_bytes;
+      const int64_t element_bytes = m.pattern == Pattern::kAllReduce
+                                        ? reduced_element_bytes(t, step.kind == StepKind::kGradFill ? Reduce::kSum : p.tiles[t.id].partial)
+                                        : t.element_bytes;
       out.moved_bytes[t.producer] += m.elements * element_bytes;
       if (machine.overlap && m.pattern != Pattern::kLocal) sources(step.kind, item, list, begin);
       if (m.pattern == Pattern::kAllReduce) reduced[m.ranks] += m.elements * element_bytes;
@@ -168,8 +164,7 @@ struct Simulator {
     for (const Node& n : p.graph.nodes) {
       if (n.kind != NodeKind::kParam || !p.graph.output(n, 0).requires_grad) continue;
       for (const Coord& c : p.tiles[n.outputs[0]].coords) {
-        const double bytes = static_cast<double>(bytes_of(c.box, p.graph.output(n, 0)) * kUpdatePasses);
-        for (int d : c.devices) compute[d] += static_cast<int64_t>(bytes / machine.memory_bytes_per_s * 1e9 + machine.op_overhead_ns);
+        for (int d : c.devices) compute[d] += update_ns(machine, bytes_of(c.box, p.graph.output(n, 0)));
       }
     }
     out.step_ns = *std::max_element(compute.begin(), compute.end());
@@ -177,6 +172,14 @@ struct Simulator {
 };
 
 }  // namespace
+
+int64_t update_ns(const Machine& machine, int64_t bytes) {
+  return static_cast<int64_t>(static_cast<double>(bytes * kUpdatePasses) / machine.memory_bytes_per_s * 1e9 + machine.op_overhead_ns);
+}
+
+int64_t reduced_element_bytes(const Tensor& t, Reduce reduce) {
+  return reduce != Reduce::kMax && is_float(t) ? std::max<int64_t>(t.element_bytes, 4) : t.element_bytes;
+}
 
 Simulation simulate(const Program& p, const CostModel& cost, bool record) {
   const Machine& machine = cost.machine();

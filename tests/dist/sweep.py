@@ -30,7 +30,7 @@ def run_model(name: str, world: int, runs: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     left = list(runs)
     while left:
-        outcome = torchrun(world, "tests.dist.worker_sweep", name, *left, timeout_s=1800)
+        outcome = torchrun(world, "tests.dist.worker_sweep", name, *left, timeout_s=900 * len(left))
         parts = [r or {} for r in outcome.results]
         done = [run for run in left if any(run in p for p in parts)] or left[:1]
         for run in done:

@@ -1,0 +1,531 @@
+#include "sim/delta.h"
+
+#include <algorithm>
+#include <set>
+#include <tuple>
+
+#include "base/error.h"
+#include "sim/simulate.h"
+
+namespace soap {
+
+DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const FedRows& rows)
+    : cache_(cache), graph_(cache.graph()), strategy_(start), rows_(rows), overlap_(cache.cost().machine().overlap), devices_(rows.size()) {
+  nodes_.resize(graph_.nodes.size());
+  tensors_.resize(graph_.tensors.size());
+  stale_.resize(graph_.tensors.size());
+  consumers_.resize(graph_.tensors.size());
+  for (const Node& n : graph_.nodes) {
+    for (TensorId t : cache.distinct_inputs(n.id)) consumers_[t].push_back(n.id);
+  }
+  for (const auto& [name, config] : start.nodes) {
+    if (!graph_.find(name) && !graph_.find(name.substr(0, name.find('/')))) user_error("[plan] there is no operator {}", name);
+  }
+  std::vector<NodeId> all;
+  for (const Node& n : graph_.nodes) all.push_back(n.id);
+  resolve(std::move(all));
+  step_ns_ = run();
+  saved_fragments_.clear();
+}
+
+bool DeltaSimulator::has_fast_path() const {
+  return num_chunked_ == 0 && strategy_.order == Order::kForwardThenBackward && strategy_.edges.empty() && strategy_.stored.empty();
+}
+
+int64_t DeltaSimulator::change(const std::vector<Change>& changes) {
+  saved_configs_.clear();
+  saved_fragments_.clear();
+  saved_step_ns_ = step_ns_;
+  std::vector<NodeId> dirty;
+  for (const Change& c : changes) {
+    const std::string& name = graph_.nodes.at(c.node).name;
+    const auto it = strategy_.nodes.find(name);
+    saved_configs_.emplace_back(c.node, it == strategy_.nodes.end() ? std::nullopt : std::optional(it->second));
+    if (!c.config) {
+      if (it != strategy_.nodes.end()) strategy_.nodes.erase(it);
+    } else if (it != strategy_.nodes.end()) {
+      it->second = *c.config;
+    } else {
+      strategy_.nodes.emplace(name, *c.config);
+    }
+    dirty.push_back(c.node);
+  }
+  try {
+    resolve(std::move(dirty));
+    return step_ns_ = run();
+  } catch (...) {
+    restore();
+    throw;
+  }
+}
+
+void DeltaSimulator::undo() {
+  restore();
+}
+
+// Fragments and configurations as before the change; tensors and slots follow when the next run needs them.
+void DeltaSimulator::restore() {
+  for (auto it = saved_configs_.rbegin(); it != saved_configs_.rend(); ++it) {
+    const std::string& name = graph_.nodes[it->first].name;
+    if (it->second)
+      strategy_.nodes[name] = *it->second;
+    else
+      strategy_.nodes.erase(name);
+    // Storage of a parameter depends on its configuration alone, without its fragment having changed.
+    for (TensorId t : graph_.nodes[it->first].outputs) {
+      if (!stale_[t]) stale_list_.push_back(t);
+      stale_[t] = 1;
+    }
+  }
+  for (auto it = saved_fragments_.rbegin(); it != saved_fragments_.rend(); ++it) {
+    const Node& n = graph_.nodes[it->node];
+    num_chunked_ += it->fragment->chunked - nodes_[n.id].fragment->chunked;
+    nodes_[n.id].fragment = it->fragment;
+    changed_nodes_.push_back(n.id);
+    for (const auto* list : {&cache_.distinct_inputs(n.id), &n.outputs}) {
+      for (TensorId t : *list) {
+        if (!stale_[t]) stale_list_.push_back(t);
+        stale_[t] = 1;
+      }
+    }
+  }
+  saved_configs_.clear();
+  saved_fragments_.clear();
+  step_ns_ = saved_step_ns_;
+}
+
+std::vector<Change> DeltaSimulator::difference(const Strategy& other) const {
+  std::vector<Change> out;
+  for (const Node& n : graph_.nodes) {
+    const auto mine = strategy_.nodes.find(n.name), its = other.nodes.find(n.name);
+    const bool has = mine != strategy_.nodes.end(), wants = its != other.nodes.end();
+    if (has != wants || (has && !(mine->second == its->second))) out.push_back({n.id, wants ? std::optional(its->second) : std::nullopt});
+  }
+  return out;
+}
+
+// Fragments of the dirty nodes and of all that read what these have moved, in the order of nodes.
+void DeltaSimulator::resolve(std::vector<NodeId> dirty) {
+  std::set<NodeId> queue(dirty.begin(), dirty.end());
+  std::vector<int> placed, shadow;
+  while (!queue.empty()) {
+    const NodeId id = *queue.begin();
+    queue.erase(queue.begin());
+    const Node& n = graph_.nodes[id];
+    placed.clear();
+    shadow.clear();
+    for (TensorId t : cache_.distinct_inputs(id)) {
+      const Node& producer = graph_.nodes[graph_.tensors[t].producer];
+      const Fragment& f = *nodes_[producer.id].fragment;
+      const size_t result = std::find(producer.outputs.begin(), producer.outputs.end(), t) - producer.outputs.begin();
+      placed.push_back(f.placed[result]);
+      shadow.push_back(f.shadow[result]);
+    }
+    NodeState& state = nodes_[id];
+    const Fragment* before = state.fragment;
+    const Fragment* now = cache_.fragment(id, strategy_, placed, shadow);
+    if (now == before) continue;
+    if (before) saved_fragments_.push_back({id, before});
+    num_chunked_ += now->chunked - (before ? before->chunked : 0);
+    state.fragment = now;
+    changed_nodes_.push_back(id);
+    for (const auto* list : {&cache_.distinct_inputs(id), &n.outputs}) {
+      for (TensorId t : *list) {
+        if (!stale_[t]) stale_list_.push_back(t);
+        stale_[t] = 1;
+      }
+    }
+    for (size_t r = 0; r < n.outputs.size(); ++r) {
+      if (before && before->placed[r] == now->placed[r] && before->shadow[r] == now->shadow[r]) continue;
+      queue.insert(consumers_[n.outputs[r]].begin(), consumers_[n.outputs[r]].end());
+    }
+  }
+}
+
+DeltaSimulator::TensorState& DeltaSimulator::state_of(NodeId node, const FragmentTensor& tensor) {
+  switch (tensor.kind) {
+    case FragmentTensor::Kind::kOperand: return tensors_[cache_.distinct_inputs(node)[tensor.index]];
+    case FragmentTensor::Kind::kResult: return tensors_[graph_.nodes[node].outputs[tensor.index]];
+    case FragmentTensor::Kind::kInner: break;
+  }
+  return nodes_[node].inner[tensor.index];
+}
+
+void DeltaSimulator::add_reader(TensorState& state, const Tensor& tensor, const Reader& reader) {
+  const FragmentRead& read = nodes_[reader.node].fragment->ops[reader.op].reads[reader.operand];
+  auto group = std::find_if(state.groups.begin(), state.groups.end(), [&](const auto& g) { return g->copies == read.copies; });
+  if (group == state.groups.end()) {
+    state.groups.push_back(std::make_unique<Group>());
+    group = state.groups.end() - 1;
+    (*group)->copies = read.copies;
+    (*group)->tensor = &tensor;
+  }
+  (*group)->readers.push_back(reader);
+  (*group)->gradient = (*group)->gradient || (tensor.requires_grad && read.differentiable);
+}
+
+// What moves, and what it waits for, once all readers are known.
+void DeltaSimulator::finish(TensorState& state, const Tensor& tensor, const Reader& producer, bool parameter, bool used_again) {
+  for (auto& group : state.groups) {
+    Group& g = *group;
+    g.producer = producer;
+    g.parameter = parameter;
+    g.fill = cache_.edge(tensor, state.tiles, g.copies, false);
+    const auto op_of = [&](const Reader& r) -> const FragmentOp& { return nodes_[r.node].fragment->ops[r.op]; };
+    const auto reads = [&](const Reader& r, int coord) {
+      const auto& coords = op_of(r).reads[r.operand].coord_of;
+      return std::find(coords.begin(), coords.end(), coord) != coords.end();
+    };
+    if (used_again && g.fill->pattern != Pattern::kLocal) {
+      for (const Reader& r : g.readers) {
+        if (op_of(r).differentiable) g.regather = r;  // the last in forward is the first in backward
+      }
+      g.used_again = g.regather.node >= 0;
+      for (const auto& [coord, device] : g.fill->to) {
+        for (const Reader& r : g.readers) {
+          if (overlap_ && op_of(r).computes && reads(r, coord)) g.refill_waits.emplace_back(r, device);
+        }
+      }
+    }
+    if (!g.gradient) continue;
+    g.gradient_fill = cache_.edge(tensor, state.tiles, g.copies, true);
+    for (const auto& [coord, device] : g.gradient_fill->from) {
+      for (const Reader& r : g.readers) {
+        if (!op_of(r).differentiable || !reads(r, coord)) continue;
+        if (g.last.node < 0 || std::pair(r.node, r.op) < std::pair(g.last.node, g.last.op)) g.last = r;
+        if (overlap_) g.gradient_waits.emplace_back(r, device);
+      }
+    }
+  }
+}
+
+void DeltaSimulator::rebuild_tensor(TensorId t) {
+  TensorState& state = tensors_[t];
+  state.groups.clear();
+  const Tensor& tensor = graph_.tensors[t];
+  const Node& producer = graph_.nodes[tensor.producer];
+  const Fragment& made = *nodes_[producer.id].fragment;
+  const int result = static_cast<int>(std::find(producer.outputs.begin(), producer.outputs.end(), t) - producer.outputs.begin());
+  const auto add = [&](NodeId node, FragmentTensor::Kind kind, int index) {
+    const Fragment& f = *nodes_[node].fragment;
+    for (const auto& [op, operand] : f.operand_uses) {
+      const FragmentRead& read = f.ops[op].reads[operand];
+      if (read.tensor.kind == kind && read.tensor.index == index) add_reader(state, tensor, {node, op, operand, read.differentiable});
+    }
+  };
+  add(producer.id, FragmentTensor::Kind::kResult, result);
+  for (NodeId consumer : consumers_[t]) {
+    const auto& inputs = cache_.distinct_inputs(consumer);
+    add(consumer, FragmentTensor::Kind::kOperand, static_cast<int>(std::find(inputs.begin(), inputs.end(), t) - inputs.begin()));
+  }
+  bool used_again = false;
+  Reader from;
+  if (is_store(producer)) {
+    const auto config = strategy_.nodes.find(producer.name);
+    if (config == strategy_.nodes.end()) {
+      state.tiles = cache_.derived(producer.id, state.groups.empty() ? -1 : state.groups.front()->copies);
+    } else {
+      state.tiles = cache_.intern(configured_storage(producer, made.rule, made.tiling, tensor));
+      used_again = config->second.keep == Keep::kUse;
+    }
+  } else {
+    state.tiles = made.tiles[result];
+    if (producer.kind == NodeKind::kOp) from = {producer.id, made.producers[result]};
+  }
+  finish(state, tensor, from, producer.kind == NodeKind::kParam, used_again);
+}
+
+void DeltaSimulator::rebuild_inner(NodeId n) {
+  NodeState& state = nodes_[n];
+  const Fragment& f = *state.fragment;
+  state.inner.clear();
+  state.inner.resize(f.inner.size());
+  for (size_t op = 0; op < f.ops.size(); ++op) {
+    for (size_t i = 0; i < f.ops[op].reads.size(); ++i) {
+      const FragmentRead& read = f.ops[op].reads[i];
+      if (read.tensor.kind != FragmentTensor::Kind::kInner) continue;
+      add_reader(state.inner[read.tensor.index], f.graph.tensors[f.inner[read.tensor.index].tensor],
+                 {n, static_cast<int>(op), static_cast<int>(i), read.differentiable});
+    }
+  }
+  for (size_t k = 0; k < f.inner.size(); ++k) {
+    state.inner[k].tiles = f.inner[k].tiles;
+    finish(state.inner[k], f.graph.tensors[f.inner[k].tensor], {n, f.inner[k].producer}, false, false);
+  }
+  if (overlap_) {
+    state.forward_end.assign(f.ops.size() * devices_, 0);
+    state.backward_end.assign(f.ops.size() * devices_, 0);
+  }
+}
+
+// The order in which lowering makes gradient tasks: by first reader from the last to the first, then by operand.
+void DeltaSimulator::sort_newest_first(std::vector<Group*>& groups) {
+  const auto key = [](const Group* g) {
+    const Reader& first = g->readers.front();
+    return std::tuple(-first.node, -first.op, first.operand);
+  };
+  std::stable_sort(groups.begin(), groups.end(), [&](const Group* a, const Group* b) { return key(a) < key(b); });
+}
+
+void DeltaSimulator::rebuild_slots(NodeId n) {
+  NodeState& state = nodes_[n];
+  const Fragment& f = *state.fragment;
+  state.forward.clear();
+  state.backward.clear();
+  const auto group_of = [&](int op, int operand) -> Group* {
+    const FragmentRead& read = f.ops[op].reads[operand];
+    for (auto& g : state_of(n, read.tensor).groups) {
+      if (g->copies == read.copies) return g.get();
+    }
+    throw InternalError(fmt::format("[delta] {}: operand {} of operator {} has no group", graph_.nodes[n].name, operand, op));
+  };
+  for (int op = 0; op < static_cast<int>(f.ops.size()); ++op) {
+    for (int i = 0; i < static_cast<int>(f.ops[op].reads.size()); ++i) {
+      Group* g = group_of(op, i);
+      const Reader& first = g->readers.front();
+      const bool here = first.node == n && first.op == op && first.operand == i;
+      if (here && !cache_.layout(g->copies).coords.empty()) state.forward.push_back({SlotKind::kFill, g, op});
+    }
+    if (f.ops[op].computes) state.forward.push_back({SlotKind::kCompute, nullptr, op});
+  }
+  std::vector<Group*> groups;
+  for (int op = static_cast<int>(f.ops.size()) - 1; op >= 0; --op) {
+    if (!f.ops[op].computes) continue;
+    groups.clear();
+    for (const FragmentTensor& t : f.ops[op].writes) {
+      for (auto& g : state_of(n, t).groups) {
+        if (g->gradient) groups.push_back(g.get());
+      }
+    }
+    sort_newest_first(groups);
+    for (Group* g : groups) state.backward.push_back({SlotKind::kGradientFill, g, op});
+    if (!f.ops[op].differentiable) continue;
+    groups.clear();
+    for (int i = 0; i < static_cast<int>(f.ops[op].reads.size()); ++i) {
+      Group* g = group_of(op, i);
+      if (g->used_again && g->regather.node == n && g->regather.op == op && std::find(groups.begin(), groups.end(), g) == groups.end()) groups.push_back(g);
+    }
+    std::stable_sort(groups.begin(), groups.end(), [](const Group* a, const Group* b) {
+      const Reader &x = a->readers.front(), &y = b->readers.front();
+      return std::tuple(x.node, x.op, x.operand) < std::tuple(y.node, y.op, y.operand);
+    });
+    for (Group* g : groups) state.backward.push_back({SlotKind::kRefill, g, op});
+    state.backward.push_back({SlotKind::kBackward, nullptr, op});
+    groups.clear();
+    for (int i = 0; i < static_cast<int>(f.ops[op].reads.size()); ++i) {
+      Group* g = group_of(op, i);
+      const bool last = g->gradient && g->producer.node < 0 && g->last.node == n && g->last.op == op;
+      if (last && std::find(groups.begin(), groups.end(), g) == groups.end()) groups.push_back(g);
+    }
+    sort_newest_first(groups);
+    for (Group* g : groups) state.backward.push_back({SlotKind::kGradientFill, g, op});
+  }
+}
+
+void DeltaSimulator::rebuild() {
+  std::set<NodeId> slots(changed_nodes_.begin(), changed_nodes_.end());
+  for (NodeId n : slots) rebuild_inner(n);
+  for (TensorId t : stale_list_) {
+    rebuild_tensor(t);
+    slots.insert(graph_.tensors[t].producer);
+    slots.insert(consumers_[t].begin(), consumers_[t].end());
+  }
+  for (NodeId n : slots) rebuild_slots(n);
+  if (!stale_list_.empty()) {
+    at_once_.clear();
+    stored_update_.assign(devices_, 0);
+    for (const Node& n : graph_.nodes) {
+      if (n.kind != NodeKind::kParam && n.kind != NodeKind::kFeed) continue;
+      const TensorId t = n.outputs[0];
+      if (!graph_.tensors[t].requires_grad) continue;
+      for (auto& g : tensors_[t].groups) {
+        if (g->gradient && g->last.node < 0) at_once_.push_back(g.get());
+      }
+      if (n.kind != NodeKind::kParam) continue;
+      for (const auto& [device, ns] : cache_.update(graph_.tensors[t], tensors_[t].tiles)) stored_update_[device] += ns;
+    }
+    sort_newest_first(at_once_);
+  }
+  for (TensorId t : stale_list_) stale_[t] = 0;
+  stale_list_.clear();
+  changed_nodes_.clear();
+}
+
+void DeltaSimulator::wait(int arrival) {
+  if (arrival < 0) return;
+  const int64_t* at = &arrivals_[static_cast<size_t>(arrival) * devices_];
+  for (size_t d = 0; d < devices_; ++d) begin_[d] = std::max(begin_[d], at[d]);
+}
+
+void DeltaSimulator::compute(NodeId n, int op, bool backward) {
+  NodeState& state = nodes_[n];
+  const FragmentOp& what = state.fragment->ops[op];
+  const DeviceTimes& spent = backward ? what.backward : what.forward;
+  if (!overlap_) {
+    for (const auto& [device, ns] : spent) compute_clock_[device] += ns;
+    return;
+  }
+  begin_ = compute_clock_;
+  for (const FragmentRead& read : what.reads) {
+    for (const auto& g : state_of(n, read.tensor).groups) {
+      if (g->copies == read.copies) wait(backward ? g->refilled : g->filled);
+    }
+  }
+  if (backward) {
+    for (const FragmentTensor& t : what.writes) {
+      for (const auto& g : state_of(n, t).groups) wait(g->gradient_filled);
+    }
+  }
+  for (const auto& [device, ns] : spent) compute_clock_[device] = begin_[device] + ns;
+  std::copy(compute_clock_.begin(), compute_clock_.end(), (backward ? state.backward_end : state.forward_end).begin() + static_cast<int64_t>(op * devices_));
+}
+
+void DeltaSimulator::wait_for_sources(SlotKind kind, const Group& g) {
+  const auto wait_at = [&](const Reader& r, int device, bool backward) {
+    const NodeState& state = nodes_[r.node];
+    begin_[device] = std::max(begin_[device], (backward ? state.backward_end : state.forward_end)[r.op * devices_ + device]);
+  };
+  switch (kind) {
+    case SlotKind::kFill:
+      if (g.producer.node < 0) return;
+      for (const auto& [coord, device] : g.fill->from) wait_at(g.producer, device, false);
+      return;
+    case SlotKind::kRefill:
+      for (const auto& [reader, device] : g.refill_waits) wait_at(reader, device, false);
+      return;
+    default:
+      for (const auto& [reader, device] : g.gradient_waits) wait_at(reader, device, true);
+  }
+}
+
+void DeltaSimulator::transfer(bool reduce, int ranks, int64_t bytes) {
+  const int64_t price = cache_.price(reduce, ranks, bytes);
+  std::vector<int64_t>& clock = overlap_ ? movement_clock_ : compute_clock_;
+  int64_t from = 0;
+  for (int r : cache_.ranks(ranks)) from = std::max({from, clock[r], begin_[r]});
+  int64_t* arrival = overlap_ ? &arrivals_[arrivals_.size() - devices_] : nullptr;
+  for (int r : cache_.ranks(ranks)) {
+    clock[r] = from + price;
+    if (arrival) arrival[r] = clock[r];
+  }
+}
+
+// One step of the Program: its items travel together.
+void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
+  begin_ = overlap_ ? movement_clock_ : compute_clock_;
+  reduced_.clear();
+  std::vector<int> exchanging;
+  int exchange = -1;
+  bool mixed = false;
+  for (const Group* g : groups) {
+    const EdgeMove& m = kind == SlotKind::kGradientFill ? *g->gradient_fill : *g->fill;
+    if (m.pattern == Pattern::kLocal) continue;
+    if (overlap_) wait_for_sources(kind, *g);
+    if (m.pattern == Pattern::kAllReduce) {
+      const auto same = std::find_if(reduced_.begin(), reduced_.end(), [&](const auto& r) { return r.first == m.ranks; });
+      if (same == reduced_.end())
+        reduced_.emplace_back(m.ranks, m.reduced_bytes);
+      else
+        same->second += m.reduced_bytes;
+      continue;
+    }
+    if (exchange < 0) {
+      exchange = m.ranks;
+      std::fill(sends_.begin(), sends_.end(), 0);
+    } else if (exchange != m.ranks || mixed) {
+      if (!mixed) exchanging = cache_.ranks(exchange);
+      exchanging.insert(exchanging.end(), cache_.ranks(m.ranks).begin(), cache_.ranks(m.ranks).end());
+      mixed = true;
+    }
+    for (const auto& [device, bytes] : m.sends) sends_[device] += bytes;
+  }
+  if (exchange < 0 && reduced_.empty()) return;
+  if (mixed) {
+    std::sort(exchanging.begin(), exchanging.end());
+    exchanging.erase(std::unique(exchanging.begin(), exchanging.end()), exchanging.end());
+    exchange = cache_.intern_ranks(exchanging);
+  }
+  if (overlap_) {
+    const int arrival = static_cast<int>(arrivals_.size() / devices_);
+    arrivals_.resize(arrivals_.size() + devices_, 0);
+    for (Group* g : groups) (kind == SlotKind::kFill ? g->filled : kind == SlotKind::kRefill ? g->refilled : g->gradient_filled) = arrival;
+  }
+  if (exchange >= 0) transfer(false, exchange, *std::max_element(sends_.begin(), sends_.end()));
+  std::sort(reduced_.begin(), reduced_.end(), [&](const auto& a, const auto& b) { return cache_.ranks(a.first) < cache_.ranks(b.first); });
+  for (const auto& [ranks, bytes] : reduced_) transfer(true, ranks, bytes);
+}
+
+int64_t DeltaSimulator::run() {
+  if (!has_fast_path()) return simulate(lower(graph_, strategy_, rows_), cache_.cost()).step_ns;
+  rebuild();
+  compute_clock_.assign(devices_, 0);
+  movement_clock_.assign(devices_, 0);
+  begin_.assign(devices_, 0);
+  sends_.assign(devices_, 0);
+  arrivals_.clear();
+  if (overlap_) {
+    const auto forget = [](TensorState& state) {
+      for (auto& g : state.groups) g->filled = g->refilled = g->gradient_filled = -1;
+    };
+    for (TensorState& t : tensors_) forget(t);
+    for (NodeState& n : nodes_) {
+      for (TensorState& t : n.inner) forget(t);
+    }
+  }
+  // Forward: neighbouring fills among the same ranks travel together.
+  pending_.clear();
+  const auto flush = [&] {
+    if (!pending_.empty()) move(SlotKind::kFill, pending_);
+    pending_.clear();
+  };
+  for (NodeId n = 0; n < static_cast<NodeId>(nodes_.size()); ++n) {
+    for (const Slot& slot : nodes_[n].forward) {
+      if (slot.kind == SlotKind::kCompute) {
+        flush();
+        compute(n, slot.op, false);
+        continue;
+      }
+      const bool local = slot.group->fill->pattern == Pattern::kLocal;
+      if (local || (!pending_.empty() && pending_.back()->fill->ranks != slot.group->fill->ranks)) flush();
+      if (!local) pending_.push_back(slot.group);
+    }
+  }
+  flush();
+  // Backward: parameters' gradients wait for a bucket to fill.
+  bucket_.clear();
+  int64_t bucket_bytes = 0;
+  std::vector<Group*> one(1);
+  const auto gradient = [&](Group* g) {
+    if (g->gradient_fill->pattern == Pattern::kLocal) return;
+    if (!g->parameter) {
+      one[0] = g;
+      move(SlotKind::kGradientFill, one);
+      return;
+    }
+    bucket_.push_back(g);
+    bucket_bytes += numel(g->tensor->shape) * g->tensor->element_bytes;
+    if (bucket_bytes < strategy_.bucket_bytes) return;
+    move(SlotKind::kGradientFill, bucket_);
+    bucket_.clear();
+    bucket_bytes = 0;
+  };
+  for (Group* g : at_once_) gradient(g);
+  for (NodeId n = static_cast<NodeId>(nodes_.size()) - 1; n >= 0; --n) {
+    for (const Slot& slot : nodes_[n].backward) {
+      if (slot.kind == SlotKind::kBackward) {
+        compute(n, slot.op, true);
+      } else if (slot.kind == SlotKind::kRefill) {
+        one[0] = slot.group;
+        move(SlotKind::kRefill, one);
+      } else {
+        gradient(slot.group);
+      }
+    }
+  }
+  if (!bucket_.empty()) move(SlotKind::kGradientFill, bucket_);
+  int64_t end = 0;
+  for (size_t d = 0; d < devices_; ++d) end = std::max(end, std::max(compute_clock_[d], movement_clock_[d]) + stored_update_[d]);
+  return end;
+}
+
+}  // namespace soap

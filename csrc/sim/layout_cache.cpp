@@ -1,0 +1,300 @@
+#include "sim/layout_cache.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "base/error.h"
+#include "sim/simulate.h"
+
+namespace soap {
+namespace {
+
+// Values as bytes, so that equal values have equal keys.
+struct Key {
+  std::string bytes;
+
+  Key& add(int64_t v) {
+    bytes.append(reinterpret_cast<const char*>(&v), sizeof v);
+    return *this;
+  }
+  Key& add(const std::string& s) {
+    add(static_cast<int64_t>(s.size()));
+    bytes += s;
+    return *this;
+  }
+  template <class T>
+  Key& list(const std::vector<T>& values) {
+    add(static_cast<int64_t>(values.size()));
+    for (const T& v : values) add(static_cast<int64_t>(v));
+    return *this;
+  }
+  Key& add(const IndexSet& set) {
+    add(static_cast<int64_t>(set.runs().size()));
+    for (const Run& r : set.runs()) add(r.begin).add(r.end);
+    return *this;
+  }
+  Key& add(const Attr& attr) {
+    add(static_cast<int64_t>(attr.index()));
+    std::visit(
+        [&](const auto& v) {
+          using T = std::decay_t<decltype(v)>;
+          if constexpr (std::is_same_v<T, std::string>) {
+            add(v);
+          } else if constexpr (std::is_same_v<T, std::vector<int64_t>>) {
+            list(v);
+          } else if constexpr (std::is_same_v<T, std::vector<double>>) {
+            add(static_cast<int64_t>(v.size()));
+            bytes.append(reinterpret_cast<const char*>(v.data()), v.size() * sizeof(double));
+          } else if constexpr (std::is_same_v<T, double>) {
+            bytes.append(reinterpret_cast<const char*>(&v), sizeof v);
+          } else if constexpr (!std::is_same_v<T, std::monostate>) {
+            add(static_cast<int64_t>(v));
+          }
+        },
+        attr);
+    return *this;
+  }
+  Key& add(const Tensor& t) { return list(t.shape).add(t.dtype).add(t.element_bytes).add(int64_t{t.requires_grad}); }
+  Key& add(const OpConfig& c) {
+    add(static_cast<int64_t>(c.cuts.size()));
+    for (const FactorCut& f : c.cuts) {
+      add(f.factor)
+          .add(int64_t{f.cut.tiles})
+          .add(int64_t{f.cut.chunks})
+          .list(f.cut.bounds)
+          .add(int64_t{f.cut.fed})
+          .add(int64_t{f.cut.zigzag})
+          .list(f.cut.radix);
+    }
+    return list(c.devices).add(int64_t{c.replicas}).add(static_cast<int64_t>(c.keep));
+  }
+};
+
+DeviceTimes compact(const std::map<int, int64_t>& times) {
+  DeviceTimes out;
+  for (const auto& [device, ns] : times) {
+    if (ns != 0) out.emplace_back(device, ns);
+  }
+  return out;
+}
+
+}  // namespace
+
+LayoutCache::LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost) : graph_(graph), rows_(rows), cost_(cost) {
+  for (const Node& n : graph.nodes) {
+    std::vector<TensorId> distinct;
+    Key key;
+    key.add(static_cast<int64_t>(n.kind)).add(n.target).add(n.family).add(int64_t{n.sample_dim}).add(int64_t{n.no_grad});
+    for (const auto& [name, attr] : n.attrs) key.add(name).add(attr);
+    for (size_t i = 0; i < n.inputs.size(); ++i) {
+      const auto seen = std::find(distinct.begin(), distinct.end(), n.inputs[i]);
+      key.add(static_cast<int64_t>(seen - distinct.begin()));
+      if (seen == distinct.end()) distinct.push_back(n.inputs[i]);
+      const Tensor& t = graph.tensors[n.inputs[i]];
+      key.add(t).add(static_cast<int64_t>(graph.nodes[t.producer].kind)).add(i < n.operand_names.size() ? n.operand_names[i] : "");
+    }
+    for (TensorId t : n.outputs) key.add(graph.tensors[t]);
+    classes_.push_back(class_ids_.emplace(std::move(key.bytes), static_cast<int>(class_ids_.size())).first->second);
+    distinct_.push_back(std::move(distinct));
+  }
+}
+
+int LayoutCache::intern_tiling(const std::optional<TensorTiling>& tiling) {
+  if (!tiling) return -1;
+  Key key;
+  for (const auto& cut : tiling->cuts) {
+    key.add(int64_t{cut.dim}).add(static_cast<int64_t>(cut.parts.size()));
+    for (const auto& tile : cut.parts) {
+      key.add(static_cast<int64_t>(tile.size()));
+      for (const IndexSet& set : tile) key.add(set);
+    }
+  }
+  key.add(int64_t{tiling->replicas}).list(tiling->devices);
+  const auto [it, fresh] = tiling_ids_.emplace(std::move(key.bytes), static_cast<int>(tilings_.size()));
+  if (fresh) tilings_.push_back(tiling);
+  return it->second;
+}
+
+LayoutId LayoutCache::intern(const Sharding& layout) {
+  Key key;
+  key.add(static_cast<int64_t>(layout.partial));
+  for (const Coord& c : layout.coords) {
+    key.add(static_cast<int64_t>(c.box.size()));
+    for (const IndexSet& set : c.box) key.add(set);
+    key.add(int64_t{c.chunk}).list(c.devices);
+  }
+  const auto [it, fresh] = layout_ids_.emplace(std::move(key.bytes), static_cast<int>(layouts_.size()));
+  if (fresh) layouts_.push_back(std::make_unique<Sharding>(layout));
+  return it->second;
+}
+
+int LayoutCache::intern_ranks(const std::vector<int>& ranks) {
+  Key key;
+  key.list(ranks);
+  const auto [it, fresh] = rank_ids_.emplace(std::move(key.bytes), static_cast<int>(rank_sets_.size()));
+  if (fresh) rank_sets_.push_back(std::make_unique<std::vector<int>>(ranks));
+  return it->second;
+}
+
+int64_t LayoutCache::price(bool reduce, int ranks, int64_t bytes) {
+  Key key;
+  key.add(int64_t{reduce}).add(int64_t{ranks}).add(bytes);
+  const auto [it, fresh] = prices_.emplace(std::move(key.bytes), 0);
+  if (fresh) it->second = movement_ns(cost_.machine(), reduce ? "all_reduce" : "exchange", this->ranks(ranks), bytes);
+  return it->second;
+}
+
+const DeviceTimes& LayoutCache::update(const Tensor& tensor, LayoutId tiles) {
+  Key key;
+  key.add(int64_t{tiles}).add(tensor.element_bytes);
+  const auto [it, fresh] = updates_.emplace(std::move(key.bytes), DeviceTimes{});
+  if (fresh) {
+    std::map<int, int64_t> times;
+    for (const Coord& c : layout(tiles).coords) {
+      for (int d : c.devices) times[d] += update_ns(cost_.machine(), volume(c.box) * tensor.element_bytes);
+    }
+    it->second = compact(times);
+  }
+  return it->second;
+}
+
+LayoutId LayoutCache::derived(NodeId store, LayoutId copies) {
+  const Node& n = graph_.nodes[store];
+  const bool used = n.kind == NodeKind::kParam && copies >= 0;
+  Key key;
+  key.add(int64_t{used ? copies : -1}).list(graph_.output(n, 0).shape);
+  const auto [it, fresh] = derived_.emplace(std::move(key.bytes), -1);
+  if (fresh) it->second = intern(derived_storage(graph_.output(n, 0), used ? &layout(copies) : nullptr, static_cast<int>(rows_.size())));
+  return it->second;
+}
+
+const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copies, bool gradient) {
+  const Sharding &produced = layout(tiles), &read = layout(copies);
+  const int64_t reduced = reduced_element_bytes(t, gradient ? Reduce::kSum : produced.partial);
+  Key key;
+  key.add(int64_t{tiles}).add(int64_t{copies}).add(int64_t{gradient}).add(t.element_bytes).add(reduced);
+  const auto [it, fresh] = edges_.emplace(std::move(key.bytes), nullptr);
+  if (!fresh) return it->second.get();
+  auto out = std::make_unique<EdgeMove>();
+  const auto pieces = gradient ? grad_pieces(produced, read, 0) : fill_pieces(produced, read, 0);
+  const Movement m = gradient ? recognise(pieces, read, produced, Reduce::kSum) : recognise(pieces, produced, read, produced.partial);
+  out->pattern = m.pattern;
+  std::set<std::pair<int, int>> from, to;
+  std::map<int, int64_t> sends;
+  for (const Piece& x : pieces) {
+    from.insert({x.src, x.from});
+    to.insert({x.dst, x.to});
+    if (x.from != x.to) sends[x.from] += volume(x.box) * t.element_bytes;
+  }
+  out->from = {from.begin(), from.end()};
+  out->to = {to.begin(), to.end()};
+  if (m.pattern != Pattern::kLocal) out->ranks = intern_ranks(m.ranks);
+  if (m.pattern == Pattern::kAllReduce) out->reduced_bytes = m.elements * reduced;
+  if (m.pattern == Pattern::kExchange) out->sends = compact(sends);
+  it->second = std::move(out);
+  return it->second.get();
+}
+
+const Fragment* LayoutCache::fragment(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow) {
+  const std::string& name = graph_.nodes[node].name;
+  Key key;
+  key.add(int64_t{classes_[node]}).list(placed).list(shadow);
+  const auto own = strategy.nodes.find(name);
+  if (own != strategy.nodes.end()) key.add(own->second);
+  for (auto sub = strategy.nodes.lower_bound(name + "/"); sub != strategy.nodes.end() && sub->first.compare(0, name.size() + 1, name + "/") == 0; ++sub) {
+    key.add(sub->first.substr(name.size())).add(sub->second);
+  }
+  auto it = fragments_.find(key.bytes);
+  if (it == fragments_.end()) it = fragments_.emplace(std::move(key.bytes), build(node, strategy, placed, shadow)).first;
+  return it->second.get();
+}
+
+std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow) {
+  const Node& source = graph_.nodes[node];
+  const auto of = [&](const std::vector<int>& ids) {
+    std::vector<std::optional<TensorTiling>> out;
+    for (TensorId t : source.inputs) {
+      const size_t at = std::find(distinct_[node].begin(), distinct_[node].end(), t) - distinct_[node].begin();
+      out.push_back(ids[at] < 0 ? std::nullopt : tilings_[ids[at]]);
+    }
+    return out;
+  };
+  ResolvedNode r = resolve_node(graph_, source, strategy, rows_, of(placed), of(shadow));
+  auto out = std::make_unique<Fragment>();
+  for (const auto& t : r.placed) out->placed.push_back(intern_tiling(t));
+  for (const auto& t : r.shadow) out->shadow.push_back(intern_tiling(t));
+  Program p{.graph = std::move(r.inner.graph),
+            .world_size = static_cast<int>(rows_.size()),
+            .rows = rows_,
+            .rules = std::move(r.inner.rules),
+            .tilings = std::move(r.inner.tilings)};
+  p.differentiable = differentiable_nodes(p);
+  if (is_store(source)) {
+    out->rule = p.rules[r.first];
+    out->tiling = p.tilings[r.first];
+    out->tiles = {-1};
+    out->producers = {0};
+    out->ops.push_back({.writes = {{FragmentTensor::Kind::kResult, 0}}});
+    out->graph = std::move(p.graph);
+    return out;
+  }
+  std::map<TensorId, FragmentTensor> known;
+  for (size_t i = 0; i < source.inputs.size(); ++i) {
+    const auto at = std::find(distinct_[node].begin(), distinct_[node].end(), source.inputs[i]) - distinct_[node].begin();
+    known[r.operands[i]] = {FragmentTensor::Kind::kOperand, static_cast<int>(at)};
+  }
+  for (size_t i = 0; i < r.results.size(); ++i) {
+    if (!known.emplace(r.results[i], FragmentTensor{FragmentTensor::Kind::kResult, static_cast<int>(i)}).second) {
+      throw InternalError(fmt::format("[delta] {} ({}): two results are one tensor", source.name, source.target));
+    }
+  }
+  out->tiles.assign(r.results.size(), -1);
+  out->producers.assign(r.results.size(), -1);
+  for (NodeId id = r.first; id < static_cast<NodeId>(p.graph.nodes.size()); ++id) {
+    const Node& n = p.graph.nodes[id];
+    const Rule& rule = p.rules[id];
+    const Tiling& tiling = p.tilings[id];
+    const int index = static_cast<int>(out->ops.size());
+    FragmentOp op{.computes = n.kind == NodeKind::kOp, .differentiable = p.differentiable[id] != 0};
+    out->chunked = out->chunked || tiling.chunks() > 1;
+    const bool writes = n.kind == NodeKind::kReturn && n.target == "buffer_write";
+    for (size_t i = 0; i < n.inputs.size(); ++i) {
+      OperandCopies copies = operand_copies(rule, tiling, static_cast<int>(i), p.graph.input(n, static_cast<int>(i)).shape);
+      op.reads.push_back({.tensor = known.at(n.inputs[i]),
+                          .copies = intern(copies.sharding),
+                          .coord_of = std::move(copies.coord_of),
+                          .differentiable = rule.operands[i].differentiable && !writes && (n.kind == NodeKind::kReturn || op.differentiable)});
+      if (op.reads.back().tensor.kind != FragmentTensor::Kind::kInner) out->operand_uses.emplace_back(index, static_cast<int>(i));
+    }
+    for (size_t k = 0; k < n.outputs.size(); ++k) {
+      const LayoutId tiles = intern(result_sharding(rule, tiling, static_cast<int>(k), p.graph.output(n, static_cast<int>(k)).shape));
+      const auto it = known.find(n.outputs[k]);
+      if (it == known.end()) {
+        known[n.outputs[k]] = {FragmentTensor::Kind::kInner, static_cast<int>(out->inner.size())};
+        out->inner.push_back({.tensor = n.outputs[k], .tiles = tiles, .producer = index});
+      } else {
+        out->tiles[it->second.index] = tiles;
+        out->producers[it->second.index] = index;
+      }
+      op.writes.push_back(known.at(n.outputs[k]));
+    }
+    if (op.computes) {
+      std::map<int, int64_t> forward, backward;
+      for (int tile = 0; tile < tiling.tiles() && !out->chunked; ++tile) {
+        const OpTime time = cost_.time(p, id, tile, 0);
+        for (int d : tiling.devices_of(tile)) {
+          forward[d] += time.forward_ns;
+          backward[d] += time.backward_ns;
+        }
+      }
+      op.forward = compact(forward);
+      op.backward = compact(backward);
+    }
+    out->ops.push_back(std::move(op));
+  }
+  out->graph = std::move(p.graph);
+  return out;
+}
+
+}  // namespace soap

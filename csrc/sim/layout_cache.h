@@ -1,0 +1,120 @@
+// LayoutCache: what lowering computes for one node or one edge, computed once for all that are alike.
+//
+// A node lowers from its own configuration and from where its operands' producers put them, and a movement from the layouts at its two
+// ends, so both are functions of small keys. Layouts, tilings and sets of ranks are interned: equal values have equal ids. Layers of the same
+// operator, shapes and attributes share everything.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "cost/cost.h"
+#include "sharding/expand.h"
+
+namespace soap {
+
+using LayoutId = int;
+using DeviceTimes = std::vector<std::pair<int, int64_t>>;  // (device, ns), only what is not zero
+
+// Which tensor an operator of a fragment reads.
+struct FragmentTensor {
+  enum class Kind { kOperand, kResult, kInner };
+  Kind kind = Kind::kInner;
+  int index = -1;  // among the node's distinct inputs, its outputs, or the fragment's inner tensors
+};
+
+struct FragmentRead {
+  FragmentTensor tensor;
+  LayoutId copies = -1;
+  std::vector<int> coord_of;
+  bool differentiable = false;  // it adds to the gradient of what it reads, where that has one
+};
+
+// An operator as it runs: the node itself or one sub-operator of its expansion.
+struct FragmentOp {
+  bool computes = false;        // false: a feed, return or store
+  bool differentiable = false;  // has a backward step
+  DeviceTimes forward, backward;
+  std::vector<FragmentRead> reads;     // by operand
+  std::vector<FragmentTensor> writes;  // by result
+};
+
+struct FragmentInner {
+  TensorId tensor = -1;  // in `graph`
+  LayoutId tiles = -1;
+  int producer = -1;  // index in ops
+};
+
+// A node resolved under one configuration.
+struct Fragment {
+  OpGraph graph;  // stand-ins for its operands, then its operators
+  std::vector<FragmentOp> ops;
+  std::vector<FragmentInner> inner;
+  std::vector<LayoutId> tiles;                    // per output, -1 for a store (its storage depends on its readers)
+  std::vector<int> producers;                     // per output: index in ops
+  std::vector<int> placed, shadow;                // per output: ids of tensor tilings, -1 when there is none
+  std::vector<std::pair<int, int>> operand_uses;  // (operator, operand), in order; of operands and results only
+  Rule rule;                                      // stores only
+  Tiling tiling;                                  // stores only
+  bool chunked = false;
+};
+
+// How one tensor moves between two layouts.
+struct EdgeMove {
+  Pattern pattern = Pattern::kLocal;
+  int ranks = -1;             // id of the participants
+  int64_t reduced_bytes = 0;  // kAllReduce
+  DeviceTimes sends;          // kExchange: (device, bytes)
+  // Distinct ends of all pieces, local ones too: (source coord, device), (destination coord, device).
+  std::vector<std::pair<int, int>> from, to;
+};
+
+class LayoutCache {
+ public:
+  LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost);
+
+  const OpGraph& graph() const { return graph_; }
+  const CostModel& cost() const { return cost_; }
+  // Inputs of a node, each once, in the order in which they first appear.
+  const std::vector<TensorId>& distinct_inputs(NodeId node) const { return distinct_[node]; }
+
+  // Ids of the producers' tilings, one for each distinct input. `strategy` holds the configurations of the node and of its sub-operators. Throws
+  // std::invalid_argument where the configuration isn't legal.
+  const Fragment* fragment(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow);
+  const EdgeMove* fill(TensorId tensor, LayoutId tiles, LayoutId copies) { return edge(graph_.tensors[tensor], tiles, copies, false); }
+  const EdgeMove* edge(const Tensor& tensor, LayoutId tiles, LayoutId copies, bool gradient);
+  // Storage of a store that isn't configured, whose first reader needs these copies (-1: nobody reads it).
+  LayoutId derived(NodeId store, LayoutId copies);
+  LayoutId intern(const Sharding& layout);
+  const Sharding& layout(LayoutId id) const { return *layouts_[id]; }
+  int intern_ranks(const std::vector<int>& ranks);
+  const std::vector<int>& ranks(int id) const { return *rank_sets_[id]; }
+  // What movement_ns says.
+  int64_t price(bool reduce, int ranks, int64_t bytes);
+  // The optimizer's time for a parameter stored like this.
+  const DeviceTimes& update(const Tensor& tensor, LayoutId tiles);
+
+ private:
+  std::unique_ptr<Fragment> build(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow);
+  int intern_tiling(const std::optional<TensorTiling>& tiling);
+
+  const OpGraph& graph_;
+  const FedRows rows_;
+  const CostModel& cost_;
+  std::vector<std::vector<TensorId>> distinct_;
+  std::vector<int> classes_;  // per node: equal for nodes that lower alike
+  std::unordered_map<std::string, int> class_ids_, layout_ids_, tiling_ids_, rank_ids_;
+  std::vector<std::unique_ptr<Sharding>> layouts_;
+  std::vector<std::unique_ptr<std::vector<int>>> rank_sets_;
+  std::vector<std::optional<TensorTiling>> tilings_;
+  std::unordered_map<std::string, std::unique_ptr<Fragment>> fragments_;
+  std::unordered_map<std::string, std::unique_ptr<EdgeMove>> edges_;
+  std::unordered_map<std::string, LayoutId> derived_;
+  std::unordered_map<std::string, int64_t> prices_;
+  std::unordered_map<std::string, DeviceTimes> updates_;
+};
+
+}  // namespace soap
