@@ -15,6 +15,8 @@ DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const 
   tensors_.resize(graph_.tensors.size());
   stale_.resize(graph_.tensors.size());
   consumers_.resize(graph_.tensors.size());
+  updates_.resize(graph_.tensors.size());
+  stored_update_.assign(devices_, 0);
   for (const Node& n : graph_.nodes) {
     for (TensorId t : cache.distinct_inputs(n.id)) consumers_[t].push_back(n.id);
   }
@@ -279,6 +281,16 @@ void DeltaSimulator::rebuild_slots(NodeId n) {
     }
     throw InternalError(fmt::format("[delta] {}: operand {} of operator {} has no group", graph_.nodes[n].name, operand, op));
   };
+  const auto computing = [&](SlotKind kind, int op) {
+    const FragmentOp& what = f.ops[op];
+    Slot slot{.kind = kind, .op = op, .spent = kind == SlotKind::kBackward ? &what.backward : &what.forward};
+    if (!overlap_) return slot;
+    for (int i = 0; i < static_cast<int>(what.reads.size()); ++i) slot.reads.push_back(group_of(op, i));
+    for (const FragmentTensor& t : what.writes) {
+      for (auto& g : state_of(n, t).groups) slot.writes.push_back(g.get());
+    }
+    return slot;
+  };
   for (int op = 0; op < static_cast<int>(f.ops.size()); ++op) {
     for (int i = 0; i < static_cast<int>(f.ops[op].reads.size()); ++i) {
       Group* g = group_of(op, i);
@@ -286,7 +298,12 @@ void DeltaSimulator::rebuild_slots(NodeId n) {
       const bool here = first.node == n && first.op == op && first.operand == i;
       if (here && !cache_.layout(g->copies).coords.empty()) state.forward.push_back({SlotKind::kFill, g, op});
     }
-    if (f.ops[op].computes) state.forward.push_back({SlotKind::kCompute, nullptr, op});
+    if (!f.ops[op].computes) continue;
+    // A local fill only keeps those before and after it from travelling together.
+    while (!state.forward.empty() && state.forward.back().kind == SlotKind::kFill && state.forward.back().group->fill->pattern == Pattern::kLocal) {
+      state.forward.pop_back();
+    }
+    state.forward.push_back(computing(SlotKind::kCompute, op));
   }
   std::vector<Group*> groups;
   for (int op = static_cast<int>(f.ops.size()) - 1; op >= 0; --op) {
@@ -294,7 +311,7 @@ void DeltaSimulator::rebuild_slots(NodeId n) {
     groups.clear();
     for (const FragmentTensor& t : f.ops[op].writes) {
       for (auto& g : state_of(n, t).groups) {
-        if (g->gradient) groups.push_back(g.get());
+        if (g->gradient && g->gradient_fill->pattern != Pattern::kLocal) groups.push_back(g.get());
       }
     }
     sort_newest_first(groups);
@@ -310,11 +327,11 @@ void DeltaSimulator::rebuild_slots(NodeId n) {
       return std::tuple(x.node, x.op, x.operand) < std::tuple(y.node, y.op, y.operand);
     });
     for (Group* g : groups) state.backward.push_back({SlotKind::kRefill, g, op});
-    state.backward.push_back({SlotKind::kBackward, nullptr, op});
+    state.backward.push_back(computing(SlotKind::kBackward, op));
     groups.clear();
     for (int i = 0; i < static_cast<int>(f.ops[op].reads.size()); ++i) {
       Group* g = group_of(op, i);
-      const bool last = g->gradient && g->producer.node < 0 && g->last.node == n && g->last.op == op;
+      const bool last = g->gradient && g->gradient_fill->pattern != Pattern::kLocal && g->producer.node < 0 && g->last.node == n && g->last.op == op;
       if (last && std::find(groups.begin(), groups.end(), g) == groups.end()) groups.push_back(g);
     }
     sort_newest_first(groups);
@@ -323,6 +340,7 @@ void DeltaSimulator::rebuild_slots(NodeId n) {
 }
 
 void DeltaSimulator::rebuild() {
+  std::erase_if(at_once_, [&](const Group* g) { return stale_[g->tensor->id] != 0; });
   std::set<NodeId> slots(changed_nodes_.begin(), changed_nodes_.end());
   for (NodeId n : slots) rebuild_inner(n);
   for (TensorId t : stale_list_) {
@@ -331,21 +349,18 @@ void DeltaSimulator::rebuild() {
     slots.insert(consumers_[t].begin(), consumers_[t].end());
   }
   for (NodeId n : slots) rebuild_slots(n);
-  if (!stale_list_.empty()) {
-    at_once_.clear();
-    stored_update_.assign(devices_, 0);
-    for (const Node& n : graph_.nodes) {
-      if (n.kind != NodeKind::kParam && n.kind != NodeKind::kFeed) continue;
-      const TensorId t = n.outputs[0];
-      if (!graph_.tensors[t].requires_grad) continue;
-      for (auto& g : tensors_[t].groups) {
-        if (g->gradient && g->last.node < 0) at_once_.push_back(g.get());
-      }
-      if (n.kind != NodeKind::kParam) continue;
-      for (const auto& [device, ns] : cache_.update(graph_.tensors[t], tensors_[t].tiles)) stored_update_[device] += ns;
+  for (TensorId t : stale_list_) {
+    const Node& producer = graph_.nodes[graph_.tensors[t].producer];
+    if (!graph_.tensors[t].requires_grad || producer.kind == NodeKind::kOp) continue;
+    for (auto& g : tensors_[t].groups) {
+      if (g->gradient && g->last.node < 0 && g->gradient_fill->pattern != Pattern::kLocal) at_once_.push_back(g.get());
     }
-    sort_newest_first(at_once_);
+    if (producer.kind != NodeKind::kParam) continue;
+    const std::vector<int64_t>* now = &cache_.update(graph_.tensors[t], tensors_[t].tiles);
+    for (size_t d = 0; d < devices_; ++d) stored_update_[d] += (*now)[d] - (updates_[t] ? (*updates_[t])[d] : 0);
+    updates_[t] = now;
   }
+  sort_newest_first(at_once_);
   for (TensorId t : stale_list_) stale_[t] = 0;
   stale_list_.clear();
   changed_nodes_.clear();
@@ -357,27 +372,21 @@ void DeltaSimulator::wait(int arrival) {
   for (size_t d = 0; d < devices_; ++d) begin_[d] = std::max(begin_[d], at[d]);
 }
 
-void DeltaSimulator::compute(NodeId n, int op, bool backward) {
-  NodeState& state = nodes_[n];
-  const FragmentOp& what = state.fragment->ops[op];
-  const DeviceTimes& spent = backward ? what.backward : what.forward;
+void DeltaSimulator::compute(NodeState& state, const Slot& slot) {
+  const int64_t* spent = slot.spent->data();
+  int64_t* clock = compute_clock_.data();
   if (!overlap_) {
-    for (const auto& [device, ns] : spent) compute_clock_[device] += ns;
+    for (size_t d = 0; d < devices_; ++d) clock[d] += spent[d];
     return;
   }
+  const bool backward = slot.kind == SlotKind::kBackward;
   begin_ = compute_clock_;
-  for (const FragmentRead& read : what.reads) {
-    for (const auto& g : state_of(n, read.tensor).groups) {
-      if (g->copies == read.copies) wait(backward ? g->refilled : g->filled);
-    }
-  }
+  for (const Group* g : slot.reads) wait(backward ? g->refilled : g->filled);
   if (backward) {
-    for (const FragmentTensor& t : what.writes) {
-      for (const auto& g : state_of(n, t).groups) wait(g->gradient_filled);
-    }
+    for (const Group* g : slot.writes) wait(g->gradient_filled);
   }
-  for (const auto& [device, ns] : spent) compute_clock_[device] = begin_[device] + ns;
-  std::copy(compute_clock_.begin(), compute_clock_.end(), (backward ? state.backward_end : state.forward_end).begin() + static_cast<int64_t>(op * devices_));
+  for (size_t d = 0; d < devices_; ++d) clock[d] = spent[d] ? begin_[d] + spent[d] : clock[d];
+  std::copy(clock, clock + devices_, (backward ? state.backward_end : state.forward_end).begin() + static_cast<int64_t>(slot.op * devices_));
 }
 
 void DeltaSimulator::wait_for_sources(SlotKind kind, const Group& g) {
@@ -398,8 +407,7 @@ void DeltaSimulator::wait_for_sources(SlotKind kind, const Group& g) {
   }
 }
 
-void DeltaSimulator::transfer(bool reduce, int ranks, int64_t bytes) {
-  const int64_t price = cache_.price(reduce, ranks, bytes);
+void DeltaSimulator::transfer(int ranks, int64_t price) {
   std::vector<int64_t>& clock = overlap_ ? movement_clock_ : compute_clock_;
   int64_t from = 0;
   for (int r : cache_.ranks(ranks)) from = std::max({from, clock[r], begin_[r]});
@@ -450,9 +458,14 @@ void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
     arrivals_.resize(arrivals_.size() + devices_, 0);
     for (Group* g : groups) (kind == SlotKind::kFill ? g->filled : kind == SlotKind::kRefill ? g->refilled : g->gradient_filled) = arrival;
   }
-  if (exchange >= 0) transfer(false, exchange, *std::max_element(sends_.begin(), sends_.end()));
+  if (groups.size() == 1) {
+    const EdgeMove& m = kind == SlotKind::kGradientFill ? *groups[0]->gradient_fill : *groups[0]->fill;
+    transfer(m.ranks, m.price_ns);
+    return;
+  }
+  if (exchange >= 0) transfer(exchange, cache_.price(false, exchange, *std::max_element(sends_.begin(), sends_.end())));
   std::sort(reduced_.begin(), reduced_.end(), [&](const auto& a, const auto& b) { return cache_.ranks(a.first) < cache_.ranks(b.first); });
-  for (const auto& [ranks, bytes] : reduced_) transfer(true, ranks, bytes);
+  for (const auto& [ranks, bytes] : reduced_) transfer(ranks, cache_.price(true, ranks, bytes));
 }
 
 int64_t DeltaSimulator::run() {
@@ -482,7 +495,7 @@ int64_t DeltaSimulator::run() {
     for (const Slot& slot : nodes_[n].forward) {
       if (slot.kind == SlotKind::kCompute) {
         flush();
-        compute(n, slot.op, false);
+        compute(nodes_[n], slot);
         continue;
       }
       const bool local = slot.group->fill->pattern == Pattern::kLocal;
@@ -496,7 +509,6 @@ int64_t DeltaSimulator::run() {
   int64_t bucket_bytes = 0;
   std::vector<Group*> one(1);
   const auto gradient = [&](Group* g) {
-    if (g->gradient_fill->pattern == Pattern::kLocal) return;
     if (!g->parameter) {
       one[0] = g;
       move(SlotKind::kGradientFill, one);
@@ -513,7 +525,7 @@ int64_t DeltaSimulator::run() {
   for (NodeId n = static_cast<NodeId>(nodes_.size()) - 1; n >= 0; --n) {
     for (const Slot& slot : nodes_[n].backward) {
       if (slot.kind == SlotKind::kBackward) {
-        compute(n, slot.op, true);
+        compute(nodes_[n], slot);
       } else if (slot.kind == SlotKind::kRefill) {
         one[0] = slot.group;
         move(SlotKind::kRefill, one);

@@ -70,6 +70,8 @@ class DeltaSimulator {
     SlotKind kind = SlotKind::kCompute;
     Group* group = nullptr;
     int op = 0;
+    const std::vector<int64_t>* spent = nullptr;  // of a computing slot, per device
+    std::vector<Group*> reads, writes;            // what it waits for; only with overlap
   };
   struct NodeState {
     const Fragment* fragment = nullptr;
@@ -95,9 +97,9 @@ class DeltaSimulator {
   void restore();
 
   int64_t run();
-  void compute(NodeId n, int op, bool backward);
+  void compute(NodeState& state, const Slot& slot);
   void move(SlotKind kind, const std::vector<Group*>& groups);
-  void transfer(bool reduce, int ranks, int64_t bytes);
+  void transfer(int ranks, int64_t price);
   void wait_for_sources(SlotKind kind, const Group& group);
   void wait(int arrival);
 
@@ -112,8 +114,9 @@ class DeltaSimulator {
   std::vector<std::vector<NodeId>> consumers_;  // per tensor, each once
   std::vector<char> stale_;                     // per tensor: its groups must be rebuilt
   std::vector<TensorId> stale_list_;
-  std::vector<NodeId> changed_nodes_;  // whose slots and inner tensors must be rebuilt
-  std::vector<Group*> at_once_;        // gradients that nothing has to be computed for
+  std::vector<NodeId> changed_nodes_;                 // whose slots and inner tensors must be rebuilt
+  std::vector<Group*> at_once_;                       // gradients that nothing has to be computed for
+  std::vector<const std::vector<int64_t>*> updates_;  // per tensor: the optimizer's time, null for what it leaves alone
   int num_chunked_ = 0;
   int64_t step_ns_ = 0;
 

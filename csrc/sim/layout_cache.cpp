@@ -71,14 +71,6 @@ struct Key {
   }
 };
 
-DeviceTimes compact(const std::map<int, int64_t>& times) {
-  DeviceTimes out;
-  for (const auto& [device, ns] : times) {
-    if (ns != 0) out.emplace_back(device, ns);
-  }
-  return out;
-}
-
 }  // namespace
 
 LayoutCache::LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost) : graph_(graph), rows_(rows), cost_(cost) {
@@ -145,16 +137,15 @@ int64_t LayoutCache::price(bool reduce, int ranks, int64_t bytes) {
   return it->second;
 }
 
-const DeviceTimes& LayoutCache::update(const Tensor& tensor, LayoutId tiles) {
+const std::vector<int64_t>& LayoutCache::update(const Tensor& tensor, LayoutId tiles) {
   Key key;
   key.add(int64_t{tiles}).add(tensor.element_bytes);
-  const auto [it, fresh] = updates_.emplace(std::move(key.bytes), DeviceTimes{});
+  const auto [it, fresh] = updates_.emplace(std::move(key.bytes), std::vector<int64_t>{});
   if (fresh) {
-    std::map<int, int64_t> times;
+    it->second.resize(rows_.size());
     for (const Coord& c : layout(tiles).coords) {
-      for (int d : c.devices) times[d] += update_ns(cost_.machine(), volume(c.box) * tensor.element_bytes);
+      for (int d : c.devices) it->second[d] += update_ns(cost_.machine(), volume(c.box) * tensor.element_bytes);
     }
-    it->second = compact(times);
   }
   return it->second;
 }
@@ -190,8 +181,18 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   out->from = {from.begin(), from.end()};
   out->to = {to.begin(), to.end()};
   if (m.pattern != Pattern::kLocal) out->ranks = intern_ranks(m.ranks);
-  if (m.pattern == Pattern::kAllReduce) out->reduced_bytes = m.elements * reduced;
-  if (m.pattern == Pattern::kExchange) out->sends = compact(sends);
+  if (m.pattern == Pattern::kAllReduce) {
+    out->reduced_bytes = m.elements * reduced;
+    out->price_ns = price(true, out->ranks, out->reduced_bytes);
+  }
+  if (m.pattern == Pattern::kExchange) {
+    int64_t most = 0;
+    for (const auto& [device, bytes] : sends) {
+      if (bytes != 0) out->sends.emplace_back(device, bytes);
+      most = std::max(most, bytes);
+    }
+    out->price_ns = price(false, out->ranks, most);
+  }
   it->second = std::move(out);
   return it->second.get();
 }
@@ -280,16 +281,15 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
       op.writes.push_back(known.at(n.outputs[k]));
     }
     if (op.computes) {
-      std::map<int, int64_t> forward, backward;
+      op.forward.resize(rows_.size());
+      op.backward.resize(rows_.size());
       for (int tile = 0; tile < tiling.tiles() && !out->chunked; ++tile) {
         const OpTime time = cost_.time(p, id, tile, 0);
         for (int d : tiling.devices_of(tile)) {
-          forward[d] += time.forward_ns;
-          backward[d] += time.backward_ns;
+          op.forward[d] += time.forward_ns;
+          op.backward[d] += time.backward_ns;
         }
       }
-      op.forward = compact(forward);
-      op.backward = compact(backward);
     }
     out->ops.push_back(std::move(op));
   }

@@ -17,7 +17,7 @@
 namespace soap {
 
 using LayoutId = int;
-using DeviceTimes = std::vector<std::pair<int, int64_t>>;  // (device, ns), only what is not zero
+using DeviceBytes = std::vector<std::pair<int, int64_t>>;  // (device, bytes), only what is not zero
 
 // Which tensor an operator of a fragment reads.
 struct FragmentTensor {
@@ -35,11 +35,11 @@ struct FragmentRead {
 
 // An operator as it runs: the node itself or one sub-operator of its expansion.
 struct FragmentOp {
-  bool computes = false;        // false: a feed, return or store
-  bool differentiable = false;  // has a backward step
-  DeviceTimes forward, backward;
-  std::vector<FragmentRead> reads;     // by operand
-  std::vector<FragmentTensor> writes;  // by result
+  bool computes = false;                   // false: a feed, return or store
+  bool differentiable = false;             // has a backward step
+  std::vector<int64_t> forward, backward;  // ns per device
+  std::vector<FragmentRead> reads;         // by operand
+  std::vector<FragmentTensor> writes;      // by result
 };
 
 struct FragmentInner {
@@ -67,7 +67,8 @@ struct EdgeMove {
   Pattern pattern = Pattern::kLocal;
   int ranks = -1;             // id of the participants
   int64_t reduced_bytes = 0;  // kAllReduce
-  DeviceTimes sends;          // kExchange: (device, bytes)
+  DeviceBytes sends;          // kExchange
+  int64_t price_ns = 0;       // where it travels alone
   // Distinct ends of all pieces, local ones too: (source coord, device), (destination coord, device).
   std::vector<std::pair<int, int>> from, to;
 };
@@ -94,8 +95,8 @@ class LayoutCache {
   const std::vector<int>& ranks(int id) const { return *rank_sets_[id]; }
   // What movement_ns says.
   int64_t price(bool reduce, int ranks, int64_t bytes);
-  // The optimizer's time for a parameter stored like this.
-  const DeviceTimes& update(const Tensor& tensor, LayoutId tiles);
+  // The optimizer's time for a parameter stored like this, per device.
+  const std::vector<int64_t>& update(const Tensor& tensor, LayoutId tiles);
 
  private:
   std::unique_ptr<Fragment> build(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow);
@@ -114,7 +115,7 @@ class LayoutCache {
   std::unordered_map<std::string, std::unique_ptr<EdgeMove>> edges_;
   std::unordered_map<std::string, LayoutId> derived_;
   std::unordered_map<std::string, int64_t> prices_;
-  std::unordered_map<std::string, DeviceTimes> updates_;
+  std::unordered_map<std::string, std::vector<int64_t>> updates_;
 };
 
 }  // namespace soap
