@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,18 +17,17 @@ import torch.distributed as dist
 from torch import nn
 
 from torch_soap import _C
-from torch_soap.capture import capture
 from torch_soap.capture.graph import Graph
+from torch_soap.constraints import Forbid, Pin
 from torch_soap.plan import OneProcess, Plan, as_plan, text_of
-from torch_soap.planner import search_plan
-from torch_soap.rewrite.graph_import import to_op_graph
+from torch_soap.planner import graph_for, search_plan
 from torch_soap.runtime.checkpoint import install_state_dict
 from torch_soap.runtime.comm import TorchComm
 from torch_soap.runtime.copies import parallel_copy, plain_copy
 from torch_soap.runtime.header import agree
 from torch_soap.runtime.optimizers import Registry
 from torch_soap.runtime.parallel import Parallel
-from torch_soap.verify import as_arguments, even_rows
+from torch_soap.verify import as_arguments
 
 
 @functools.cache
@@ -234,20 +234,24 @@ def plan(
     world_size: int | None = None,
     machine: Any = None,
     memory_limit: int | None = None,
+    pin: Pin | None = None,
+    forbid: Forbid | None = None,
 ) -> Plan:
     """Searches a plan without a process group, also for a machine one doesn't have; the module may be on the meta device.
 
     Args:
         example_inputs: the global batch.
         world_size: devices; default: the machine's, or 1.
+        pin: configurations that are fixed, by pattern, as in a plan's text: {"classifier.*": "o=2"}.
+        forbid: factors that may not be cut, by pattern: {"features.*": "h"}; or "devices" (no device list of its own), "chunks" (no cuts in time).
     """
-    args, kwargs = as_arguments(example_inputs)
-    captured = capture(module, args, kwargs, loss=loss, check=False)
-    tensors = [captured.leaves[i] for i in captured.tensor_slots]
-    graph = captured.instantiate(captured._signature_of(tensors))
     world = world_size or getattr(machine, "num_devices", None) or 1
-    total = next((t.shape[d] for t, d in zip(tensors, captured.batch_dims, strict=True) if d is not None), world)
-    return search_plan(to_op_graph(graph), graph, even_rows(total, world), comm=None, machine=machine, memory_limit=memory_limit)
+    begin = time.perf_counter()
+    graph, captured, rows = graph_for(module, example_inputs, loss, world)
+    seconds = time.perf_counter() - begin
+    found = search_plan(graph, captured, rows, comm=None, machine=machine, memory_limit=memory_limit, pin=pin, forbid=forbid)
+    found.stats["capture_seconds"] = seconds
+    return found
 
 
 def grad_norm(model: nn.Module, norm_type: float = 2.0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`python -m torch_soap plan|explain|verify|trace|info`: the planner and the exactness check from the command line.
+"""`python -m torch_soap plan|explain|why-not|diff|verify|trace|info`: the planner and the exactness check from the command line.
 
 A module is named `package.module:factory`; the factory returns (module, example_inputs) or (module, example_inputs, loss) for
 the global batch.
@@ -16,11 +16,10 @@ import torch
 
 import torch_soap
 from torch_soap import _C
-from torch_soap.capture import capture
+from torch_soap.compare import Context
 from torch_soap.plan import Plan, as_plan, lower
-from torch_soap.rewrite.graph_import import to_op_graph
+from torch_soap.planner import graph_for
 from torch_soap.trace import chrome_trace, simulated_events
-from torch_soap.verify import as_arguments, even_rows
 
 
 def load(name: str) -> tuple[torch.nn.Module, Any, Any]:
@@ -46,15 +45,10 @@ def machine(arguments: argparse.Namespace) -> _C.Machine:
 def chosen(arguments: argparse.Namespace) -> tuple[Plan, _C.OpGraph, list[int]]:
     """The plan of --plan, or a searched one; with the graph that it is for and the rows of each process."""
     module, inputs, loss = load(arguments.module)
-    captured = capture(module, *as_arguments(inputs), loss=loss, check=False)
-    tensors = captured.inputs
-    graph = captured.instantiate(tensors)
-    op_graph = to_op_graph(graph)
-    total = next((t.shape[d] for t, d in zip(tensors, captured.batch_dims, strict=True) if d is not None), arguments.world_size)
-    rows = even_rows(total, arguments.world_size)
+    graph, _, rows = graph_for(module, inputs, loss, arguments.world_size)
     if arguments.plan is not None:
-        return as_plan(arguments.plan, op_graph, arguments.world_size), op_graph, rows
-    return torch_soap.plan(module, inputs, loss=loss, world_size=arguments.world_size, machine=machine(arguments)), op_graph, rows
+        return as_plan(arguments.plan, graph, arguments.world_size), graph, rows
+    return torch_soap.plan(module, inputs, loss=loss, world_size=arguments.world_size, machine=machine(arguments)), graph, rows
 
 
 def run_plan(arguments: argparse.Namespace) -> str:
@@ -72,6 +66,20 @@ def run_explain(arguments: argparse.Namespace) -> str:
     return str(_C.explain(program, _C.simulate(program, _C.CostModel(machine(arguments)))))
 
 
+def run_why_not(arguments: argparse.Namespace) -> str:
+    plan, graph, rows = chosen(arguments)
+    plan.context = plan.context or Context(graph, rows, _C.CostModel(machine(arguments)))
+    return str(plan.why_not(" ".join(arguments.line)))
+
+
+def run_diff(arguments: argparse.Namespace) -> str:
+    module, inputs, loss = load(arguments.module)
+    graph, _, rows = graph_for(module, inputs, loss, arguments.world_size)
+    a, b = (as_plan(p, graph, arguments.world_size) for p in (arguments.a, arguments.b))
+    a.context = b.context = Context(graph, rows, _C.CostModel(machine(arguments)))
+    return str(torch_soap.diff(a, b))
+
+
 def run_verify(arguments: argparse.Namespace) -> str:
     module, inputs, loss = load(arguments.module)
     plan = arguments.plan if arguments.plan is not None else chosen(arguments)[0]
@@ -84,7 +92,7 @@ def run_verify(arguments: argparse.Namespace) -> str:
 def run_trace(arguments: argparse.Namespace) -> str:
     plan, graph, rows = chosen(arguments)
     program = lower(graph, plan, rows)
-    plan.cost = plan.cost or _C.CostModel(machine(arguments))
+    plan.context = plan.context or Context(graph, rows, _C.CostModel(machine(arguments)))
     out = arguments.out or Path("trace.json")
     out.write_text(chrome_trace({"simulated": simulated_events(program, plan)}))
     return f"wrote {out}: open it in chrome://tracing or ui.perfetto.dev"
@@ -100,7 +108,7 @@ def run_info(_arguments: argparse.Namespace) -> str:
     )
 
 
-COMMANDS = {"plan": run_plan, "explain": run_explain, "verify": run_verify, "trace": run_trace, "info": run_info}
+COMMANDS = {"plan": run_plan, "explain": run_explain, "why-not": run_why_not, "diff": run_diff, "verify": run_verify, "trace": run_trace, "info": run_info}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,7 +118,12 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(name)
         if name == "info":
             continue
-        command.add_argument("module", help="package.module:factory")
+        if name == "diff":
+            command.add_argument("a", help="path or text of a plan")
+            command.add_argument("b", help="of another")
+        command.add_argument("--module" if name == "diff" else "module", help="package.module:factory", **({"required": True} if name == "diff" else {}))
+        if name == "why-not":
+            command.add_argument("line", nargs="+", help='a line of a plan: "features.3 n=2"')
         command.add_argument("--world-size", type=int, default=2, help="devices")
         command.add_argument("--hosts", type=int, default=1)
         command.add_argument("--link-gbps", type=float, help="rate of every link in Gb/s; default: this version's guess for one host")

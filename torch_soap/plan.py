@@ -7,14 +7,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch_soap import _C
+from torch_soap.compare import Change, Context, price_change
+from torch_soap.constraints import Forbid, Pin
 
-FORMAT = 1
+FORMAT = 2  # of the saved file; 1 had no "nodes"
+READABLE = (1, 2)
+NAMED = 8  # names that a warning lists
 
 
 @dataclass
@@ -27,6 +32,8 @@ class Plan:
         fingerprint: of the graph that it was made for.
         predicted: step time in ns and its parts, memory in bytes per device; empty for a plan that nobody has priced.
         stats: seconds of capture and search, number of simulations.
+        nodes: operators and parameters of the graph that it was made for.
+        context: what it was priced with, in the process that planned; None for a plan that was loaded or written until `bind`.
         exact: False only where the whole model is opaque and trains as DDP would.
     """
 
@@ -39,15 +46,64 @@ class Plan:
     exact: bool = True
     explanation: str = ""
     source: str = ""  # the text that a person wrote, for errors that only lowering finds
-    cost: _C.CostModel | None = None  # what it was priced with, in the process that planned
+    nodes: list[str] = field(default_factory=list)
+    context: Context | None = None
 
     @property
     def world_size(self) -> int:
         return int(self.strategy.world_size)
 
+    @property
+    def cost(self) -> _C.CostModel | None:
+        return self.context.cost if self.context else None
+
     def explain(self) -> str:
         """The plan as a table: a line for each operator with its S/O/A/P degrees, devices and predicted time."""
         return self.explanation or self.text
+
+    def known_context(self, asker: str) -> Context:
+        if self.context is None:
+            raise ValueError(f"[{asker}] the plan was loaded or written, so nothing is known to price it with: plan.bind(module, example_inputs) first")
+        return self.context
+
+    def bind(self, module: Any, example_inputs: Any, *, loss: Callable[..., Any] | None = None, machine: Any = None) -> Plan:
+        """Gives a loaded or written plan what `why_not`, `resolve` and `diff` need: the model's graph and a machine. Returns the plan.
+
+        Args:
+            example_inputs: the global batch.
+            machine: to price it on; default: this version's guess of one host, nothing is measured.
+
+        Raises:
+            ValueError: the plan isn't legal for this model.
+        """
+        from torch_soap.planner import graph_for
+
+        graph, _, rows = graph_for(module, example_inputs, loss, self.world_size)
+        as_plan(self, graph)
+        lower(graph, self, rows)
+        self.context = Context(graph, rows, _C.CostModel(machine or _C.Machine(self.world_size)), [("loaded", self.strategy)])
+        return self
+
+    def why_not(self, operator: str, configuration: str = "") -> Change:
+        """The price of one line changed: `print(plan.why_not("features.3", "n=2"))`.
+
+        Args:
+            operator: a name or pattern, or the whole line: "features.3 n=2", "* n=fed store=d0", "param:0.weight d0=2", "set order=1f1b".
+            configuration: words of a plan's line; none: it follows.
+        """
+        return price_change(self.known_context("why_not"), self.strategy, f"{operator} {configuration}".strip())
+
+    def resolve(self, *, pin: Pin | None = None, forbid: Forbid | None = None, simulations: int = 60, seed: int = 0) -> Plan:
+        """Searches again from where this plan's search ended, under other constraints, with a small budget. Not collective.
+
+        Args:
+            pin: configurations by pattern that are fixed, as for `torch_soap.plan`.
+            forbid: factors by pattern that may not be cut, as for `torch_soap.plan`.
+            simulations: of descent and of random proposals each.
+        """
+        from torch_soap.planner import resolved
+
+        return resolved(self, self.known_context("resolve"), pin, forbid, simulations, seed)
 
     def to_json(self) -> str:
         return json.dumps(
@@ -60,6 +116,7 @@ class Plan:
                 "machine": self.machine,
                 "predicted": self.predicted,
                 "stats": self.stats,
+                "nodes": self.nodes,
             },
             indent=1,
         )
@@ -96,7 +153,11 @@ def fingerprint(graph: _C.OpGraph) -> str:
 
 
 def make_plan(graph: _C.OpGraph, strategy: _C.Strategy, **known: Any) -> Plan:
-    return Plan(strategy=strategy, text=_C.print_plan(graph, strategy), fingerprint=fingerprint(graph), **known)
+    return Plan(strategy=strategy, text=_C.print_plan(graph, strategy), fingerprint=fingerprint(graph), nodes=names_of(graph), **known)
+
+
+def names_of(graph: _C.OpGraph) -> list[str]:
+    return [n.name for n in graph.nodes if n.kind in (_C.NodeKind.op, _C.NodeKind.param)]
 
 
 def lower(graph: _C.OpGraph, plan: Plan, rows: Sequence[int], strategy: _C.Strategy | None = None) -> _C.Program:
@@ -124,8 +185,12 @@ def text_of(plan: str | Path) -> str:
     return Path(plan).read_text() if is_path else line
 
 
-def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None = None) -> Plan:
+def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None = None, *, strict: bool | None = None) -> Plan:
     """A Plan from a Plan, the path of a saved one, or the text that a person writes.
+
+    Args:
+        strict: whether a plan for another model is an error; else what still fits is kept by name, and a warning names the rest. Default: for a
+            Plan yes, for a saved one no.
 
     Raises:
         ValueError: the text names what isn't there or can't be cut (with line number and what would be legal), the plan is
@@ -134,22 +199,57 @@ def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None =
     if isinstance(plan, Plan):
         if world_size is not None and plan.world_size != world_size:
             raise ValueError(f"[plan] the plan is for {plan.world_size} devices, there are {world_size}")
-        if plan.fingerprint and plan.fingerprint != fingerprint(graph):
+        if not plan.fingerprint or plan.fingerprint == fingerprint(graph):
+            return plan
+        if strict is not False:
             raise ValueError(f"[plan] the plan was made for another model (fingerprint {plan.fingerprint}, this model {fingerprint(graph)})")
-        return plan
+        return fitted(plan.text.splitlines(), graph, plan.world_size, plan.nodes)
     text = text_of(plan)
     saved: dict[str, Any] = {}
     if text.lstrip().startswith("{"):
         saved = json.loads(text)
-        if saved.get("format") != FORMAT:
-            raise ValueError(f"[plan] the saved plan has format {saved.get('format')}, this version reads {FORMAT}")
-        if saved["fingerprint"] != fingerprint(graph):
-            raise ValueError(f"[plan] the saved plan was made for another model (fingerprint {saved['fingerprint']}, this model {fingerprint(graph)})")
+        if saved.get("format") not in READABLE:
+            raise ValueError(f"[plan] the saved plan has format {saved.get('format')}, this version reads {', '.join(map(str, READABLE))}")
         if world_size is not None and saved["world_size"] != world_size:
             raise ValueError(f"[plan] the saved plan is for {saved['world_size']} devices, there are {world_size}")
+        world_size = int(saved["world_size"])
+        if saved["fingerprint"] != fingerprint(graph):
+            if strict:
+                raise ValueError(f"[plan] the saved plan was made for another model (fingerprint {saved['fingerprint']}, this model {fingerprint(graph)})")
+            return fitted(saved["strategy"], graph, world_size, saved.get("nodes", []))
         text = "\n".join(saved["strategy"])
-        world_size = saved["world_size"]
     if world_size is None:
         raise ValueError("[plan] a plan given as text needs the number of devices (world_size)")
     strategy = _C.parse_plan(graph, text, world_size)
     return make_plan(graph, strategy, source=text, **{k: saved[k] for k in ("machine", "predicted", "stats", "exact") if k in saved})
+
+
+def fitted(lines: Sequence[str], graph: _C.OpGraph, world_size: int, before: Sequence[str]) -> Plan:
+    """The plan of a model that has changed: lines that are legal for this graph, one by one. A warning names the others and what is new."""
+    kept, gone, illegal = [], [], []
+    names = names_of(graph)
+    known = set(names)
+    for line in lines:
+        words = line.split()
+        nodes = [words[1], words[3]] if words[0] == "edge" else [] if words[0] == "set" else [words[0]]
+        if any(n not in known and n.rpartition("/")[0] not in known for n in nodes):
+            gone += [n for n in nodes if n not in known]
+            continue
+        try:
+            _C.parse_plan(graph, line, world_size)
+        except ValueError as error:
+            illegal.append(str(error).removeprefix("plan line 1: ").removeprefix("[plan] ").splitlines()[0])
+        else:
+            kept.append(line)
+    new = [n for n in names if n not in set(before)] if before else []
+    said = [f"{what} {some(of)}" for what, of in (("no longer there:", gone), ("no longer legal:", illegal), ("new, follow their input:", new)) if of]
+    warnings.warn(
+        f"[plan] the plan was made for another model: {len(kept)} of {len(lines)} lines still fit and are kept; {'; '.join(said) or 'sizes or operators differ'}",
+        stacklevel=3,
+    )
+    text = "\n".join(kept)
+    return make_plan(graph, _C.parse_plan(graph, text, world_size), source=text)
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch_soap import _C, calibrate
+from torch_soap.capture import capture
 from torch_soap.capture.graph import Graph
+from torch_soap.compare import Context
+from torch_soap.constraints import Forbid, Pin, constraints
 from torch_soap.plan import Plan, make_plan
+from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
+from torch_soap.verify import as_arguments, even_rows
 
 MEASURED_SEEDS = ("ddp", "zero-3", "megatron", "owt")
 ROUNDS = 2  # searches; after each, what its best candidates need is measured
+STARTS = 8  # candidates that a plan remembers
+
+
+def graph_for(module: Any, example_inputs: Any, loss: Callable[..., Any] | None, world_size: int) -> tuple[_C.OpGraph, Graph, list[int]]:
+    """A module captured without running it, its graph for this global batch, and the rows that each process feeds."""
+    args, kwargs = as_arguments(example_inputs)
+    captured = capture(module, args, kwargs, loss=loss, check=False)
+    tensors = [captured.leaves[i] for i in captured.tensor_slots]
+    graph = captured.instantiate(captured._signature_of(tensors))
+    total = next((t.shape[d] for t, d in zip(tensors, captured.batch_dims, strict=True) if d is not None), world_size)
+    return to_op_graph(graph), graph, even_rows(total, world_size)
 
 
 def search_plan(
@@ -22,6 +39,8 @@ def search_plan(
     comm: Comm | None,
     machine: _C.Machine | None = None,
     memory_limit: int | None = None,
+    pin: Pin | None = None,
+    forbid: Forbid | None = None,
     seed: int = 0,
 ) -> Plan:
     """The fastest plan found, by simulation on this machine (measured now, with all ranks) or on the one given (roofline).
@@ -38,6 +57,7 @@ def search_plan(
     cost = _C.CostModel(machine)
     options = _C.SearchOptions()
     options.seed = seed
+    options.constraints = constraints(graph, pin, forbid, world)
     num_operators = sum(n.kind == _C.NodeKind.op for n in graph.nodes)
     options.descent_simulations = max(40, min(600, 30_000 // max(num_operators, 1)))
     options.mcmc_simulations = options.descent_simulations
@@ -58,8 +78,15 @@ def search_plan(
             break
     if measured:
         calibrate.save(world, known, host_of)
-    program = _C.lower(graph, strategy, rows)
-    simulation = _C.simulate(program, cost)
+    stats = {"seconds": time.perf_counter() - begin, "simulations": simulations, "illegal_proposals": found["illegal"], "measured_operators": measured}
+    starts = found.get("starts") or [(found["chosen"], strategy)]
+    return described(Context(graph, rows, cost, starts, memory_limit), strategy, stats, found)
+
+
+def described(context: Context, strategy: _C.Strategy, stats: dict[str, Any], found: dict[str, Any]) -> Plan:
+    """A Plan with its prediction. `found`: what is known of a search: chosen, seeds, table."""
+    program = _C.lower(context.graph, strategy, context.rows)
+    simulation = _C.simulate(program, context.cost)
     predicted = {
         "step_time_ns": simulation.step_ns,
         "compute_ns": list(simulation.compute_ns),
@@ -68,11 +95,35 @@ def search_plan(
         "chosen": found["chosen"],
         "seeds": found["seeds"],
     }
-    stats = {"seconds": time.perf_counter() - begin, "simulations": simulations, "illegal_proposals": found["illegal"], "measured_operators": measured}
+    machine = context.cost.machine
     explanation = _C.explain(program, simulation) + found["table"]
     return make_plan(
-        graph, strategy, predicted=predicted, stats=stats, explanation=explanation, machine={"name": machine.name, "devices": machine.num_devices}, cost=cost
+        context.graph,
+        strategy,
+        predicted=predicted,
+        stats=stats,
+        explanation=explanation,
+        machine={"name": machine.name, "devices": machine.num_devices},
+        context=context,
     )
+
+
+def resolved(plan: Plan, context: Context, pin: Pin | None, forbid: Forbid | None, simulations: int, seed: int) -> Plan:
+    """`Plan.resolve`."""
+    begin = time.perf_counter()
+    options = _C.SearchOptions()
+    options.seed = seed
+    options.constraints = constraints(context.graph, pin, forbid, plan.world_size)
+    options.descent_simulations = options.mcmc_simulations = simulations
+    if context.memory_limit is not None:
+        options.memory_limit_bytes = context.memory_limit
+    options.starts = [(n, s) for n, s in [("before", plan.strategy), *context.starts] if n == "before" or s != plan.strategy]
+    found = searched(context.graph, context.rows, context.cost, options, None)
+    stats = {"seconds": time.perf_counter() - begin, "simulations": found["simulations"], "illegal_proposals": found["illegal"], "measured_operators": 0}
+    strategy = _C.parse_plan(context.graph, found["plan"], plan.world_size)
+    # The next one begins from here and from all that was known: what a constraint ruled out may come back.
+    starts = [*found["starts"], *context.starts][: 2 * STARTS]
+    return described(Context(context.graph, context.rows, context.cost, starts, context.memory_limit), strategy, stats, found)
 
 
 def settled(graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.CostModel, limit: int, comm: Comm | None) -> tuple[str, str]:
@@ -113,4 +164,8 @@ def searched(graph: _C.OpGraph, rows: list[int], cost: _C.CostModel, options: _C
             "simulations": result.simulations,
             "illegal": result.illegal,
         }
-    return found if comm is None else dict(comm.gather_objects(found)[0])
+    everywhere = found if comm is None else dict(comm.gather_objects(found)[0])
+    if found:  # only where the search was: they are as large as the plan, each
+        legal = sorted((c for c in result.candidates if c.step_ns >= 0), key=lambda c: (not c.fits, c.step_ns))
+        everywhere["starts"] = [(c.name, c.strategy) for c in legal[:STARTS]]
+    return everywhere

@@ -9,6 +9,8 @@ namespace soap {
 
 void bind_plan(py::module_& m) {
   m.def("parse_plan", &parse_plan, py::arg("graph"), py::arg("text"), py::arg("world_size"));
+  m.def("parse_changes", &parse_changes, py::arg("graph"), py::arg("text"), py::arg("world_size"));
+  m.def("matches", &matches, py::arg("pattern"), py::arg("name"));
   m.def("print_plan", &print_plan, py::arg("graph"), py::arg("strategy"));
   m.def("print_config", &print_config, py::arg("config"));
 }

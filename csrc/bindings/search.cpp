@@ -5,6 +5,7 @@
 #include "bindings/bindings.h"
 #include "report/explain.h"
 #include "sim/delta.h"
+#include "search/manual.h"
 
 namespace py = pybind11;
 
@@ -81,13 +82,27 @@ void bind_search(py::module_& m) {
           "change", [](OwnedDelta& d, NodeId node, std::optional<OpConfig> config) { return d.simulator.change({{node, std::move(config)}}); }, py::arg("node"),
           py::arg("config"), "Step time with a node's new configuration; None: it follows. ValueError when it isn't legal.")
       .def("undo", [](OwnedDelta& d) { d.simulator.undo(); });
+  py::class_<ManualOptions>(m, "ManualOptions")
+      .def(py::init<>())
+      .def_readwrite("dp", &ManualOptions::dp)
+      .def_readwrite("tp", &ManualOptions::tp)
+      .def_readwrite("pp", &ManualOptions::pp)
+      .def_readwrite("micro_batches", &ManualOptions::micro_batches)
+      .def_readwrite("order", &ManualOptions::order)
+      .def_readwrite("zero", &ManualOptions::zero)
+      .def_readwrite("zero_group", &ManualOptions::zero_group)
+      .def_readwrite("strict", &ManualOptions::strict);
+  m.def("manual_strategy", &manual_strategy, py::arg("graph"), py::arg("world_size"), py::arg("options"));
+  py::class_<Constraints>(m, "Constraints").def(py::init<>()).def_readwrite("pin", &Constraints::pin).def_readwrite("forbid", &Constraints::forbid);
   py::class_<SearchOptions>(m, "SearchOptions")
       .def(py::init<>())
       .def_readwrite("seed", &SearchOptions::seed)
       .def_readwrite("descent_simulations", &SearchOptions::descent_simulations)
       .def_readwrite("mcmc_simulations", &SearchOptions::mcmc_simulations)
       .def_readwrite("temperature", &SearchOptions::temperature)
-      .def_readwrite("memory_limit_bytes", &SearchOptions::memory_limit_bytes);
+      .def_readwrite("memory_limit_bytes", &SearchOptions::memory_limit_bytes)
+      .def_readwrite("constraints", &SearchOptions::constraints)
+      .def_readwrite("starts", &SearchOptions::starts);
   py::class_<Candidate>(m, "Candidate")
       .def_readonly("name", &Candidate::name)
       .def_readonly("strategy", &Candidate::strategy)

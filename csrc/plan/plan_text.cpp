@@ -337,6 +337,28 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
   return strategy;
 }
 
+std::map<std::string, std::optional<OpConfig>> parse_changes(const OpGraph& graph, std::string_view text, int world_size) {
+  const Strategy parsed = parse_plan(graph, text, world_size);
+  std::map<std::string, std::optional<OpConfig>> out;
+  for (const auto& [name, config] : parsed.nodes) out[name] = config;
+  int count = 0;
+  while (!text.empty()) {
+    const size_t end = std::min(text.find('\n'), text.size());
+    const std::string_view row = text.substr(0, std::min(end, text.find('#')));
+    text.remove_prefix(std::min(end + 1, text.size()));
+    ++count;
+    const auto words = words_of(row);
+    if (words.empty()) continue;
+    if (words[0] == "set" || words[0] == "edge") fail({.number = count, .text = std::string(row)}, "only lines of operators and parameters fit here");
+    const Line line = parse_line(count, row, world_size);
+    if (!line.store.empty() && !line.has_config && !line.has_devices) continue;
+    for (const Node& n : graph.nodes) {
+      if (n.kind == NodeKind::kOp && matches(line.pattern, n.name)) out.emplace(n.name, std::nullopt);
+    }
+  }
+  return out;
+}
+
 std::string print_config(const OpConfig& config) {
   std::vector<std::string> words;
   for (const FactorCut& c : config.cuts) {

@@ -30,6 +30,7 @@ struct Searcher {
   Candidate price(std::string name, const Strategy& s) {
     Candidate c{.name = std::move(name), .strategy = s};
     try {
+      if (!allowed(graph, s, rows, options.constraints)) user_error("[search] {} leaves the constraints", c.name);
       const Simulation sim = simulate(lower(graph, s, rows), cost);
       c.step_ns = sim.step_ns;
       c.memory_bytes = *std::max_element(sim.memory_bytes.begin(), sim.memory_bytes.end());
@@ -80,6 +81,7 @@ struct Searcher {
     while (improved && left > 0) {
       improved = false;
       for (const Node* n : operators) {
+        if (options.constraints.pinned(n->name)) continue;
         for (const auto& config : usual_configs(*n)) {
           if (left-- <= 0) return best;
           Strategy s = best.strategy;
@@ -173,9 +175,20 @@ struct Searcher {
     return best;
   }
 
+  std::string why_illegal(const Strategy& s) const {
+    try {
+      lower(graph, s, rows);
+    } catch (const std::invalid_argument& e) {
+      return e.what();
+    }
+    return "a forbidden cut is left";
+  }
+
   void run() {
     rank_operators();
-    for (auto& [name, strategy] : seeds(graph, world())) result.candidates.push_back(price(name, strategy));
+    for (const auto& [name, strategy] : options.starts.empty() ? seeds(graph, world()) : options.starts) {
+      result.candidates.push_back(price(name, options.constraints.empty() ? strategy : adapted(graph, strategy, rows, options.constraints)));
+    }
     const auto best_so_far = [&] {
       size_t best = 0;
       for (size_t i = 1; i < result.candidates.size(); ++i) {
@@ -183,6 +196,9 @@ struct Searcher {
       }
       return best;
     };
+    if (!options.constraints.empty() && result.candidates[best_so_far()].step_ns == kIllegal) {
+      user_error("[plan] no plan keeps what is pinned and forbidden: {}", why_illegal(result.candidates[0].strategy));
+    }
     SOAP_CHECK(result.candidates[best_so_far()].step_ns != kIllegal, "[search] no seed is legal");
     if (world() > 1) {
       std::vector<Candidate> starts{result.candidates[0]};

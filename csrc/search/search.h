@@ -1,9 +1,8 @@
 // Search: the Strategy with the smallest simulated step time that fits in memory.
 //
-// 1. Seeds: what a person would write. One device; DDP (every operator cut at the processes' rows); ZeRO-3 (parameters stored in parts,
-//    gathered for use, Rajbhandari et al. 2020); Megatron (linears cut o, then i, attention by heads, Shoeybi et al. 2019); OWT
-//    (convolutions data parallel, linears by channel, Krizhevsky 2014); grids of samples and Megatron's groups; images by rows; pipelines
-//    of balanced stages in chunks, where the loss is inside.
+// 1. Seeds: what a person would write. One device; DDP (every operator cut at the processes' rows); ZeRO-1/2/3 and HSDP (parameters stored in
+//    parts); Megatron; every grid of samples, channels and pipeline stages (search/manual.h); OWT (convolutions data parallel, linears by
+//    channel, Krizhevsky 2014); images by rows.
 // 2. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
 //    try (follow, fed, every factor cut over all devices). The hybrids come from here.
 // 3. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.
@@ -17,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "search/constraints.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -27,6 +27,9 @@ struct SearchOptions {
   int mcmc_simulations = 400;
   double temperature = 0.02;                  // accepted with exp(-relative loss / temperature)
   std::optional<int64_t> memory_limit_bytes;  // per device; default: the machine's
+  Constraints constraints;
+  // Where the search begins, by name; empty: the seeds. Either is adapted to the constraints.
+  std::vector<std::pair<std::string, Strategy>> starts;
 };
 
 struct Candidate {

@@ -1,0 +1,68 @@
+// Manual plans: what a person writes with given degrees. Devices form a grid, pipeline stage slowest, tensor rank fastest:
+//
+//   device(stage, replica, rank) = (stage * dp + replica) * tp + rank
+//
+// dp: samples are cut in `dp` tiles (the processes' own rows where nothing else is cut), as data parallelism does.
+// tp: operators with parameters are cut by output channels where their input is whole, by input channels where it comes cut, embeddings by
+//     vocabulary, attention by heads (Shoeybi et al. 2019, section 3); the rest follows, or is done alike by the ranks of a group.
+// pp: contiguous stages of balanced work, each on its sub-grid; `micro_batches` chunks of samples in time run through them (GPipe, Huang et
+//     al. 2019; 1F1B, Narayanan et al. 2019).
+// zero: parameters are stored in parts over a group of replicas (Rajbhandari et al. 2020): 1 gathered until the step, 2 until
+//     backward, 3 for each use. A group smaller than dp is HSDP: parts within a group, alike over groups. A parameter that has fewer
+//     indices in every dim than there are parts stays whole.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "sharding/rule.h"
+#include "sharding/strategy.h"
+
+namespace soap {
+
+struct ManualOptions {
+  int dp = 1, tp = 1, pp = 1;
+  int micro_batches = 1;
+  Order order = Order::kForwardThenBackward;
+  int zero = 0;
+  int zero_group = 0;      // replicas that share a parameter's parts; 0: all dp of them
+  NodeId tensor_from = 0;  // operators before this node are data parallel over all devices (Krizhevsky 2014)
+  // A degree that an operator can't be cut by (heads that don't divide, channels too few) is an error; else the operator is done alike by the
+  // group.
+  bool strict = false;
+};
+
+// What all manual plans of a graph share. The graph must outlive it.
+class ManualPlanner {
+ public:
+  ManualPlanner(const OpGraph& graph, int world_size);
+  // Throws std::invalid_argument naming the operator, the degree and what would be legal.
+  Strategy make(const ManualOptions& options) const;
+
+  bool has_loss() const { return has_loss_; }
+  int64_t rows() const { return rows_; }  // of the batch; 0: no feed has any
+  int num_layers() const { return static_cast<int>(layers_.size()); }  // a stage has at least one
+  const Rule& rule(const Node& node) const { return rules_[node.id]; }
+
+ private:
+  std::vector<int> stages(int count) const;  // per node
+  void check(const ManualOptions& options) const;
+
+  const OpGraph& graph_;
+  int world_ = 1;
+  int64_t rows_ = 0;
+  bool has_loss_ = false;
+  std::vector<Rule> rules_;
+  std::vector<std::string> sample_;  // per node: the factor that the processes' rows lie in, "" where they don't reach
+  std::vector<NodeId> layers_;  // where each begins: an operator with weights, or a normalisation before it
+  std::vector<double> work_;  // per node
+};
+
+Strategy manual_strategy(const OpGraph& graph, int world_size, const ManualOptions& options);
+
+// "n=fed" on every operator.
+Strategy everywhere_fed(const OpGraph& graph, int world_size);
+bool can_cut(const Rule& rule, const std::string& factor, int degree);
+int64_t parameter_bytes(const OpGraph& graph, const Node& node);
+
+}  // namespace soap

@@ -1,0 +1,75 @@
+"""The plan that a person would write: degrees of data, tensor and pipeline parallelism, ZeRO (csrc/search/manual.h)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from torch_soap import _C, calibrate
+from torch_soap.compare import Context
+from torch_soap.plan import Plan
+from torch_soap.planner import described, graph_for, measure
+
+ORDERS = {"gpipe": _C.Order.forward_then_backward, "1f1b": _C.Order.interleaved}
+
+
+def manual_plan(
+    module: nn.Module,
+    example_inputs: Any,
+    *,
+    loss: Callable[..., Any] | None = None,
+    world_size: int | None = None,
+    machine: Any = None,
+    dp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    micro_batches: int = 1,
+    schedule: str = "1f1b",
+    zero: int = 0,
+    zero_group: int | None = None,
+) -> Plan:
+    """A plan with given degrees, priced on a machine; the module may be on the meta device.
+
+    Devices are numbered with the ranks of a tensor group next to each other, then data parallel replicas, pipeline stages farthest apart.
+
+    Args:
+        example_inputs: the global batch.
+        world_size: devices; default: dp * tp * pp.
+        machine: to price it on; default: this one, measured.
+        dp: replicas, each with its share of the samples.
+        tp: ranks that share each layer: linears by output, then by input channels, embeddings by vocabulary, attention by heads.
+        pp: stages of balanced work.
+        micro_batches: chunks of samples in time, of each replica.
+        schedule: "1f1b" (needs the loss in the plan) or "gpipe".
+        zero: parameters stored in parts over replicas: 1 gathered until the optimizer's step, 2 until backward, 3 for each use.
+        zero_group: replicas that share the parts, a divisor of dp (HSDP); default: all.
+
+    Raises:
+        ValueError: a degree that this model or batch doesn't allow: names the operator and what would be legal.
+    """
+    begin = time.perf_counter()
+    if schedule not in ORDERS:
+        raise ValueError(f'[manual_plan] schedule "{schedule}" is not one of {", ".join(ORDERS)}')
+    world = world_size or dp * tp * pp
+    graph, captured, rows = graph_for(module, example_inputs, loss, world)
+    seconds = time.perf_counter() - begin
+    options = _C.ManualOptions()
+    options.dp, options.tp, options.pp, options.micro_batches = dp, tp, pp, micro_batches
+    options.order, options.zero, options.zero_group, options.strict = ORDERS[schedule], zero, zero_group or 0, True
+    strategy = _C.manual_strategy(graph, world, options)
+    measured = 0
+    if machine is None:
+        known = calibrate.load(world)
+        cost = _C.CostModel(calibrate.detect(world, None, known))
+        measured = measure(cost, graph, captured, strategy, rows, None, known)
+        if measured:
+            calibrate.save(world, known)
+    else:
+        cost = _C.CostModel(machine)
+    name = " x ".join(f"{k} {v}" for k, v in (("dp", dp), ("tp", tp), ("pp", pp)) if v > 1) or "one device"
+    name += f", zero-{zero}" if zero else ""
+    stats = {"seconds": time.perf_counter() - begin, "capture_seconds": seconds, "simulations": 1, "chains": 0, "measured_operators": measured}
+    return described(Context(graph, rows, cost, [(name, strategy)]), strategy, stats, {"chosen": name, "seeds": {}, "table": ""})
