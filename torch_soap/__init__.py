@@ -2,11 +2,12 @@
 
 from torch_soap import _ops as _ops
 from torch_soap.api import grad_norm, parallelize, plan
+from torch_soap.machine import Machine
 from torch_soap.plan import Plan
 from torch_soap.random_ops import counter_rng
 from torch_soap.runtime.header import RankMismatchError
 from torch_soap.runtime.saving import load, save
 from torch_soap.verify import Report, verify
 
-__all__ = ["Plan", "RankMismatchError", "Report", "counter_rng", "grad_norm", "load", "parallelize", "plan", "save", "verify"]
+__all__ = ["Machine", "Plan", "RankMismatchError", "Report", "counter_rng", "grad_norm", "load", "parallelize", "plan", "save", "verify"]
 __version__ = "0.1.0"
