@@ -3,6 +3,7 @@
 from torch_soap import _ops as _ops
 from torch_soap.api import grad_norm, parallelize, plan
 from torch_soap.compare import diff
+from torch_soap.machine import Machine
 from torch_soap.manual import manual_plan
 from torch_soap.plan import Plan
 from torch_soap.random_ops import counter_rng
@@ -10,5 +11,19 @@ from torch_soap.runtime.header import RankMismatchError
 from torch_soap.runtime.saving import load, save
 from torch_soap.verify import Report, verify
 
-__all__ = ["Plan", "RankMismatchError", "Report", "counter_rng", "diff", "grad_norm", "load", "manual_plan", "parallelize", "plan", "save", "verify"]
+__all__ = [
+    "Machine",
+    "Plan",
+    "RankMismatchError",
+    "Report",
+    "counter_rng",
+    "diff",
+    "grad_norm",
+    "load",
+    "manual_plan",
+    "parallelize",
+    "plan",
+    "save",
+    "verify",
+]
 __version__ = "0.1.0"

@@ -101,7 +101,7 @@ def parallelize(
             plan at the first forward.
         loss: called as loss(output, *targets) inside the parallel program; then `model(*inputs, *targets)` returns the loss.
         plan: a Plan, the path of a saved one, or text (docs/plan-format.md); default: searched.
-        machine: plan for this machine instead of the measured one.
+        machine: plan for this Machine (a preset, a file) instead of the measured one.
         memory_limit: bytes per device.
         sample_dims: of each input tensor the dim that holds the rows, None where it has none. Default: found by size and replay, dim 0
             where that fits; name them for inputs whose rows are in another dim (time first).

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import socket
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +20,14 @@ import torch
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
+from torch_soap.machine import Machine
+from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, timed
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm
 
 SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
-REPEATS = 3
+FORMAT = 2  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -41,19 +42,24 @@ def placement(comm: Comm | None) -> list[int]:
 def cache_file(num_ranks: int, host_of: Sequence[int] = ()) -> Path:
     """One file per (kind of host, torch, threads, ranks on each host)."""
     root = Path(os.environ.get("TORCH_SOAP_CACHE", Path.home() / ".cache" / "torch_soap"))
-    key = f"{platform.processor()}|{platform.machine()}|{os.cpu_count()}|{torch.__version__}|{torch.get_num_threads()}|{num_ranks}"
+    key = f"{FORMAT}|{platform.processor()}|{platform.machine()}|{os.cpu_count()}|{torch.__version__}|{torch.get_num_threads()}|{num_ranks}"
     if len(set(host_of)) > 1:
         key += f"|{list(host_of)}"
     return root / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
+def nothing_known() -> dict[str, Any]:
+    return {"operators": {}, "tables": {}, "marks": {}, "load": round(load_per_core(), 2)}
+
+
 def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) -> dict[str, Any]:
-    """What rank 0's host knows, on all ranks, so that all measure the same things in the same order. Collective when `comm` is given."""
-    known: dict[str, Any] = {"operators": {}, "tables": {}}
+    """What rank 0's host knows and doesn't doubt, on all ranks, so that all measure the same things in the same order. Collective when `comm` is given."""
+    known = nothing_known()
     path = cache_file(num_ranks, host_of)
     if path.exists() and (comm is None or comm.rank == 0):
         try:
             known = dict(json.loads(path.read_text()))
+            forget_doubtful(known, load_per_core())
         except json.JSONDecodeError:  # cut short by a killed run: measure again
             path.unlink()
     return known if comm is None else dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
@@ -67,25 +73,14 @@ def save(num_ranks: int, data: dict[str, Any], host_of: Sequence[int] = ()) -> N
     temporary.replace(path)
 
 
-def time_ns(fn: Any, repeats: int = REPEATS) -> int:
-    """Median of a few runs after one to warm up."""
-    fn()
-    out = []
-    for _ in range(repeats):
-        begin = time.perf_counter_ns()
-        fn()
-        out.append(time.perf_counter_ns() - begin)
-    return int(statistics.median(out))
-
-
 def barrier(comm: Comm | None) -> None:
     if comm is not None:
         comm.gather_ints([0])
 
 
-def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: Sequence[int] = ()) -> _C.Machine:
+def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: Sequence[int] = ()) -> Machine:
     """The machine that this job runs on; its tables are measured unless they are known. `known` is the same on all ranks."""
-    machine = _C.Machine(world_size, 1)
+    machine = Machine(world_size, 1)
     machine.name = platform.node()
     if host_of:
         machine.host_of = list(host_of)
@@ -97,11 +92,13 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
         a, b = torch.randn(512, 512), torch.randn(512, 512)
         x = torch.randn(1 << 21)
         barrier(comm)
-        gemm, wave = time_ns(lambda: a @ b), time_ns(lambda: torch.add(x, 1.0))
-        small = time_ns(lambda: [torch.add(a[0], 1.0) for _ in range(20)]) // 20
-        rates = [2 * 512**3 / gemm * 1e9, 2 * x.numel() * 4 / wave * 1e9, small * 2.0]
+        gemm, wave = calmest(lambda: timed(lambda: a @ b)), calmest(lambda: timed(lambda: torch.add(x, 1.0)))
+        small = calmest(lambda: timed(lambda: [torch.add(a[0], 1.0) for _ in range(20)]))
+        rates = [2 * 512**3 / gemm.ns * 1e9, 2 * x.numel() * 4 / wave.ns * 1e9, small.ns // 20 * 2.0]
         known["rates"] = rates
+        mark(known, "rates", gemm, wave, small)
     machine.flops_per_s, machine.memory_bytes_per_s, machine.op_overhead_ns = rates
+    machine.efficiency = known.get("efficiency", {})
     if comm is not None and world_size > 1:
         measure_movements(machine, comm, known)
     return machine
@@ -121,20 +118,25 @@ def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) ->
         for kind in ("exchange", "all_reduce"):
             key = f"{kind}/{num_ranks}/{num_hosts}"
             if key not in known["tables"]:
-                known["tables"][key] = [[size, time_movement(comm, kind, ranks, size)] for size in SIZES]
+                timings = [calmest(lambda k=kind, r=ranks, s=size: time_movement(comm, k, r, s)) for size in SIZES]  # type: ignore[misc]
+                known["tables"][key] = [[size, t.ns] for size, t in zip(SIZES, timings, strict=True)]
+                mark(known, f"tables/{key}", *timings)
             tables[key] = [tuple(p) for p in known["tables"][key]]
     machine.tables = tables
 
 
-def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> int:
-    """An exchange in which every rank sends `size` bytes in all, or an all-reduce of a tensor of `size` bytes."""
+def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
+    """An exchange in which every rank sends `size` bytes in all, or an all-reduce of a tensor of `size` bytes. The slowest rank's, on all ranks."""
     if kind == "all_reduce":
         tensor = torch.zeros(size // 4)
-        return max(v[0] for v in comm.gather_ints([time_ns(lambda: comm.all_reduce(tensor, ranks, False))]))
-    others = [r for r in ranks if r != comm.rank]
-    part = torch.zeros(size // len(others), dtype=torch.uint8)
-    expected = {r: part.numel() for r in others}
-    return max(v[0] for v in comm.gather_ints([time_ns(lambda: comm.exchange(dict.fromkeys(others, part), expected, ranks))]))
+        mine = timed(lambda: comm.all_reduce(tensor, ranks, False))
+    else:
+        others = [r for r in ranks if r != comm.rank]
+        part = torch.zeros(size // len(others), dtype=torch.uint8)
+        expected = {r: part.numel() for r in others}
+        mine = timed(lambda: comm.exchange(dict.fromkeys(others, part), expected, ranks))
+    everyone = comm.gather_ints([mine.ns, int(mine.spread * 1000)])
+    return Timing(max(v[0] for v in everyone), max(v[1] for v in everyone) / 1000)
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
@@ -148,14 +150,16 @@ def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, com
         if count >= limit:
             break
         count += 1
-        forward, backward = time_operator(program, graph, sample)
+        timings = time_operator(program, graph, sample)
+        forward, backward = timings[0].ns, max(timings[1].ns - timings[0].ns, 0)
         known["operators"][sample.key] = [forward, backward]
+        mark(known, f"operators/{sample.key}", *timings)
         cost.measure(program, sample, forward, backward)
     return count
 
 
-def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tuple[int, int]:
-    """Forward and backward of one tile of one operator, in ns."""
+def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tuple[Timing, Timing]:
+    """Of one tile of one operator: forward, and forward with backward."""
     module, shapes, dtypes, needs = build_item(program, sample.node, sample.tile, sample.chunk, graph)
     node = program.graph.nodes[sample.node]
     inputs = []
@@ -180,5 +184,5 @@ def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tup
     begin = time.perf_counter_ns()
     forward()
     repeats = 1 if time.perf_counter_ns() - begin > 100_000_000 else REPEATS
-    forward_ns = time_ns(forward, repeats)
-    return forward_ns, max(time_ns(both, repeats) - forward_ns, 0) if differentiable else 0
+    one_way = calmest(lambda: timed(forward, repeats))
+    return one_way, calmest(lambda: timed(both, repeats)) if differentiable else one_way

@@ -1,13 +1,15 @@
-"""`python -m torch_soap plan|explain|why-not|diff|verify|trace|info`: the planner and the exactness check from the command line.
+"""`python -m torch_soap plan|explain|why-not|diff|verify|trace|calibrate|info`: the planner and the exactness check from the command line.
 
 A module is named `package.module:factory`; the factory returns (module, example_inputs) or (module, example_inputs, loss) for
-the global batch.
+the global batch. A machine is `preset:<name>:<hosts>x<devices per host>` (preset:h100:8x8) or the path of a file that
+`calibrate --out` or Machine.save wrote. `calibrate` under torchrun measures with all of its processes at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ import torch
 import torch_soap
 from torch_soap import _C
 from torch_soap.compare import Context
+from torch_soap.families import measure_now
+from torch_soap.machine import Machine, named
 from torch_soap.plan import Plan, as_plan, lower
 from torch_soap.planner import graph_for
+from torch_soap.runtime.comm import TorchComm
 from torch_soap.trace import chrome_trace, simulated_events
 
 
@@ -34,12 +39,24 @@ def load(name: str) -> tuple[torch.nn.Module, Any, Any]:
     return made[0], made[1], made[2] if len(made) == 3 else None
 
 
-def machine(arguments: argparse.Namespace) -> _C.Machine:
-    """A machine of --world-size devices on --hosts hosts, with the links named on the command line."""
-    out = _C.Machine(arguments.world_size, arguments.hosts)
+def machine(arguments: argparse.Namespace) -> Machine:
+    """The one of --machine, or one of --world-size devices on --hosts hosts with links of --link-gbps."""
+    if arguments.machine is not None:
+        out = named(arguments.machine)
+        if out.num_devices < arguments.world_size:
+            raise ValueError(f"[machine] {arguments.machine} has {out.num_devices} devices, --world-size is {arguments.world_size}")
+        return out
+    out = Machine(arguments.world_size, arguments.hosts)
     if arguments.link_gbps is not None:
         out.inter = out.intra = _C.Link(latency_ns=50e3, bytes_per_s=arguments.link_gbps * 1e9 / 8)
     return out
+
+
+def world_size(arguments: argparse.Namespace) -> int:
+    """--world-size, or all devices of --machine, or 2."""
+    if arguments.world_size is not None:
+        return int(arguments.world_size)
+    return 2 if arguments.machine is None else named(arguments.machine).num_devices
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[Plan, _C.OpGraph, list[int]]:
@@ -98,6 +115,23 @@ def run_trace(arguments: argparse.Namespace) -> str:
     return f"wrote {out}: open it in chrome://tracing or ui.perfetto.dev"
 
 
+def run_calibrate(arguments: argparse.Namespace) -> str:
+    comm = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("gloo")
+        comm = TorchComm()
+    made, text = measure_now(comm)
+    if comm is not None:
+        rank = comm.rank
+        torch.distributed.destroy_process_group()
+        if rank > 0:
+            return ""
+    if arguments.out is not None:
+        made.save(arguments.out)
+        text += f"\nwrote {arguments.out}"
+    return text
+
+
 def run_info(_arguments: argparse.Namespace) -> str:
     return "\n".join(
         [
@@ -108,7 +142,16 @@ def run_info(_arguments: argparse.Namespace) -> str:
     )
 
 
-COMMANDS = {"plan": run_plan, "explain": run_explain, "why-not": run_why_not, "diff": run_diff, "verify": run_verify, "trace": run_trace, "info": run_info}
+COMMANDS = {
+    "plan": run_plan,
+    "explain": run_explain,
+    "why-not": run_why_not,
+    "diff": run_diff,
+    "verify": run_verify,
+    "trace": run_trace,
+    "calibrate": run_calibrate,
+    "info": run_info,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,13 +161,17 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(name)
         if name == "info":
             continue
+        if name == "calibrate":
+            command.add_argument("--out", type=Path, help="file to write the machine to")
+            continue
         if name == "diff":
             command.add_argument("a", help="path or text of a plan")
             command.add_argument("b", help="of another")
         command.add_argument("--module" if name == "diff" else "module", help="package.module:factory", **({"required": True} if name == "diff" else {}))
         if name == "why-not":
             command.add_argument("line", nargs="+", help='a line of a plan: "features.3 n=2"')
-        command.add_argument("--world-size", type=int, default=2, help="devices")
+        command.add_argument("--world-size", type=int, help="devices; default: all of --machine, else 2")
+        command.add_argument("--machine", help="preset:<name>:<hosts>x<devices per host>, or a file; default: a modest server, described by:")
         command.add_argument("--hosts", type=int, default=1)
         command.add_argument("--link-gbps", type=float, help="rate of every link in Gb/s; default: this version's guess for one host")
         command.add_argument("--plan", help="path or text of a plan; default: searched")
@@ -132,8 +179,12 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--steps", type=int, default=3, help="verify: steps of SGD")
     arguments = parser.parse_args(argv)
     try:
-        print(COMMANDS[arguments.command](arguments))
-    except ValueError as error:
+        if "world_size" in arguments:
+            arguments.world_size = world_size(arguments)
+        text = COMMANDS[arguments.command](arguments)
+        if text:
+            print(text)
+    except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

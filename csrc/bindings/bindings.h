@@ -10,6 +10,7 @@ void bind_graph(pybind11::module_& m);
 void bind_sharding(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
+void bind_machine(pybind11::module_& m);
 void bind_search(pybind11::module_& m);
 
 }  // namespace soap

@@ -7,5 +7,6 @@ PYBIND11_MODULE(_C, m) {
   soap::bind_sharding(m);
   soap::bind_program(m);
   soap::bind_plan(m);
+  soap::bind_machine(m);
   soap::bind_search(m);
 }

@@ -12,43 +12,6 @@ namespace py = pybind11;
 namespace soap {
 
 void bind_search(py::module_& m) {
-  py::class_<Link>(m, "Link")
-      .def(py::init<double, double>(), py::arg("latency_ns"), py::arg("bytes_per_s"))
-      .def_readwrite("latency_ns", &Link::latency_ns)
-      .def_readwrite("bytes_per_s", &Link::bytes_per_s);
-  py::class_<Machine>(m, "Machine", "Devices, hosts and links, and what was measured on them.")
-      .def(py::init(&make_machine), py::arg("num_devices"), py::arg("num_hosts") = 1)
-      .def_readwrite("name", &Machine::name)
-      .def_readwrite("host_of", &Machine::host_of)
-      .def_readwrite("flops_per_s", &Machine::flops_per_s)
-      .def_readwrite("memory_bytes_per_s", &Machine::memory_bytes_per_s)
-      .def_readwrite("op_overhead_ns", &Machine::op_overhead_ns)
-      .def_readwrite("memory_bytes", &Machine::memory_bytes)
-      .def_readwrite("overlap", &Machine::overlap)
-      .def_readwrite("intra", &Machine::intra)
-      .def_readwrite("inter", &Machine::inter)
-      .def_readwrite("tables", &Machine::tables)
-      .def_property_readonly("num_devices", &Machine::num_devices);
-  m.def("movement_ns", &movement_ns, py::arg("machine"), py::arg("kind"), py::arg("ranks"), py::arg("num_bytes"));
-  py::class_<OpSample>(m, "OpSample")
-      .def_readonly("key", &OpSample::key)
-      .def_readonly("node", &OpSample::node)
-      .def_readonly("tile", &OpSample::tile)
-      .def_readonly("chunk", &OpSample::chunk);
-  py::class_<CostModel>(m, "CostModel")
-      .def(py::init<Machine>(), py::arg("machine"))
-      .def_property_readonly("machine", &CostModel::machine)
-      .def(
-          "time",
-          [](const CostModel& c, const Program& p, int node, int tile, int chunk) {
-            const OpTime t = c.time(p, node, tile, chunk);
-            return std::pair(t.forward_ns, t.backward_ns);
-          },
-          py::arg("program"), py::arg("node"), py::arg("tile") = 0, py::arg("chunk") = 0)
-      .def(
-          "measure", [](CostModel& c, const Program& p, const OpSample& s, int64_t forward, int64_t backward) { c.measure(p, s, {forward, backward}); },
-          py::arg("program"), py::arg("sample"), py::arg("forward_ns"), py::arg("backward_ns"))
-      .def("missing", &CostModel::missing, py::arg("program"));
   py::class_<Event>(m, "Event")
       .def_readonly("step", &Event::step)
       .def_readonly("device", &Event::device)

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "cost/work.h"
 #include "fmt/ranges.h"
 
 namespace soap {
@@ -49,31 +50,9 @@ std::string CostModel::key(const Program& p, NodeId node, int tile, int chunk) {
 }
 
 OpTime CostModel::roofline(const Program& p, NodeId node, int tile, int chunk) const {
-  const Node& n = p.graph.nodes[node];
-  const Rule& rule = p.rules[node];
-  const auto sets = factor_sets(rule, p.tilings[node], tile, chunk);
-  double flops = 0, bytes = 0;
-  bool contraction = false;
-  double volume_all = 1;
-  for (size_t f = 0; f < sets.size(); ++f) {
-    volume_all *= static_cast<double>(sets[f].size());
-    contraction = contraction || rule.factors[f].kind == FactorKind::kReduction;
-  }
-  for (size_t i = 0; i < n.inputs.size(); ++i) {
-    const Box box = local_box(p, n, i, sets);
-    bytes += static_cast<double>(volume(box) * p.graph.input(n, static_cast<int>(i)).element_bytes);
-    if (i == 1) {
-      for (size_t d = 0; d < box.size(); ++d) {
-        if (rule.operands[1].dims[d].factors.empty()) volume_all *= static_cast<double>(box[d].size());
-      }
-    }
-  }
-  for (size_t r = 0; r < n.outputs.size(); ++r) {
-    const Tensor& t = p.graph.output(n, static_cast<int>(r));
-    bytes += static_cast<double>(volume(box_of(rule.results[r].dims, rule, t.shape, sets)) * t.element_bytes);
-  }
-  if (contraction && n.inputs.size() > 1) flops = 2 * volume_all;
-  const double ns = machine_.op_overhead_ns + std::max(flops / machine_.flops_per_s, bytes / machine_.memory_bytes_per_s) * 1e9;
+  const Work work = work_of(p, node, tile, chunk);
+  const double bound = std::max(work.flops / machine_.flops_of(work.family, work.dtype), work.bytes / machine_.memory_bytes_per_s);
+  const double ns = machine_.op_overhead_ns + bound / machine_.efficiency_of(work.family) * 1e9;
   return {.forward_ns = static_cast<int64_t>(ns), .backward_ns = p.differentiable[node] ? static_cast<int64_t>(2 * ns) : 0};
 }
 

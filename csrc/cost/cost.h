@@ -1,6 +1,6 @@
 // Cost: the time of one tile of one operator, measured where it is known, else a roofline scaled by what was measured of its operator.
 //
-//   roofline(tile) = overhead + max(flops / F, bytes / B);  flops = 2 * prod(local factor sizes) * prod(whole dims of operand 1)
+//   roofline(tile) = overhead + max(flops / F(type), bytes / B) / efficiency(family)      flops, bytes: cost/work.h; the rates: machine/machine.h
 //   estimate(tile) = roofline(tile) * mean over measured tiles m of the same operator of (measured(m) / roofline(m))
 #pragma once
 
@@ -28,7 +28,8 @@ struct OpSample {
 
 class CostModel {
  public:
-  explicit CostModel(Machine machine) : machine_(std::move(machine)) {}
+  // Throws std::invalid_argument where the machine isn't one (check in machine/machine.h).
+  explicit CostModel(Machine machine) : machine_(std::move(machine)) { check(machine_); }
   const Machine& machine() const { return machine_; }
 
   // Operator, local shapes and attributes: equal keys take equal time.

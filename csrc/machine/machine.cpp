@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <set>
 
 #include "base/error.h"
+#include "fmt/ranges.h"
+#include "machine/collectives.h"
 
 namespace soap {
 
@@ -22,6 +25,65 @@ Machine make_machine(int num_devices, int num_hosts) {
   Machine m;
   for (int d = 0; d < num_devices; ++d) m.host_of.push_back(d / (num_devices / num_hosts));
   return m;
+}
+
+double Machine::flops_of(std::string_view family, const std::string& dtype) const {
+  const bool short_products = dtype == "float32" && (tf32 || family == "convolution" || family == "recurrent");
+  auto it = short_products ? flops_by_dtype.find("tf32") : flops_by_dtype.end();
+  if (it == flops_by_dtype.end()) it = flops_by_dtype.find(dtype);
+  return it == flops_by_dtype.end() ? flops_per_s : it->second;
+}
+
+double Machine::efficiency_of(std::string_view family) const {
+  const auto it = efficiency.find(std::string(family));
+  return it == efficiency.end() ? 1.0 : it->second;
+}
+
+void check(const Machine& m) {
+  const auto positive = [](std::string_view field, double value) {
+    if (!(value > 0) || !std::isfinite(value)) user_error("[machine] {} is {}, it must be a positive number", field, value);
+  };
+  const auto not_negative = [](std::string_view field, double value) {
+    if (!(value >= 0) || !std::isfinite(value)) user_error("[machine] {} is {}, it must be a number from 0 up", field, value);
+  };
+  if (m.host_of.empty()) user_error("[machine] host_of is empty: it holds the host of each device");
+  for (size_t d = 0; d < m.host_of.size(); ++d) {
+    if (m.host_of[d] < 0 || m.host_of[d] >= m.num_devices()) {
+      user_error("[machine] host_of[{}] is {}, hosts are counted from 0 and there are no more than devices ({})", d, m.host_of[d], m.num_devices());
+    }
+  }
+  if (!m.speed.empty() && m.speed.size() != m.host_of.size()) {
+    user_error("[machine] speed has {} entries for {} devices; it is empty or has one for each", m.speed.size(), m.num_devices());
+  }
+  for (size_t d = 0; d < m.speed.size(); ++d) positive(fmt::format("speed[{}]", d), m.speed[d]);
+  positive("flops_per_s", m.flops_per_s);
+  for (const auto& [dtype, rate] : m.flops_by_dtype) positive("flops_by_dtype[" + dtype + "]", rate);
+  positive("memory_bytes_per_s", m.memory_bytes_per_s);
+  not_negative("op_overhead_ns", m.op_overhead_ns);
+  if (m.memory_bytes <= 0) user_error("[machine] memory_bytes is {}, it must be positive", m.memory_bytes);
+  for (const auto& [family, part] : m.efficiency) {
+    if (std::find(kOpFamilies.begin(), kOpFamilies.end(), family) == kOpFamilies.end()) {
+      user_error("[machine] efficiency has \"{}\", the families are {}", family, fmt::join(kOpFamilies, ", "));
+    }
+    positive("efficiency[" + family + "]", part);
+  }
+  for (const auto& [field, link] : {std::pair{"intra", &m.intra}, std::pair{"inter", &m.inter}}) {
+    positive(fmt::format("{}.bytes_per_s", field), link->bytes_per_s);
+    not_negative(fmt::format("{}.latency_ns", field), link->latency_ns);
+    if (link->per_host < 0) user_error("[machine] {}.per_host is {}, it must be 0 (one for each device) or their number", field, link->per_host);
+  }
+  for (const auto& [key, table] : m.tables) {
+    int ranks = 0, hosts = 0, read = 0;
+    const size_t slash = key.find('/');
+    const std::string kind = key.substr(0, slash);
+    const bool numbers = slash != std::string::npos && std::sscanf(key.c_str() + slash, "/%d/%d%n", &ranks, &hosts, &read) == 2 && !key[slash + read];
+    if (!numbers || (kind != "exchange" && kind != "all_reduce") || ranks < 2 || hosts < 1) {
+      user_error("[machine] tables has \"{}\", a key is exchange or all_reduce/<ranks>/<hosts>, such as all_reduce/4/2", key);
+    }
+    for (size_t i = 1; i < table.size(); ++i) {
+      if (table[i].first <= table[i - 1].first) user_error("[machine] tables[{}] must rise in bytes: {} follows {}", key, table[i].first, table[i - 1].first);
+    }
+  }
 }
 
 namespace {
@@ -64,7 +126,7 @@ Measured nearest(const Machine& machine, const std::string& kind, int ranks, int
 
 }  // namespace
 
-int64_t movement_ns(const Machine& machine, const std::string& kind, const std::vector<int>& ranks, int64_t bytes) {
+int64_t movement_ns(const Machine& machine, const std::string& kind, const std::vector<int>& ranks, int64_t bytes, int at_once) {
   if (ranks.size() < 2) return 0;
   const int hosts = machine.num_hosts(ranks);
   const Measured measured = nearest(machine, kind, static_cast<int>(ranks.size()), hosts);
@@ -74,11 +136,28 @@ int64_t movement_ns(const Machine& machine, const std::string& kind, const std::
     const auto share = [](size_t n) { return static_cast<double>(n - 1) / static_cast<double>(n); };
     return interpolate(*measured.table, static_cast<int64_t>(static_cast<double>(bytes) * share(ranks.size()) / share(measured.ranks)));
   }
-  const Link& link = hosts > 1 ? machine.inter : machine.intra;
+  if (kind == "all_reduce") return static_cast<int64_t>(all_reduce_ns(machine, ranks, static_cast<double>(bytes), at_once));
+  // Spread evenly: every rank sends and receives as much, so the busiest link is that of the host with most to move.
   const auto n = static_cast<double>(ranks.size());
-  const double moved = kind == "all_reduce" ? 2.0 * (n - 1) / n * static_cast<double>(bytes) : static_cast<double>(bytes);
-  const double latency = link.latency_ns * (kind == "all_reduce" ? 2 * (n - 1) : 1);
-  return static_cast<int64_t>(latency + moved / link.bytes_per_s * 1e9);
+  std::map<int, int> local;
+  for (int r : ranks) ++local[machine.host_of[r]];
+  double ns = 0;
+  const auto load = [&](const Link& link, double device_bytes, int count) {
+    if (device_bytes <= 0 && bytes > 0) return;
+    const double busiest = std::max(device_bytes, link.per_host == 0 ? 0.0 : device_bytes * count / link.per_host);
+    ns = std::max(ns, link.latency_ns + busiest / link.bytes_per_s * 1e9);
+  };
+  for (const auto& [host, count] : local) {
+    if (count > 1) load(machine.intra, static_cast<double>(bytes) * (count - 1) / (n - 1), count);
+    if (local.size() > 1) load(machine.inter, static_cast<double>(bytes) * (n - count) / (n - 1), count);
+  }
+  return static_cast<int64_t>(ns);
+}
+
+int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic) {
+  if (ranks.size() < 2) return 0;
+  const Measured measured = nearest(machine, "exchange", static_cast<int>(ranks.size()), machine.num_hosts(ranks));
+  return measured.table ? interpolate(*measured.table, traffic.most_sent()) : traffic.exchange_ns();
 }
 
 }  // namespace soap

@@ -1,45 +1,71 @@
 // Machine: devices, hosts, links, and what was measured on them. One process drives one device; rank i is device i.
+//
+// A machine that runs the job carries measured tables. One that isn't there is a model of its published rates, and nothing else: what a field
+// means is said beside it, where presets take theirs from in machine/presets.cpp.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 namespace soap {
 
+// One direction of a full-duplex link. `per_host` of them serve the devices of a host, each device at most one at a time; 0: every device has its own.
+// NVLink through a switch and one NIC for each device have 0, a PCIe root or one NIC for the whole host 1.
 struct Link {
   double latency_ns = 20e3;
   double bytes_per_s = 1e9;
+  int per_host = 0;
+  bool operator==(const Link&) const = default;
 };
 
 // Measured (bytes, ns) points of one kind of movement, rising in bytes.
 using SizeTable = std::vector<std::pair<int64_t, int64_t>>;
 
+// Families of operators that reach about the same part of a device's rates (csrc/cost/work.h says which operator belongs where).
+inline constexpr std::array<std::string_view, 8> kOpFamilies{"convolution", "matmul",    "attention", "normalization",
+                                                             "pointwise",   "embedding", "recurrent", "other"};
+
 struct Machine {
   std::string name = "host";
-  std::vector<int> host_of;          // per device
-  double flops_per_s = 50e9;         // that a contraction reaches, per device, all devices busy
-  double memory_bytes_per_s = 8e9;   // that elementwise work reaches, per device, all devices busy
-  double op_overhead_ns = 15e3;      // of one operator
-  int64_t memory_bytes = 8LL << 30;  // per device
-  bool overlap = false;              // communication runs beside compute
-  Link intra{20e3, 2e9}, inter{100e3, 1e9};
+  std::vector<int> host_of;                      // per device
+  std::vector<double> speed;                     // per device, relative to the rates below: 0.5 takes twice as long; empty: all 1
+  double flops_per_s = 50e9;                     // of a contraction, per device, all devices busy; for types that flops_by_dtype lacks
+  std::map<std::string, double> flops_by_dtype;  // by torch's name of the type ("bfloat16"), and "tf32"
+  bool tf32 = false;                             // float32 matrix products at the tf32 rate too; convolutions and RNNs always are, as in torch
+  double memory_bytes_per_s = 8e9;               // that elementwise work reaches, per device, all devices busy
+  double op_overhead_ns = 15e3;                  // of one operator: the call, a launch
+  std::map<std::string, double> efficiency;      // by family: the part of these rates that it reaches; absent: 1
+  int64_t memory_bytes = 8LL << 30;              // per device
+  bool overlap = false;                          // communication runs beside compute
+  Link intra{20e3, 2e9}, inter{100e3, 1e9, 1};   // within a host, between hosts
   // By "<kind>/<ranks>/<hosts>", kind exchange (bytes that one rank sends) or all_reduce (bytes of the tensor).
   std::map<std::string, SizeTable> tables;
 
   int num_devices() const { return static_cast<int>(host_of.size()); }
   int num_hosts(const std::vector<int>& ranks) const;
+  // Time on a device of what takes `ns` at speed 1.
+  int64_t at_speed(int device, int64_t ns) const { return speed.empty() ? ns : static_cast<int64_t>(static_cast<double>(ns) / speed[device]); }
+  // Of a contraction of this family and type, at full efficiency.
+  double flops_of(std::string_view family, const std::string& dtype) const;
+  double efficiency_of(std::string_view family) const;
+  bool operator==(const Machine&) const = default;
 };
 
 // Devices spread evenly over hosts.
 Machine make_machine(int num_devices, int num_hosts);
 
+// Throws std::invalid_argument that names the field, its value and what would be legal.
+void check(const Machine& machine);
+
 // Time of one movement among `ranks`: from the measured table of as many ranks within a host, or over hosts (log-linear between points, by
-// bandwidth beyond), or of the nearest number of them: an exchange takes as long, an all-reduce by what a ring sends. Without a table:
-// latency and bandwidth of the slowest link: an exchange sends `bytes` per rank; an all-reduce moves 2 (n-1)/n of them (ring;
-// Patarasuk & Yuan 2009).
-int64_t movement_ns(const Machine& machine, const std::string& kind, const std::vector<int>& ranks, int64_t bytes);
+// bandwidth beyond), or of the nearest number of them: an exchange takes as long, an all-reduce by what a ring sends. Without a table, the
+// models of machine/collectives.h; an exchange then sends `bytes` from each rank, spread evenly over the others.
+// `at_once`: how many all-reduces of such groups leave each host at the same time, sharing its NICs.
+int64_t movement_ns(const Machine& machine, const std::string& kind, const std::vector<int>& ranks, int64_t bytes, int at_once = 1);
 
 }  // namespace soap

@@ -422,6 +422,7 @@ void DeltaSimulator::transfer(int ranks, int64_t price) {
 void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
   begin_ = overlap_ ? movement_clock_ : compute_clock_;
   reduced_.clear();
+  exchanged_.clear();
   std::vector<int> exchanging;
   int exchange = -1;
   bool mixed = false;
@@ -439,13 +440,12 @@ void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
     }
     if (exchange < 0) {
       exchange = m.ranks;
-      std::fill(sends_.begin(), sends_.end(), 0);
     } else if (exchange != m.ranks || mixed) {
       if (!mixed) exchanging = cache_.ranks(exchange);
       exchanging.insert(exchanging.end(), cache_.ranks(m.ranks).begin(), cache_.ranks(m.ranks).end());
       mixed = true;
     }
-    for (const auto& [device, bytes] : m.sends) sends_[device] += bytes;
+    exchanged_.push_back(&m);
   }
   if (exchange < 0 && reduced_.empty()) return;
   if (mixed) {
@@ -463,9 +463,12 @@ void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
     transfer(m.ranks, m.price_ns);
     return;
   }
-  if (exchange >= 0) transfer(exchange, cache_.price(false, exchange, *std::max_element(sends_.begin(), sends_.end())));
+  if (exchange >= 0) transfer(exchange, cache_.exchange_price(exchange, exchanged_));
   std::sort(reduced_.begin(), reduced_.end(), [&](const auto& a, const auto& b) { return cache_.ranks(a.first) < cache_.ranks(b.first); });
-  for (const auto& [ranks, bytes] : reduced_) transfer(ranks, cache_.price(true, ranks, bytes));
+  std::vector<int> rank_sets;
+  for (const auto& [ranks, bytes] : reduced_) rank_sets.push_back(ranks);
+  const int at_once = reduced_.empty() ? 1 : cache_.groups_at_once(rank_sets);
+  for (const auto& [ranks, bytes] : reduced_) transfer(ranks, cache_.reduce_price(ranks, bytes, at_once));
 }
 
 int64_t DeltaSimulator::run() {
@@ -474,7 +477,6 @@ int64_t DeltaSimulator::run() {
   compute_clock_.assign(devices_, 0);
   movement_clock_.assign(devices_, 0);
   begin_.assign(devices_, 0);
-  sends_.assign(devices_, 0);
   arrivals_.clear();
   if (overlap_) {
     const auto forget = [](TensorState& state) {

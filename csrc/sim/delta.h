@@ -125,9 +125,10 @@ class DeltaSimulator {
   int64_t saved_step_ns_ = 0;
 
   // Of one run.
-  std::vector<int64_t> compute_clock_, movement_clock_, begin_, sends_, arrivals_, stored_update_;
+  std::vector<int64_t> compute_clock_, movement_clock_, begin_, arrivals_, stored_update_;
   std::vector<Group*> pending_, bucket_;
   std::vector<std::pair<int, int64_t>> reduced_;
+  std::vector<const EdgeMove*> exchanged_;
 };
 
 }  // namespace soap

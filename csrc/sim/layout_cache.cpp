@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "machine/collectives.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -129,11 +130,38 @@ int LayoutCache::intern_ranks(const std::vector<int>& ranks) {
   return it->second;
 }
 
-int64_t LayoutCache::price(bool reduce, int ranks, int64_t bytes) {
+int64_t LayoutCache::exchange_price(int ranks, const std::vector<const EdgeMove*>& moves) {
   Key key;
-  key.add(int64_t{reduce}).add(int64_t{ranks}).add(bytes);
-  const auto [it, fresh] = prices_.emplace(std::move(key.bytes), 0);
-  if (fresh) it->second = movement_ns(cost_.machine(), reduce ? "all_reduce" : "exchange", this->ranks(ranks), bytes);
+  key.add(int64_t{ranks});
+  for (const EdgeMove* m : moves) key.add(reinterpret_cast<intptr_t>(m));
+  const auto [it, fresh] = exchange_prices_.emplace(std::move(key.bytes), 0);
+  if (fresh) {
+    Traffic traffic(cost_.machine());
+    for (const EdgeMove* m : moves) {
+      for (const Sent& s : m->sent) traffic.add(s.from, s.to, s.bytes);
+    }
+    it->second = exchange_ns(cost_.machine(), this->ranks(ranks), traffic);
+  }
+  return it->second;
+}
+
+int64_t LayoutCache::reduce_price(int ranks, int64_t bytes, int at_once) {
+  Key key;
+  key.add(int64_t{ranks}).add(bytes).add(int64_t{at_once});
+  const auto [it, fresh] = reduce_prices_.emplace(std::move(key.bytes), 0);
+  if (fresh) it->second = movement_ns(cost_.machine(), "all_reduce", this->ranks(ranks), bytes, at_once);
+  return it->second;
+}
+
+int LayoutCache::groups_at_once(const std::vector<int>& rank_sets) {
+  Key key;
+  key.list(rank_sets);
+  const auto [it, fresh] = at_once_.emplace(std::move(key.bytes), 0);
+  if (fresh) {
+    std::vector<std::vector<int>> groups;
+    for (int id : rank_sets) groups.push_back(ranks(id));
+    it->second = soap::groups_at_once(cost_.machine(), groups);
+  }
   return it->second;
 }
 
@@ -144,7 +172,7 @@ const std::vector<int64_t>& LayoutCache::update(const Tensor& tensor, LayoutId t
   if (fresh) {
     it->second.resize(rows_.size());
     for (const Coord& c : layout(tiles).coords) {
-      for (int d : c.devices) it->second[d] += update_ns(cost_.machine(), volume(c.box) * tensor.element_bytes);
+      for (int d : c.devices) it->second[d] += update_ns(cost_.machine(), d, volume(c.box) * tensor.element_bytes);
     }
   }
   return it->second;
@@ -172,26 +200,22 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   const Movement m = gradient ? recognise(pieces, read, produced, Reduce::kSum) : recognise(pieces, produced, read, produced.partial);
   out->pattern = m.pattern;
   std::set<std::pair<int, int>> from, to;
-  std::map<int, int64_t> sends;
+  std::map<std::pair<int, int>, int64_t> sent;
   for (const Piece& x : pieces) {
     from.insert({x.src, x.from});
     to.insert({x.dst, x.to});
-    if (x.from != x.to) sends[x.from] += volume(x.box) * t.element_bytes;
+    if (x.from != x.to) sent[{x.from, x.to}] += volume(x.box) * t.element_bytes;
   }
   out->from = {from.begin(), from.end()};
   out->to = {to.begin(), to.end()};
   if (m.pattern != Pattern::kLocal) out->ranks = intern_ranks(m.ranks);
   if (m.pattern == Pattern::kAllReduce) {
     out->reduced_bytes = m.elements * reduced;
-    out->price_ns = price(true, out->ranks, out->reduced_bytes);
+    out->price_ns = reduce_price(out->ranks, out->reduced_bytes, groups_at_once({out->ranks}));
   }
   if (m.pattern == Pattern::kExchange) {
-    int64_t most = 0;
-    for (const auto& [device, bytes] : sends) {
-      if (bytes != 0) out->sends.emplace_back(device, bytes);
-      most = std::max(most, bytes);
-    }
-    out->price_ns = price(false, out->ranks, most);
+    for (const auto& [pair, bytes] : sent) out->sent.push_back({pair.first, pair.second, bytes});
+    out->price_ns = exchange_price(out->ranks, {out.get()});
   }
   it->second = std::move(out);
   return it->second.get();
@@ -286,8 +310,8 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
       for (int tile = 0; tile < tiling.tiles() && !out->chunked; ++tile) {
         const OpTime time = cost_.time(p, id, tile, 0);
         for (int d : tiling.devices_of(tile)) {
-          op.forward[d] += time.forward_ns;
-          op.backward[d] += time.backward_ns;
+          op.forward[d] += cost_.machine().at_speed(d, time.forward_ns);
+          op.backward[d] += cost_.machine().at_speed(d, time.backward_ns);
         }
       }
     }

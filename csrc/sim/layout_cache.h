@@ -17,8 +17,6 @@
 namespace soap {
 
 using LayoutId = int;
-using DeviceBytes = std::vector<std::pair<int, int64_t>>;  // (device, bytes), only what is not zero
-
 // Which tensor an operator of a fragment reads.
 struct FragmentTensor {
   enum class Kind { kOperand, kResult, kInner };
@@ -62,12 +60,17 @@ struct Fragment {
   bool chunked = false;
 };
 
+struct Sent {
+  int from = -1, to = -1;  // devices
+  int64_t bytes = 0;
+};
+
 // How one tensor moves between two layouts.
 struct EdgeMove {
   Pattern pattern = Pattern::kLocal;
   int ranks = -1;             // id of the participants
   int64_t reduced_bytes = 0;  // kAllReduce
-  DeviceBytes sends;          // kExchange
+  std::vector<Sent> sent;     // kExchange, by pair of devices
   int64_t price_ns = 0;       // where it travels alone
   // Distinct ends of all pieces, local ones too: (source coord, device), (destination coord, device).
   std::vector<std::pair<int, int>> from, to;
@@ -93,8 +96,11 @@ class LayoutCache {
   const Sharding& layout(LayoutId id) const { return *layouts_[id]; }
   int intern_ranks(const std::vector<int>& ranks);
   const std::vector<int>& ranks(int id) const { return *rank_sets_[id]; }
-  // What movement_ns says.
-  int64_t price(bool reduce, int ranks, int64_t bytes);
+  // What one exchange of all these takes, among `ranks`.
+  int64_t exchange_price(int ranks, const std::vector<const EdgeMove*>& moves);
+  // An all-reduce, `at_once` of which share each host's links: see movement_ns.
+  int64_t reduce_price(int ranks, int64_t bytes, int at_once);
+  int groups_at_once(const std::vector<int>& rank_sets);
   // The optimizer's time for a parameter stored like this, per device.
   const std::vector<int64_t>& update(const Tensor& tensor, LayoutId tiles);
 
@@ -114,7 +120,8 @@ class LayoutCache {
   std::unordered_map<std::string, std::unique_ptr<Fragment>> fragments_;
   std::unordered_map<std::string, std::unique_ptr<EdgeMove>> edges_;
   std::unordered_map<std::string, LayoutId> derived_;
-  std::unordered_map<std::string, int64_t> prices_;
+  std::unordered_map<std::string, int64_t> reduce_prices_, exchange_prices_;
+  std::unordered_map<std::string, int> at_once_;
   std::unordered_map<std::string, std::vector<int64_t>> updates_;
 };
 

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "machine/collectives.h"
 #include "sim/memory.h"
 
 namespace soap {
@@ -82,7 +83,7 @@ struct Simulator {
     std::vector<int64_t> spent(devices());
     for (int tile = 0; tile < tiling.tiles(); ++tile) {
       const OpTime time = cost.time(p, node, tile, chunk);
-      for (int d : tiling.devices_of(tile)) spent[d] += backward ? time.backward_ns : time.forward_ns;
+      for (int d : tiling.devices_of(tile)) spent[d] += machine.at_speed(d, backward ? time.backward_ns : time.forward_ns);
     }
     const std::vector<int64_t> begin = ready(backward, node, chunk);
     for (size_t d = 0; d < devices(); ++d) {
@@ -117,9 +118,10 @@ struct Simulator {
 
   void run_movement(int s) {
     const Step& step = p.steps[s];
-    std::map<std::vector<int>, int64_t> reduced, sent;  // ranks -> bytes
+    std::map<std::vector<int>, int64_t> reduced;  // ranks -> bytes
     std::set<int> exchanging;
-    std::vector<int64_t> sends(devices()), begin = machine.overlap ? communication : compute;
+    Traffic traffic(machine);
+    std::vector<int64_t> begin = machine.overlap ? communication : compute;
     for (size_t i = 0; i < step.items.size(); ++i) {
       const StepItem& item = step.items[i];
       const Tensor& t = p.graph.tensors[p.groups[item.id].tensor];
@@ -133,16 +135,14 @@ struct Simulator {
       if (m.pattern == Pattern::kExchange) {
         exchanging.insert(m.ranks.begin(), m.ranks.end());
         for (const Piece& x : list) {
-          if (x.from != x.to) sends[x.from] += bytes_of(x.box, t);
+          if (x.from != x.to) traffic.add(x.from, x.to, bytes_of(x.box, t));
         }
       }
     }
-    if (!exchanging.empty()) sent[{exchanging.begin(), exchanging.end()}] = *std::max_element(sends.begin(), sends.end());
-    if (sent.empty() && reduced.empty()) return;
+    if (exchanging.empty() && reduced.empty()) return;
     std::vector<int64_t>& clock = machine.overlap ? communication : compute;
     std::vector<int64_t> arrival(devices());
-    const auto move = [&](const char* kind, const std::vector<int>& ranks, int64_t bytes) {
-      const int64_t price = movement_ns(machine, kind, ranks, bytes);
+    const auto move = [&](const std::vector<int>& ranks, int64_t price) {
       int64_t from = 0;
       for (int r : ranks) from = std::max({from, clock[r], begin[r]});
       for (int r : ranks) {
@@ -151,8 +151,14 @@ struct Simulator {
         if (record) out.events.push_back({s, r, true, from, from + price});
       }
     };
-    for (const auto& [ranks, bytes] : sent) move("exchange", ranks, bytes);
-    for (const auto& [ranks, bytes] : reduced) move("all_reduce", ranks, bytes);
+    if (!exchanging.empty()) {
+      const std::vector<int> ranks(exchanging.begin(), exchanging.end());
+      move(ranks, exchange_ns(machine, ranks, traffic));
+    }
+    std::vector<std::vector<int>> groups;
+    for (const auto& [ranks, bytes] : reduced) groups.push_back(ranks);
+    const int at_once = groups_at_once(machine, groups);
+    for (const auto& [ranks, bytes] : reduced) move(ranks, movement_ns(machine, "all_reduce", ranks, bytes, at_once));
     if (!machine.overlap) return;
     auto& arrivals = step.kind == StepKind::kFill ? filled : step.kind == StepKind::kRefill ? refilled : grad_filled;
     for (const StepItem& item : step.items) arrivals[{item.id, item.chunk}] = arrival;
@@ -164,7 +170,7 @@ struct Simulator {
     for (const Node& n : p.graph.nodes) {
       if (n.kind != NodeKind::kParam || !p.graph.output(n, 0).requires_grad) continue;
       for (const Coord& c : p.tiles[n.outputs[0]].coords) {
-        for (int d : c.devices) compute[d] += update_ns(machine, bytes_of(c.box, p.graph.output(n, 0)));
+        for (int d : c.devices) compute[d] += update_ns(machine, d, bytes_of(c.box, p.graph.output(n, 0)));
       }
     }
     out.step_ns = *std::max_element(compute.begin(), compute.end());
@@ -173,8 +179,9 @@ struct Simulator {
 
 }  // namespace
 
-int64_t update_ns(const Machine& machine, int64_t bytes) {
-  return static_cast<int64_t>(static_cast<double>(bytes * kUpdatePasses) / machine.memory_bytes_per_s * 1e9 + machine.op_overhead_ns);
+int64_t update_ns(const Machine& machine, int device, int64_t bytes) {
+  const double ns = static_cast<double>(bytes * kUpdatePasses) / machine.memory_bytes_per_s * 1e9 + machine.op_overhead_ns;
+  return machine.at_speed(device, static_cast<int64_t>(ns));
 }
 
 int64_t reduced_element_bytes(const Tensor& t, Reduce reduce) {

@@ -35,8 +35,8 @@ struct Simulation {
 };
 
 Simulation simulate(const Program& program, const CostModel& cost, bool record = false);
-// The optimizer's time for a part of a parameter of so many bytes.
-int64_t update_ns(const Machine& machine, int64_t bytes);
+// The optimizer's time on a device for a part of a parameter of so many bytes.
+int64_t update_ns(const Machine& machine, int device, int64_t bytes);
 // Bytes of an element in an all-reduce: sums of 16-bit floats travel in float32.
 int64_t reduced_element_bytes(const Tensor& tensor, Reduce reduce);
 // "features.0#1", "features.0 -> fill": for timelines.

@@ -1,0 +1,73 @@
+#include "machine/machine.h"
+
+#include <pybind11/operators.h>
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "cost/cost.h"
+#include "cost/work.h"
+#include "machine/presets.h"
+
+namespace py = pybind11;
+
+namespace soap {
+
+void bind_machine(py::module_& m) {
+  py::class_<Link>(m, "Link", "One direction of a link; `per_host` of them serve the devices of a host, 0: each device has its own.")
+      .def(py::init<double, double, int>(), py::arg("latency_ns"), py::arg("bytes_per_s"), py::arg("per_host") = 0)
+      .def_readwrite("latency_ns", &Link::latency_ns)
+      .def_readwrite("bytes_per_s", &Link::bytes_per_s)
+      .def_readwrite("per_host", &Link::per_host)
+      .def(py::self == py::self);
+  py::class_<Machine>(m, "Machine", "Devices, hosts and links, and what was measured on them.")
+      .def(py::init(&make_machine), py::arg("num_devices"), py::arg("num_hosts") = 1)
+      .def(py::init<const Machine&>(), py::arg("other"))
+      .def_readwrite("name", &Machine::name)
+      .def_readwrite("host_of", &Machine::host_of)
+      .def_readwrite("speed", &Machine::speed)
+      .def_readwrite("flops_per_s", &Machine::flops_per_s)
+      .def_readwrite("flops_by_dtype", &Machine::flops_by_dtype)
+      .def_readwrite("tf32", &Machine::tf32)
+      .def_readwrite("memory_bytes_per_s", &Machine::memory_bytes_per_s)
+      .def_readwrite("op_overhead_ns", &Machine::op_overhead_ns)
+      .def_readwrite("efficiency", &Machine::efficiency)
+      .def_readwrite("memory_bytes", &Machine::memory_bytes)
+      .def_readwrite("overlap", &Machine::overlap)
+      .def_readwrite("intra", &Machine::intra)
+      .def_readwrite("inter", &Machine::inter)
+      .def_readwrite("tables", &Machine::tables)
+      .def_property_readonly("num_devices", &Machine::num_devices)
+      .def(py::self == py::self);
+  m.def("machine_preset", &preset, py::arg("name"), py::arg("hosts"), py::arg("devices_per_host"));
+  m.def("machine_presets", &preset_names);
+  m.def("check_machine", &check, py::arg("machine"));
+  m.attr("OP_FAMILIES") = std::vector<std::string>(kOpFamilies.begin(), kOpFamilies.end());
+  m.def("movement_ns", &movement_ns, py::arg("machine"), py::arg("kind"), py::arg("ranks"), py::arg("num_bytes"), py::arg("at_once") = 1);
+  py::class_<OpSample>(m, "OpSample")
+      .def_readonly("key", &OpSample::key)
+      .def_readonly("node", &OpSample::node)
+      .def_readonly("tile", &OpSample::tile)
+      .def_readonly("chunk", &OpSample::chunk);
+  py::class_<Work>(m, "Work", "What one tile of one operator has to do, forward.")
+      .def_property_readonly("family", [](const Work& w) { return std::string(w.family); })
+      .def_readonly("dtype", &Work::dtype)
+      .def_readonly("flops", &Work::flops)
+      .def_readonly("num_bytes", &Work::bytes);
+  m.def("work_of", &work_of, py::arg("program"), py::arg("node"), py::arg("tile") = 0, py::arg("chunk") = 0);
+  py::class_<CostModel>(m, "CostModel")
+      .def(py::init<Machine>(), py::arg("machine"))
+      .def_property_readonly("machine", &CostModel::machine)
+      .def(
+          "time",
+          [](const CostModel& c, const Program& p, int node, int tile, int chunk) {
+            const OpTime t = c.time(p, node, tile, chunk);
+            return std::pair(t.forward_ns, t.backward_ns);
+          },
+          py::arg("program"), py::arg("node"), py::arg("tile") = 0, py::arg("chunk") = 0)
+      .def(
+          "measure", [](CostModel& c, const Program& p, const OpSample& s, int64_t forward, int64_t backward) { c.measure(p, s, {forward, backward}); },
+          py::arg("program"), py::arg("sample"), py::arg("forward_ns"), py::arg("backward_ns"))
+      .def("missing", &CostModel::missing, py::arg("program"));
+}
+
+}  // namespace soap

@@ -1,0 +1,120 @@
+#include "machine/collectives.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+
+namespace soap {
+namespace {
+
+// Ranks of a group on each host.
+std::map<int, int> per_host(const Machine& machine, const std::vector<int>& ranks) {
+  std::map<int, int> out;
+  for (int r : ranks) ++out[machine.host_of.at(r)];
+  return out;
+}
+
+// The rate of each of `senders` devices of a host that use this link at once.
+double rate(const Link& link, int senders) {
+  return link.bytes_per_s * (link.per_host == 0 ? 1.0 : std::min(1.0, static_cast<double>(link.per_host) / static_cast<double>(senders)));
+}
+
+int64_t most(const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
+  int64_t out = 0;
+  for (size_t i = 0; i < a.size(); ++i) out = std::max({out, a[i], b[i]});
+  return out;
+}
+
+}  // namespace
+
+double ring_ns(double latency_ns, double bytes_per_s, int ranks, double bytes) {
+  const double n = ranks;
+  return 2 * (n - 1) * latency_ns + 2 * (n - 1) / n * bytes / bytes_per_s * 1e9;
+}
+
+double tree_ns(double latency_ns, double bytes_per_s, int ranks, double bytes) {
+  return 2 * std::ceil(std::log2(static_cast<double>(ranks))) * latency_ns + 2 * bytes / bytes_per_s * 1e9;
+}
+
+double flat_all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once) {
+  const auto hosts = per_host(machine, ranks);
+  int local = 0;
+  for (const auto& [host, count] : hosts) local = std::max(local, count);
+  double latency = 0, bandwidth = std::numeric_limits<double>::max();
+  if (local > 1) {
+    latency = machine.intra.latency_ns;
+    bandwidth = rate(machine.intra, local);
+  }
+  if (hosts.size() > 1) {  // ranks in the order of hosts: one of a host sends to the next
+    latency = std::max(latency, machine.inter.latency_ns);
+    bandwidth = std::min(bandwidth, rate(machine.inter, at_once));
+  }
+  const auto n = static_cast<int>(ranks.size());
+  return std::min(ring_ns(latency, bandwidth, n, bytes), tree_ns(latency, bandwidth, n, bytes));
+}
+
+double hierarchical_all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once) {
+  const auto hosts = per_host(machine, ranks);
+  int largest = 0, smallest = std::numeric_limits<int>::max();
+  for (const auto& [host, count] : hosts) {
+    largest = std::max(largest, count);
+    smallest = std::min(smallest, count);
+  }
+  const double within = largest == 1 ? 0 : ring_ns(machine.intra.latency_ns, rate(machine.intra, largest), largest, bytes);
+  if (hosts.size() == 1) return within;
+  const double nic = rate(machine.inter, smallest * at_once), part = bytes / smallest;
+  const auto h = static_cast<int>(hosts.size());
+  return within + std::min(ring_ns(machine.inter.latency_ns, nic, h, part), tree_ns(machine.inter.latency_ns, nic, h, part));
+}
+
+double all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once) {
+  if (ranks.size() < 2) return 0;
+  return std::min(flat_all_reduce_ns(machine, ranks, bytes, at_once), hierarchical_all_reduce_ns(machine, ranks, bytes, at_once));
+}
+
+int groups_at_once(const Machine& machine, const std::vector<std::vector<int>>& groups) {
+  std::map<int, int> leaving;
+  int out = 1;
+  for (const auto& ranks : groups) {
+    const auto hosts = per_host(machine, ranks);
+    if (hosts.size() < 2) continue;
+    for (const auto& [host, count] : hosts) out = std::max(out, ++leaving[host]);
+  }
+  return out;
+}
+
+Traffic::Traffic(const Machine& machine) : machine_(machine), sent_(machine.host_of.size()) {
+  const int hosts = machine.host_of.empty() ? 0 : *std::max_element(machine.host_of.begin(), machine.host_of.end()) + 1;
+  for (Load* load : {&within_, &between_}) {
+    load->out.resize(sent_.size());
+    load->in.resize(sent_.size());
+    load->host_out.resize(hosts);
+    load->host_in.resize(hosts);
+  }
+}
+
+void Traffic::add(int from, int to, int64_t bytes) {
+  if (from == to) return;
+  const int source = machine_.host_of[from], target = machine_.host_of[to];
+  Load& load = source == target ? within_ : between_;
+  load.out[from] += bytes;
+  load.in[to] += bytes;
+  load.host_out[source] += bytes;
+  load.host_in[target] += bytes;
+  most_sent_ = std::max(most_sent_, sent_[from] += bytes);
+}
+
+double Traffic::Load::ns(const Link& link) const {
+  const int64_t device = most(out, in);
+  if (device == 0) return 0;
+  const double busiest =
+      std::max(static_cast<double>(device), link.per_host == 0 ? 0.0 : static_cast<double>(most(host_out, host_in)) / static_cast<double>(link.per_host));
+  return link.latency_ns + busiest / link.bytes_per_s * 1e9;
+}
+
+int64_t Traffic::exchange_ns() const {
+  return static_cast<int64_t>(std::max(within_.ns(machine_.intra), between_.ns(machine_.inter)));
+}
+
+}  // namespace soap

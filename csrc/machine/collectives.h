@@ -1,0 +1,59 @@
+// Models of collectives for machines that nobody measured: latency a [ns], bandwidth b [bytes/s], B bytes, n ranks.
+//
+//   exchange      a + busiest link's bytes / b
+//   ring          2 (n-1) a + 2 (n-1)/n B / b                bandwidth-optimal; Patarasuk & Yuan, JPDC 69 (2009)
+//   tree          2 ceil(log2 n) a + 2 B / b                 two pipelined binary trees, each with half of the bytes, so that every rank sends as much
+//                                                            as it receives: Sanders, Speck & Traeff, Parallel Computing 35 (2009); NCCL has it since 2.4
+//   flat          min(ring, tree) over the slower link       the choice by size: Thakur, Rabenseifner & Gropp, IJHPCA 19 (2005)
+//   hierarchical  on h hosts with k ranks each:              reduce-scatter within each host, all-reduces of the parts between hosts, all-gather
+//                 2 [(k-1) a_intra + (k-1)/k B / b_intra] + flat(h ranks, B / k, b_nic)
+//                 uneven hosts: the most ranks of a host within, the fewest between
+//   all-reduce    min(flat, hierarchical)
+//
+// A link that serves several devices of a host (Link::per_host = m) gives each of s that send at once min(1, m / s) of its rate.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "machine/machine.h"
+
+namespace soap {
+
+// What an exchange puts on the links of a machine: bytes by device and by host, within and between hosts, both directions.
+class Traffic {
+ public:
+  explicit Traffic(const Machine& machine);
+  void add(int from, int to, int64_t bytes);
+  bool empty() const { return most_sent_ == 0; }
+  int64_t most_sent() const { return most_sent_; }  // by one device: what measured tables are keyed by
+  // Latency of the slowest link used and the time of the busiest one.
+  int64_t exchange_ns() const;
+
+ private:
+  struct Load {
+    std::vector<int64_t> out, in;            // per device
+    std::vector<int64_t> host_out, host_in;  // per host
+    double ns(const Link& link) const;       // 0 where nothing moves
+  };
+  const Machine& machine_;
+  Load within_, between_;
+  std::vector<int64_t> sent_;  // per device, over all links
+  int64_t most_sent_ = 0;
+};
+
+// The time of an exchange: from a measured table if there is one for these ranks, else Traffic's.
+int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic);
+
+double ring_ns(double latency_ns, double bytes_per_s, int ranks, double bytes);
+double tree_ns(double latency_ns, double bytes_per_s, int ranks, double bytes);
+
+// The flat and the hierarchical all-reduce of `bytes` over `ranks`, and the faster of them. `at_once`: see movement_ns.
+double flat_all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once = 1);
+double hierarchical_all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once = 1);
+double all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once = 1);
+
+// How many of these groups of ranks leave one host, at the host where they are most: they share its NICs.
+int groups_at_once(const Machine& machine, const std::vector<std::vector<int>>& groups);
+
+}  // namespace soap

@@ -1,0 +1,243 @@
+"""Machines: presets, files, what operators cost on them, and a cache that doesn't keep a busy machine's figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torch_soap
+from tests.unit.planning import graph_of, lowered
+from torch_soap import _C, calibrate, measuring
+from torch_soap.cli import main
+from torch_soap.machine import FIELDS, named, to_json
+
+Function = Callable[..., torch.Tensor]
+
+
+class Call(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return self.function(*args)
+
+
+def works(module: nn.Module, *inputs: torch.Tensor, plan: str = "* @ [0]") -> dict[str, list[_C.Work]]:
+    """Of each operator by target, the work of its tiles."""
+    world = 1 if plan == "* @ [0]" else 2
+    graph = graph_of(module, *inputs)
+    rows = inputs[0].shape[0]
+    program = lowered(graph, plan, [rows // world] * world)
+    out: dict[str, list[_C.Work]] = {}
+    for node in program.graph.nodes:
+        if node.kind == _C.NodeKind.op:
+            tiles = 1 if world == 1 else program.tilings[node.id].tiles
+            out.setdefault(node.target, []).extend(_C.work_of(program, node.id, t) for t in range(tiles))
+    return out
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+# (module, inputs, target, family, operations by hand)
+COUNTS: list[tuple[nn.Module, tuple[torch.Tensor, ...], str, str, int]] = [
+    (nn.Linear(5, 7), (torch.randn(3, 5),), "linear", "matmul", 2 * 3 * 5 * 7),
+    (Call(torch.matmul), (torch.randn(3, 4, 5), torch.randn(3, 5, 6)), "matmul", "matmul", 2 * 3 * 4 * 5 * 6),
+    (Call(torch.bmm), (torch.randn(3, 4, 5), torch.randn(3, 5, 6)), "bmm", "matmul", 2 * 3 * 4 * 5 * 6),
+    (nn.Conv2d(4, 6, 3, padding=1, stride=2), (torch.randn(2, 4, 8, 8),), "conv2d", "convolution", 2 * (2 * 6 * 4 * 4) * (4 * 3 * 3)),
+    (nn.Conv2d(4, 6, 3, groups=2), (torch.randn(2, 4, 8, 8),), "conv2d", "convolution", 2 * (2 * 6 * 6 * 6) * (2 * 3 * 3)),
+    (nn.Conv1d(4, 4, 5, groups=4), (torch.randn(2, 4, 9),), "conv1d", "convolution", 2 * (2 * 4 * 5) * (1 * 5)),
+    (nn.ConvTranspose2d(4, 6, 2, stride=2), (torch.randn(2, 4, 5, 5),), "conv_transpose2d", "convolution", 2 * (2 * 4 * 5 * 5) * (6 * 2 * 2)),
+    (Call(attention), (torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)), "scaled_dot_product_attention", "attention",
+     2 * 2 * 3 * 5 * 7 * (4 + 6)),
+    (Call(causal), (torch.randn(2, 3, 5, 4),) * 3, "scaled_dot_product_attention", "attention", 2 * 2 * 3 * (1 + 2 + 3 + 4 + 5) * (4 + 4)),
+    (nn.Embedding(100, 8), (torch.randint(100, (2, 3)),), "embedding", "embedding", 0),
+    (nn.ReLU(), (torch.randn(3, 5),), "relu", "pointwise", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "inputs", "target", "family", "flops"), COUNTS, ids=lambda v: v if isinstance(v, str) else None)
+def test_operations_are_counted(module: nn.Module, inputs: tuple[torch.Tensor, ...], target: str, family: str, flops: int) -> None:
+    (work,) = works(module, *inputs)[target]
+    assert (work.family, work.dtype if inputs[0].is_floating_point() else "float32") == (family, "float32")
+    assert work.flops == flops
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_operations_of_recurrent_layers(kind: type[nn.RNNBase], gates: int) -> None:
+    layer = kind(5, 6, batch_first=True)
+    found = works(Call(lambda x: layer(x)[0]), torch.randn(2, 7, 5))
+    (work,) = [w for ws in found.values() for w in ws if w.family == "recurrent"]
+    assert work.flops == 2 * 7 * 2 * gates * 6 * (5 + 6)
+
+
+def test_tiles_share_the_operations() -> None:
+    """Halves of a linear's outputs; of causal queries the later half sees more keys; of a table's rows only what is looked up is read."""
+    assert [w.flops for w in works(nn.Linear(4, 6), torch.randn(2, 4), plan="* o=2")["linear"]] == [2 * 2 * 4 * 3] * 2
+    tiles = works(Call(causal), *(torch.randn(2, 1, 4, 4),) * 3, plan="* s=2")["scaled_dot_product_attention"]
+    assert [w.flops for w in tiles] == [2 * 2 * (1 + 2) * 8, 2 * 2 * (3 + 4) * 8]
+    (work,) = works(nn.Embedding(1000, 8), torch.randint(1000, (2, 3)))["embedding"]
+    assert work.num_bytes == 6 * 8 + 6 * 8 * 4 + 6 * 8 * 4  # indices, rows read, rows given
+
+
+def test_views_move_nothing() -> None:
+    (work,) = works(Call(lambda x: x.view(2, 2, 8) * 2), torch.randn(2, 16))["view"]
+    assert (work.flops, work.num_bytes) == (0, 0)
+
+
+def test_roofline_by_hand() -> None:
+    """Overhead, and the slower of operations and bytes over the efficiency; the default machine reaches its rates."""
+    program = lowered(graph_of(nn.Linear(512, 512, bias=False), torch.randn(1024, 512)), "* @ [0]", [1024])
+    node = next(n.id for n in program.graph.nodes if n.target == "linear")
+    machine = torch_soap.Machine(1)
+    flops = 2 * 1024 * 512 * 512
+    assert _C.CostModel(machine).time(program, node)[0] == int(15e3 + flops / 50e9 * 1e9)
+    machine.efficiency, machine.flops_by_dtype = {"matmul": 0.5}, {"float32": 2e11}
+    assert _C.CostModel(machine).time(program, node)[0] == int(15e3 + flops / 2e11 / 0.5 * 1e9)
+    machine.memory_bytes_per_s = 1e9
+    assert _C.CostModel(machine).time(program, node)[0] == int(15e3 + 4 * (1024 * 512 * 2 + 512 * 512) / 1e9 / 0.5 * 1e9)
+
+
+@pytest.mark.parametrize("name", _C.machine_presets())
+def test_presets_are_read_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    machine = torch_soap.Machine.preset(name, hosts=2, devices_per_host=4)
+    machine.speed = [1.0, 1 / 3] * 4
+    machine.tables = {"exchange/2/1": [(4096, 12345), (1 << 40, 1 << 50)]}
+    machine.op_overhead_ns = 0.1 + 0.2
+    machine.save(path)
+    again = torch_soap.Machine.load(path)
+    assert again == machine and isinstance(again, torch_soap.Machine)
+    assert to_json(again) == to_json(machine)
+    machine.speed = []
+    assert again != machine
+
+
+def test_every_field_is_in_the_file() -> None:
+    bound = {n for n, v in vars(_C.Machine).items() if isinstance(v, property) and v.fset is not None}
+    assert bound == set(FIELDS)
+
+
+def test_an_unknown_preset_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r'there is no preset "tpu"; there are a100, cpu-10g, .*p100, v100'):
+        torch_soap.Machine.preset("tpu")
+
+
+WRONG: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda d: d.pop("overlap"), "the field overlap is missing"),
+    (lambda d: d["inter"].pop("per_host"), "the field inter.per_host is missing"),
+    (lambda d: d.update(flops=1), "there is no field flops; the fields are name, host_of"),
+    (lambda d: d.update(flops_per_s="fast"), 'flops_per_s must be a number, not "fast"'),
+    (lambda d: d.update(tf32=1), "tf32 must be true or false, not 1"),
+    (lambda d: d.update(memory_bytes=True), "memory_bytes must be an integer of 64 bits, not true"),
+    (lambda d: d.update(memory_bytes=1 << 70), "memory_bytes must be an integer of 64 bits"),
+    (lambda d: d.update(host_of=[0, 0.5]), r"host_of\[1\] must be an integer"),
+    (lambda d: d.update(intra=3), "intra. must be an object, not 3"),
+    (lambda d: d.update(tables={"exchange/2/1": [[1]]}), r"tables\[exchange/2/1\]\[0\] must be a pair \[bytes, ns\], not \[1\]"),
+    (lambda d: d.update(memory_bytes_per_s=float("nan")), "memory_bytes_per_s is nan, it must be a positive number"),
+    (lambda d: d.update(format=7), "the file has format 7, this version reads 1"),
+    (lambda d: d.pop("format"), "the field format is missing"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), WRONG, ids=range(len(WRONG)))
+def test_a_wrong_file_is_an_error_that_names_the_field(change: Callable[[dict[str, Any]], Any], text: str, tmp_path: Path) -> None:
+    data = to_json(torch_soap.Machine(2))
+    change(data)
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"\[machine\] .*machine.json: " + text):
+        torch_soap.Machine.load(path)
+
+
+@pytest.mark.parametrize("text", ["preset:h100", "preset:h100:8", "preset:h100:8x", "preset:h100:-1x2"])
+def test_names_of_the_command_line(text: str) -> None:
+    assert named("preset:h100:2x8").num_devices == 16
+    with pytest.raises(ValueError, match="is not preset:<name>:<hosts>x<devices per host>"):
+        named(text)
+
+
+def test_plan_for_a_machine_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through Python on the meta device, and through the command line from a file: the same plan."""
+    with torch.device("meta"):
+        model, x, y = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(8, 64), torch.randint(4, (8,))
+    machine = torch_soap.Machine.preset("p100", hosts=2, devices_per_host=2)
+    plan = torch_soap.plan(model, (x, y), loss=nn.functional.cross_entropy, machine=machine)
+    assert plan.world_size == 4 and plan.machine == {"name": "p100 2x2", "devices": 4} and plan.predicted["step_time_ns"] > 0
+    machine.save(tmp_path / "machine.json")
+    texts = []
+    for name in (str(tmp_path / "machine.json"), "preset:p100:2x2"):
+        main(["plan", "tests.unit.test_cli:factory", "--machine", name])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    with pytest.raises(SystemExit, match="has 4 devices, --world-size is 8"):
+        main(["plan", "tests.unit.test_cli:factory", "--machine", "preset:p100:2x2", "--world-size", "8"])
+    with pytest.raises(SystemExit, match=r"nowhere\.json"):
+        main(["plan", "tests.unit.test_cli:factory", "--machine", "nowhere.json"])
+
+
+def test_calibrate_writes_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_SOAP_CACHE", str(tmp_path))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    main(["calibrate", "--out", str(tmp_path / "machine.json")])
+    text = capsys.readouterr().out
+    assert "GFLOP/s per device" in text and "recurrent" in text
+    machine = torch_soap.Machine.load(tmp_path / "machine.json")
+    assert set(machine.efficiency) >= set(_C.OP_FAMILIES) - {"other"} and all(v > 0 for v in machine.efficiency.values())
+    monkeypatch.setattr(calibrate, "forget_doubtful", lambda *_: [])  # this machine may be busy
+    monkeypatch.setattr(calibrate, "timed", None)  # from the cache: nothing is measured
+    again = calibrate.detect(1, None, calibrate.load(1))
+    assert again == machine
+
+
+def known(**marks: list[float]) -> dict[str, Any]:
+    tables: dict[str, Any] = {name.split("/")[1]: [[1, 2]] for name in marks}
+    return {"tables": tables, "operators": {}, "marks": dict(marks), "load": 9.0}
+
+
+def test_figures_of_a_busy_machine_are_forgotten() -> None:
+    """A large spread, for TRIES runs; a load that has gone since. The rest stays."""
+    data = known(
+        **{"tables/calm": [0.0, 0.1, 1], "tables/noisy": [0.8, 0.1, 1], "tables/never_quiet": [0.8, 0.1, measuring.TRIES], "tables/busy": [0.0, 2.0, 1]}
+    )
+    data["rates"], data["marks"]["rates"] = [1, 2, 3], [0.9, 0.0, 1]
+    assert measuring.forget_doubtful(data, load=1.8) == ["tables/noisy", "rates"]
+    assert "rates" not in data and sorted(data["tables"]) == ["busy", "calm", "never_quiet"]
+    assert measuring.forget_doubtful(data, load=0.2) == ["tables/busy"]
+    measuring.mark(data, "tables/noisy", measuring.Timing(10**9, 0.9), measuring.Timing(100, 3.0))
+    assert data["marks"]["tables/noisy"] == [0.9, 0.2, 2]
+    measuring.mark(data, "tables/noisy", measuring.Timing(100, 3.0))  # 300 ns: jitter
+    assert data["marks"]["tables/noisy"] == [0.0, 0.2, 3]
+
+
+def test_noisy_measurements_are_repeated_and_the_calmest_is_taken() -> None:
+    timings = [measuring.Timing(10**7, s) for s in (0.9, 0.5, 0.7, 0.0)]
+    left = iter(timings)
+    assert measuring.calmest(lambda: next(left)) == timings[1]
+    assert list(left) == timings[3:]
+    calm = iter([measuring.Timing(10**7, 0.1), measuring.Timing(1, 0.0)])
+    assert measuring.calmest(lambda: next(calm)).ns == 10**7
+
+
+def test_the_cache_keeps_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_SOAP_CACHE", str(tmp_path))
+    data = {
+        **calibrate.nothing_known(),
+        "operators": {"calm": [1, 2], "noisy": [3, 4]},
+        "marks": {"operators/calm": [0.0, 0.0, 1], "operators/noisy": [2.0, 0.0, 1]},
+    }
+    calibrate.save(3, data)
+    again = calibrate.load(3)
+    assert again["operators"] == {"calm": [1, 2]} and again["marks"] == data["marks"]
