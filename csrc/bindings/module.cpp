@@ -8,4 +8,5 @@ PYBIND11_MODULE(_C, m) {
   soap::bind_program(m);
   soap::bind_plan(m);
   soap::bind_search(m);
+  soap::bind_layers(m);
 }

@@ -7,6 +7,8 @@
 #include <set>
 
 #include "base/error.h"
+#include "search/layouts.h"
+#include "search/optimize_layers.h"
 
 namespace soap {
 namespace {
@@ -173,9 +175,25 @@ struct Searcher {
     return best;
   }
 
+  // The optimum of the layer-wise cost. Its memory is an estimate: where the simulation needs more than the limit, once more with less.
+  void add_layer_wise() {
+    if (world() == 1 || world() > kLargestLayoutWorld) return;
+    int64_t limit = memory_limit();
+    for (int attempt = 0; attempt < 3; ++attempt) {
+      const LayerPlan plan = optimize_layers(graph, rows, cost, {.max_configurations = world() > 8 ? 16 : 32}, limit);
+      Candidate c = price("optcnn", plan.strategy);
+      const int64_t needed = c.memory_bytes;
+      const bool done = c.step_ns == kIllegal || c.fits || !plan.fits;
+      if (done || attempt == 2) result.candidates.push_back(std::move(c));
+      if (done) return;
+      limit = static_cast<int64_t>(static_cast<double>(limit) * static_cast<double>(memory_limit()) / static_cast<double>(needed));
+    }
+  }
+
   void run() {
     rank_operators();
     for (auto& [name, strategy] : seeds(graph, world())) result.candidates.push_back(price(name, strategy));
+    add_layer_wise();
     const auto best_so_far = [&] {
       size_t best = 0;
       for (size_t i = 1; i < result.candidates.size(); ++i) {

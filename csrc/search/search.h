@@ -4,9 +4,10 @@
 //    gathered for use, Rajbhandari et al. 2020); Megatron (linears cut o, then i, attention by heads, Shoeybi et al. 2019); OWT
 //    (convolutions data parallel, linears by channel, Krizhevsky 2014); grids of samples and Megatron's groups; images by rows; pipelines
 //    of balanced stages in chunks, where the loss is inside.
-// 2. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
+// 2. OptCNN's dynamic program: the optimum of the layer-wise cost (search/optimize_layers.h), on up to 64 devices.
+// 3. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
 //    try (follow, fed, every factor cut over all devices). The hybrids come from here.
-// 3. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.
+// 4. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.
 //
 // Same seed, same plan: budgets are numbers of simulations, never seconds.
 #pragma once
@@ -30,7 +31,7 @@ struct SearchOptions {
 };
 
 struct Candidate {
-  std::string name;  // "ddp", "megatron", ..., "descent", "mcmc"
+  std::string name;  // "ddp", "megatron", ..., "optcnn", "descent", "mcmc"
   Strategy strategy;
   int64_t step_ns = 0;
   int64_t memory_bytes = 0;  // largest device

@@ -10,7 +10,7 @@
 namespace soap {
 namespace {
 
-constexpr int64_t kUpdatePasses = 5;  // over a parameter's bytes: read parameter, gradient, state; write parameter, state
+constexpr int64_t kUpdatePasses = 5;  // over a parameter's bytes
 
 int64_t bytes_of(const Box& box, const Tensor& t) {
   return volume(box) * t.element_bytes;
@@ -168,8 +168,7 @@ struct Simulator {
     for (const Node& n : p.graph.nodes) {
       if (n.kind != NodeKind::kParam || !p.graph.output(n, 0).requires_grad) continue;
       for (const Coord& c : p.tiles[n.outputs[0]].coords) {
-        const double bytes = static_cast<double>(bytes_of(c.box, p.graph.output(n, 0)) * kUpdatePasses);
-        for (int d : c.devices) compute[d] += static_cast<int64_t>(bytes / machine.memory_bytes_per_s * 1e9 + machine.op_overhead_ns);
+        for (int d : c.devices) compute[d] += update_ns(machine, bytes_of(c.box, p.graph.output(n, 0)));
       }
     }
     out.step_ns = *std::max_element(compute.begin(), compute.end());
@@ -177,6 +176,10 @@ struct Simulator {
 };
 
 }  // namespace
+
+int64_t update_ns(const Machine& machine, int64_t bytes) {
+  return static_cast<int64_t>(static_cast<double>(bytes * kUpdatePasses) / machine.memory_bytes_per_s * 1e9 + machine.op_overhead_ns);
+}
 
 Simulation simulate(const Program& p, const CostModel& cost, bool record) {
   const Machine& machine = cost.machine();

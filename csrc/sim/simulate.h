@@ -34,6 +34,8 @@ struct Simulation {
   std::vector<Event> events;                          // only when recorded
 };
 
+// The optimizer's time for a part of a parameter: it reads parameter, gradient and state and writes parameter and state.
+int64_t update_ns(const Machine& machine, int64_t bytes);
 Simulation simulate(const Program& program, const CostModel& cost, bool record = false);
 // "features.0#1", "features.0 -> fill": for timelines.
 std::string step_name(const Program& program, int step);
