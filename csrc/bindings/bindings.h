@@ -12,5 +12,6 @@ void bind_program(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
 void bind_search(pybind11::module_& m);
+void bind_layers(pybind11::module_& m);
 
 }  // namespace soap

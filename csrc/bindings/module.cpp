@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, m) {
   soap::bind_plan(m);
   soap::bind_machine(m);
   soap::bind_search(m);
+  soap::bind_layers(m);
 }

@@ -7,11 +7,15 @@
 #include <set>
 
 #include "base/error.h"
+#include "search/layouts.h"
+#include "search/optimize_layers.h"
+#include "sim/delta.h"
 
 namespace soap {
 namespace {
 
 constexpr int64_t kIllegal = -1;
+constexpr int kMemoryChecks = 32;  // of a walk
 
 struct Searcher {
   const OpGraph& graph;
@@ -20,6 +24,7 @@ struct Searcher {
   const SearchOptions& options;
   SearchResult result;
   std::mt19937_64 random;
+  LayoutCache cache;
   std::vector<const Node*> operators;  // with work, largest parameters first
   std::vector<Rule> rules;
 
@@ -74,29 +79,42 @@ struct Searcher {
     return out;
   }
 
-  Candidate descend(Candidate start) {
+  // The step time with these changes, which stay unless they aren't legal.
+  std::optional<int64_t> attempt(DeltaSimulator& delta, const std::vector<Change>& changes) {
+    ++result.simulations;
+    try {
+      const int64_t time = delta.change(changes);
+      if (options.constraints.empty() || allowed(graph, delta.strategy(), rows, options.constraints)) return time;
+      delta.undo();
+    } catch (const std::invalid_argument&) {  // a proposal, not a mistake
+    }
+    ++result.illegal;
+    return std::nullopt;
+  }
+
+  Candidate descend(Candidate best) {
     int left = options.descent_simulations;
-    bool improved = true;
-    Candidate best = std::move(start);
-    while (improved && left > 0) {
+    DeltaSimulator delta(cache, best.strategy, rows);
+    for (bool improved = true; improved;) {
       improved = false;
       for (const Node* n : operators) {
         if (options.constraints.pinned(n->name)) continue;
         for (const auto& config : usual_configs(*n)) {
           if (left-- <= 0) return best;
-          Strategy s = best.strategy;
-          const auto it = s.nodes.find(n->name);
-          if (config ? it != s.nodes.end() && it->second == *config : it == s.nodes.end()) continue;
-          if (config)
-            s.nodes[n->name] = *config;
-          else
-            s.nodes.erase(n->name);
-          Candidate c = price("descent", s);
+          const auto it = best.strategy.nodes.find(n->name);
+          if (config ? it != best.strategy.nodes.end() && it->second == *config : it == best.strategy.nodes.end()) continue;
+          const std::optional<int64_t> time = attempt(delta, {{n->id, config}});
+          if (!time) continue;
           // A tie is no reason to leave what a person would write.
-          if (better(c, best) && (!best.fits || c.step_ns < best.step_ns - best.step_ns / 500)) {
-            best = std::move(c);
-            improved = true;
+          if (!best.fits || *time < best.step_ns - best.step_ns / 500) {
+            Candidate c = price("descent", delta.strategy());
+            if (better(c, best)) {
+              best = std::move(c);
+              improved = true;
+              continue;
+            }
           }
+          delta.undo();
         }
       }
     }
@@ -136,40 +154,77 @@ struct Searcher {
     return c;
   }
 
-  Strategy propose(const Strategy& from) {
-    Strategy s = from;
+  std::vector<Change> propose(const Strategy& from) {
     const Node& n = *operators[draw(std::min<size_t>(operators.size(), 8 + operators.size() / 2))];
     switch (draw(8)) {
-      case 0: s.nodes.erase(n.name); break;
-      case 1: s.nodes[n.name] = {.cuts = {{"n", {.tiles = world(), .fed = true}}}}; break;
+      case 0: return {{n.id, std::nullopt}};
+      case 1: return {{n.id, OpConfig{.cuts = {{"n", {.tiles = world(), .fed = true}}}}}};
       case 2: {  // an operator's parameters stored in parts, or where they are used
+        std::vector<Change> out;
         for (TensorId t : n.inputs) {
           const Node& producer = graph.nodes[graph.tensors[t].producer];
           if (producer.kind != NodeKind::kParam || graph.tensors[t].shape.empty()) continue;
-          if (s.nodes.erase(producer.name) == 0)
-            s.nodes[producer.name] = {.cuts = {{"d0", {.tiles = world()}}}, .keep = draw(2) ? Keep::kUse : Keep::kUntilBackward};
+          if (from.nodes.count(producer.name))
+            out.push_back({producer.id, std::nullopt});
+          else
+            out.push_back({producer.id, OpConfig{.cuts = {{"d0", {.tiles = world()}}}, .keep = draw(2) ? Keep::kUse : Keep::kUntilBackward}});
         }
-        break;
+        return out;
       }
-      default: s.nodes[n.name] = random_config(n);
+      default: return {{n.id, random_config(n)}};
     }
-    return s;
   }
 
-  Candidate anneal(Candidate start) {
-    Candidate best = start, current = std::move(start);
+  // Metropolis' rule on the simulated time. Memory takes the whole simulation, so it is looked at now and then: where the fastest so far doesn't
+  // fit, the walk goes back to the last that does.
+  Candidate anneal(Candidate best) {
+    DeltaSimulator delta(cache, best.strategy, rows);
+    int64_t current = delta.step_ns(), fastest_ns = current;
+    Strategy fastest;
+    const auto settle = [&] {
+      if (fastest_ns >= best.step_ns) return;
+      Candidate c = price("mcmc", fastest);
+      if (better(c, best)) {
+        best = std::move(c);
+      } else {
+        delta.change(delta.difference(best.strategy));
+        current = fastest_ns = best.step_ns;
+      }
+    };
+    const int interval = std::max(options.mcmc_simulations / kMemoryChecks, 1);
     int since = 0;
-    for (int i = 0; i < options.mcmc_simulations; ++i) {
-      Candidate next = price("mcmc", propose(current.strategy));
-      if (++since > options.mcmc_simulations / 2) break;
-      if (next.step_ns == kIllegal || (current.fits && !next.fits)) continue;
-      const double loss = static_cast<double>(next.step_ns - current.step_ns) / static_cast<double>(std::max<int64_t>(current.step_ns, 1));
-      const double luck = static_cast<double>(random() >> 11) * 0x1p-53;
-      if (!better(next, current) && luck >= std::exp(-std::max(loss, 0.0) / options.temperature)) continue;
-      current = std::move(next);
-      if (better(current, best)) {
-        best = current;
-        since = 0;
+    for (int i = 1; i <= options.mcmc_simulations && ++since <= std::max(options.mcmc_simulations / 2, 1); ++i) {
+      const std::optional<int64_t> time = attempt(delta, propose(delta.strategy()));
+      if (time) {
+        const double loss = static_cast<double>(*time - current) / static_cast<double>(std::max<int64_t>(current, 1));
+        const double luck = static_cast<double>(random() >> 11) * 0x1p-53;
+        if (*time > current && luck >= std::exp(-loss / options.temperature)) {
+          delta.undo();
+        } else {
+          current = *time;
+        }
+        if (current < fastest_ns) {
+          fastest_ns = current;
+          fastest = delta.strategy();
+          since = 0;
+        }
+      }
+      if (i % interval == 0) settle();
+    }
+    settle();
+    return best;
+  }
+
+  // The same walk where nothing fits yet: towards less memory, every step priced whole.
+  Candidate shrink(Candidate best) {
+    DeltaSimulator delta(cache, best.strategy, rows);
+    for (int i = 0; i < options.descent_simulations && !best.fits; ++i) {
+      if (!attempt(delta, propose(delta.strategy()))) continue;
+      Candidate c = price("mcmc", delta.strategy());
+      if (better(c, best)) {
+        best = std::move(c);
+      } else {
+        delta.undo();
       }
     }
     return best;
@@ -184,11 +239,27 @@ struct Searcher {
     return "a forbidden cut is left";
   }
 
+  // The optimum of the layer-wise cost. Its memory is an estimate: where the simulation needs more than the limit, once more with less.
+  void add_layer_wise() {
+    if (world() == 1 || world() > kLargestLayoutWorld) return;
+    int64_t limit = memory_limit();
+    for (int attempt = 0; attempt < 3; ++attempt) {
+      const LayerPlan plan = optimize_layers(graph, rows, cost, {.max_configurations = world() > 8 ? 16 : 32}, limit);
+      Candidate c = price("optcnn", options.constraints.empty() ? plan.strategy : adapted(graph, plan.strategy, rows, options.constraints));
+      const int64_t needed = c.memory_bytes;
+      const bool done = c.step_ns == kIllegal || c.fits || !plan.fits;
+      if (done || attempt == 2) result.candidates.push_back(std::move(c));
+      if (done) return;
+      limit = static_cast<int64_t>(static_cast<double>(limit) * static_cast<double>(memory_limit()) / static_cast<double>(needed));
+    }
+  }
+
   void run() {
     rank_operators();
     for (const auto& [name, strategy] : options.starts.empty() ? seeds(graph, world()) : options.starts) {
       result.candidates.push_back(price(name, options.constraints.empty() ? strategy : adapted(graph, strategy, rows, options.constraints)));
     }
+    if (options.starts.empty()) add_layer_wise();
     const auto best_so_far = [&] {
       size_t best = 0;
       for (size_t i = 1; i < result.candidates.size(); ++i) {
@@ -208,7 +279,9 @@ struct Searcher {
         Candidate found = descend(s);
         if (better(found, s)) result.candidates.push_back(std::move(found));
       }
-      Candidate found = anneal(result.candidates[best_so_far()]);
+      Candidate found = result.candidates[best_so_far()];
+      if (!found.fits) found = shrink(std::move(found));
+      if (found.fits) found = anneal(std::move(found));
       if (better(found, result.candidates[best_so_far()])) result.candidates.push_back(std::move(found));
     }
     result.best = static_cast<int>(best_so_far());
@@ -224,7 +297,7 @@ struct Searcher {
 }  // namespace
 
 SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options) {
-  Searcher s{.graph = graph, .rows = rows, .cost = cost, .options = options, .random = std::mt19937_64(options.seed)};
+  Searcher s{.graph = graph, .rows = rows, .cost = cost, .options = options, .random = std::mt19937_64(options.seed), .cache = LayoutCache(graph, rows, cost)};
   s.run();
   return std::move(s.result);
 }

@@ -3,9 +3,12 @@
 // 1. Seeds: what a person would write. One device; DDP (every operator cut at the processes' rows); ZeRO-1/2/3 and HSDP (parameters stored in
 //    parts); Megatron; every grid of samples, channels and pipeline stages (search/manual.h); OWT (convolutions data parallel, linears by
 //    channel, Krizhevsky 2014); images by rows.
-// 2. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
+// 2. OptCNN's dynamic program: the optimum of the layer-wise cost (search/optimize_layers.h), on up to 64 devices.
+// 3. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
 //    try (follow, fed, every factor cut over all devices). The hybrids come from here.
-// 3. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.
+// 4. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.
+//
+// Descent and MCMC re-time only what they change (sim/delta.h).
 //
 // Same seed, same plan: budgets are numbers of simulations, never seconds.
 #pragma once
@@ -33,7 +36,7 @@ struct SearchOptions {
 };
 
 struct Candidate {
-  std::string name;  // "ddp", "megatron", ..., "descent", "mcmc"
+  std::string name;  // "ddp", "megatron", ..., "optcnn", "descent", "mcmc"
   Strategy strategy;
   int64_t step_ns = 0;
   int64_t memory_bytes = 0;  // largest device

@@ -11,7 +11,7 @@
 namespace soap {
 namespace {
 
-constexpr int64_t kUpdatePasses = 5;  // over a parameter's bytes: read parameter, gradient, state; write parameter, state
+constexpr int64_t kUpdatePasses = 5;  // over a parameter's bytes
 
 int64_t bytes_of(const Box& box, const Tensor& t) {
   return volume(box) * t.element_bytes;

@@ -58,3 +58,13 @@ def copies(program: _C.Program, producer: str, consumer_group: int = 0) -> list[
     tensor = node(program.graph, producer).outputs[0]
     groups = [g for g in program.groups if g.tensor == tensor]
     return [([str(s) for s in c.box], list(c.devices)) for c in groups[consumer_group].copies.coords]
+
+
+def p100(devices: int, hosts: int = 1) -> _C.Machine:
+    """OptCNN's testbed: P100s (NVIDIA's data sheet: 9.3 TFLOP/s in float32, 732 GB/s, 16 GB) joined by NVLink of 20 GB/s, hosts by 100 Gb/s."""
+    machine = _C.Machine(devices, hosts)
+    machine.name = "p100"
+    machine.flops_per_s, machine.memory_bytes_per_s, machine.memory_bytes = 9.3e12, 732e9, 16 << 30
+    machine.op_overhead_ns = 10e3
+    machine.intra, machine.inter = _C.Link(10e3, 20e9), _C.Link(20e3, 12.5e9)
+    return machine

@@ -1,0 +1,82 @@
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "search/optimize_layers.h"
+
+namespace py = pybind11;
+
+namespace soap {
+
+void bind_layers(py::module_& m) {
+  py::class_<Choices>(m, "Choices", "The choice of each node that an elimination found.")
+      .def_readonly("choice", &Choices::choice)
+      .def_readonly("cost", &Choices::cost)
+      .def_readonly("exact", &Choices::exact)
+      .def_readonly("node_eliminations", &Choices::node_eliminations)
+      .def_readonly("edge_eliminations", &Choices::edge_eliminations)
+      .def_readonly("left", &Choices::left)
+      .def_readonly("with_tables", &Choices::with_tables)
+      .def_readonly("fixed", &Choices::fixed);
+  py::class_<LimitedChoices>(m, "LimitedChoices")
+      .def_readonly("choices", &LimitedChoices::choices)
+      .def_readonly("weight", &LimitedChoices::weight)
+      .def_readonly("multiplier", &LimitedChoices::multiplier)
+      .def_readonly("fits", &LimitedChoices::fits);
+  py::class_<ChoiceGraph::Edge>(m, "ChoiceEdge")
+      .def(py::init([](int a, int b, int table) { return ChoiceGraph::Edge{a, b, table}; }), py::arg("a"), py::arg("b"), py::arg("table"))
+      .def_readonly("a", &ChoiceGraph::Edge::a)
+      .def_readonly("b", &ChoiceGraph::Edge::b)
+      .def_readonly("table", &ChoiceGraph::Edge::table);
+  py::class_<ChoiceGraph>(m, "ChoiceGraph", "Costs of each node's choices, and of pairs of choices along edges.")
+      .def(py::init([](std::vector<std::vector<int64_t>> nodes, std::vector<std::vector<int64_t>> tables, std::vector<ChoiceGraph::Edge> edges) {
+             return ChoiceGraph{std::move(nodes), std::move(tables), std::move(edges)};
+           }),
+           py::arg("nodes"), py::arg("tables"), py::arg("edges"))
+      .def_readonly("nodes", &ChoiceGraph::nodes)
+      .def_readonly("tables", &ChoiceGraph::tables)
+      .def_readonly("edges", &ChoiceGraph::edges)
+      .def("cost", &ChoiceGraph::cost, py::arg("choice"));
+  m.def(
+      "minimize", [](const ChoiceGraph& g, int64_t largest_table) { return minimize(g, {.largest_table = largest_table}); }, py::arg("graph"),
+      py::arg("largest_table") = EliminationOptions{}.largest_table, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "minimize_within",
+      [](const ChoiceGraph& g, const std::vector<std::vector<int64_t>>& weights, int64_t limit) { return minimize_within(g, weights, limit); },
+      py::arg("graph"), py::arg("weights"), py::arg("limit"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Layer>(m, "Layer", "An operator that is configured, and what follows it.")
+      .def_readonly("head", &Layer::head)
+      .def_readonly("nodes", &Layer::nodes)
+      .def_readonly("configs", &Layer::configs);
+  py::class_<LayerOptions>(m, "LayerOptions")
+      .def(py::init([](bool reductions, int max_configurations) { return LayerOptions{reductions, max_configurations}; }), py::arg("reductions") = true,
+           py::arg("max_configurations") = LayerOptions{}.max_configurations)
+      .def_readwrite("reductions", &LayerOptions::reductions)
+      .def_readwrite("max_configurations", &LayerOptions::max_configurations);
+  py::class_<LayerCosts>(m, "LayerCosts", "Layer-wise costs of all configurations.")
+      .def_readonly("layers", &LayerCosts::layers)
+      .def_readonly("choices", &LayerCosts::choices)
+      .def_readonly("memory_bytes", &LayerCosts::memory_bytes)
+      .def_readonly("distinct_layers", &LayerCosts::distinct_layers);
+  m.def("layer_costs", &layer_costs, py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options") = LayerOptions{},
+        py::call_guard<py::gil_scoped_release>());
+  m.def("strategy_of", &strategy_of, py::arg("graph"), py::arg("costs"), py::arg("choice"));
+  m.def("choices_of", &choices_of, py::arg("graph"), py::arg("costs"), py::arg("strategy"));
+  py::class_<LayerPlan>(m, "LayerPlan", "The strategy with the smallest layer-wise cost.")
+      .def_readonly("strategy", &LayerPlan::strategy)
+      .def_readonly("cost_ns", &LayerPlan::cost_ns)
+      .def_readonly("memory_bytes", &LayerPlan::memory_bytes)
+      .def_readonly("fits", &LayerPlan::fits)
+      .def_readonly("choices", &LayerPlan::choices)
+      .def_readonly("layers", &LayerPlan::layers)
+      .def_readonly("distinct_layers", &LayerPlan::distinct_layers)
+      .def_readonly("edges", &LayerPlan::edges)
+      .def_readonly("configurations", &LayerPlan::configurations)
+      .def_readonly("largest", &LayerPlan::largest)
+      .def_readonly("table_seconds", &LayerPlan::table_seconds)
+      .def_readonly("elimination_seconds", &LayerPlan::elimination_seconds);
+  m.def("optimize_layers", &optimize_layers, py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options") = LayerOptions{},
+        py::arg("memory_limit_bytes") = py::none(), py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace soap

@@ -1,0 +1,296 @@
+#include "search/layer_table.h"
+
+#include <algorithm>
+#include <map>
+
+#include "base/error.h"
+#include "fmt/ranges.h"
+#include "sim/memory.h"
+#include "sim/simulate.h"
+
+namespace soap {
+namespace {
+
+// A configuration, and the same without a reference to the processes' rows, which a layer by itself doesn't know.
+struct Proposal {
+  OpConfig config, local;
+};
+
+bool may_cut(const Node& head, const Rule& rule, int factor, const LayerOptions& options) {
+  const Factor& f = rule.factors[factor];
+  if (f.cut == Cuttable::kWhole || (f.kind == FactorKind::kReduction && f.cut != Cuttable::kExpand && !options.reductions)) return false;
+  if (f.cut == Cuttable::kExpand) return expansion_registry().expansions.count(head.target) > 0;
+  return std::all_of(rule.results.begin(), rule.results.end(), [&](const Result& r) {
+    return r.reduce != Reduce::kNone || std::any_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), factor) > 0; });
+  });
+}
+
+// Every product of even cuts of the factors from `factor` on, with degrees whose product divides `left`.
+void add_products(const Node& head, const Rule& rule, const LayerOptions& options, int factor, int left, OpConfig& so_far, std::vector<Proposal>& out) {
+  if (factor == static_cast<int>(rule.factors.size())) {
+    if (!so_far.cuts.empty()) out.push_back({so_far, so_far});
+    return;
+  }
+  add_products(head, rule, options, factor + 1, left, so_far, out);
+  if (!may_cut(head, rule, factor, options)) return;
+  const Factor& f = rule.factors[factor];
+  const bool clash = std::any_of(rule.exclusive.begin(), rule.exclusive.end(), [&](const std::vector<int>& group) {
+    return std::count(group.begin(), group.end(), factor) && std::any_of(so_far.cuts.begin(), so_far.cuts.end(), [&](const FactorCut& c) {
+             return std::count(group.begin(), group.end(), rule.factor(c.factor)) > 0;
+           });
+  });
+  if (clash) return;
+  for (int degree = 2; degree <= left && degree <= f.size / f.unit; ++degree) {
+    if (left % degree != 0) continue;
+    so_far.cuts.push_back({f.name, {.tiles = degree}});
+    add_products(head, rule, options, factor + 1, left / degree, so_far, out);
+    so_far.cuts.pop_back();
+  }
+}
+
+// The cut at the processes' rows by its bounds; nullopt where the rows aren't intervals one after another.
+std::optional<Proposal> fed_proposal(const Node& head, const Rule& rule, const FedFactor& fed, const LayerOptions& options) {
+  if (fed.factor < 0 || !may_cut(head, rule, fed.factor, options)) return std::nullopt;
+  const int world = static_cast<int>(fed.parts.size());
+  std::vector<int64_t> bounds{0};
+  for (const IndexSet& part : fed.parts) {
+    if (!part.is_interval() || (!part.empty() && part.begin() != bounds.back())) return std::nullopt;
+    bounds.push_back(bounds.back() + part.size());
+  }
+  Cut cut{.tiles = world, .bounds = bounds};
+  const Factor& f = rule.factors[fed.factor];
+  bool even = f.size / f.unit >= world;
+  for (int t = 0; t <= world; ++t) even = even && bounds[t] == (t == world ? f.size : f.size / f.unit * t / world * f.unit);
+  if (even) cut.bounds.clear();
+  return Proposal{{.cuts = {{"n", {.tiles = world, .fed = true}}}}, {.cuts = {{f.name, cut}}}};
+}
+
+std::vector<Proposal> proposals(const Node& head, const Rule& rule, const FedFactor& fed, int world, const LayerOptions& options) {
+  std::vector<Proposal> products;
+  OpConfig empty;
+  add_products(head, rule, options, 0, world, empty, products);
+  std::stable_sort(products.begin(), products.end(), [](const Proposal& a, const Proposal& b) {
+    if (a.config.cuts.size() != b.config.cuts.size()) return a.config.cuts.size() < b.config.cuts.size();
+    return a.config.num_tiles() > b.config.num_tiles();
+  });
+  std::vector<Proposal> out;
+  const auto rows = fed_proposal(head, rule, fed, options);
+  if (rows && world > 1) {
+    out.push_back(*rows);
+    std::erase_if(products, [&](const Proposal& p) { return p.local == rows->local; });
+  }
+  if (world > 1) out.push_back({{.replicas = world}, {.replicas = world}});
+  out.push_back({{.devices = {0}}, {.devices = {0}}});
+  out.insert(out.end(), products.begin(), products.end());
+  if (out.size() > static_cast<size_t>(std::max(options.max_configurations, 3))) out.resize(std::max(options.max_configurations, 3));
+  return out;
+}
+
+std::string text(const AttrMap& attrs) {
+  std::string out;
+  for (const auto& [name, value] : attrs) {
+    out += name + "=";
+    std::visit(
+        [&](const auto& v) {
+          using T = std::decay_t<decltype(v)>;
+          if constexpr (std::is_same_v<T, std::vector<int64_t>> || std::is_same_v<T, std::vector<double>>)
+            out += fmt::format("{}", fmt::join(v, ","));
+          else if constexpr (!std::is_same_v<T, std::monostate>)
+            out += fmt::format("{}", v);
+        },
+        value);
+    out += ";";
+  }
+  return out;
+}
+
+// The layer as a graph of its own: what comes from outside is there from the start on every device, what others read is returned.
+struct Alone {
+  OpGraph graph;
+  std::string head;
+  std::vector<std::string> inputs, outputs;  // ports: names of nodes
+};
+
+Alone alone(const OpGraph& graph, const LayerShape& layer) {
+  Alone out;
+  std::map<TensorId, TensorId> now;
+  const auto bring = [&](TensorId t) {
+    if (now.count(t)) return;
+    const Tensor& from = graph.tensors[t];
+    const Node& producer = graph.nodes[from.producer];
+    now[t] = add_tensor(out.graph, from.shape, from.dtype, from.element_bytes, from.requires_grad);
+    if (is_store(producer))
+      add_node(out.graph, {.kind = producer.kind, .name = producer.name, .outputs = {now[t]}});
+    else
+      add_node(out.graph, {.kind = NodeKind::kBuffer, .name = fmt::format("{}[{}]", producer.name, from.result), .outputs = {now[t]}});
+  };
+  for (NodeId id : layer.nodes) {
+    Node n = graph.nodes[id];
+    for (TensorId& t : n.inputs) {
+      bring(t);
+      t = now[t];
+    }
+    for (TensorId& t : n.outputs) {
+      const Tensor& from = graph.tensors[t];
+      now[t] = add_tensor(out.graph, from.shape, from.dtype, from.element_bytes, from.requires_grad);
+      t = now[t];
+    }
+    add_node(out.graph, std::move(n));
+  }
+  for (TensorId t : layer.inputs) out.inputs.push_back(out.graph.nodes[out.graph.tensors[now.at(t)].producer].name);
+  for (TensorId t : layer.outputs) {
+    out.outputs.push_back(fmt::format("[return {}]", out.outputs.size()));
+    add_node(out.graph, {.kind = NodeKind::kReturn, .name = out.outputs.back(), .inputs = {now.at(t)}, .operand_names = {"value"}});
+  }
+  if (layer.head >= 0) out.head = graph.nodes[layer.head].name;
+  return out;
+}
+
+struct Evaluation {
+  const CostModel& cost;
+  Layouts& layouts;
+  Program p;                     // graph, rules, tilings, differentiable: what the cost of an operator depends on
+  std::vector<int64_t> spent, held;  // per device
+  int64_t moved_ns = 0;
+  std::vector<std::vector<LayerTable::Read>> reads;  // per tensor
+  std::vector<int> tiles;                            // per tensor: layout
+
+  void compute() {
+    for (const Node& n : p.graph.nodes) {
+      bool grad = false;
+      for (size_t i = 0; i < n.outputs.size(); ++i) grad = grad || (p.graph.tensors[n.outputs[i]].requires_grad && p.rules[n.id].results[i].differentiable);
+      p.differentiable.push_back(n.kind == NodeKind::kOp && grad);
+    }
+    for (const Node& n : p.graph.nodes) {
+      if (n.kind != NodeKind::kOp) continue;
+      const Rule& rule = p.rules[n.id];
+      const Tiling& tiling = p.tilings[n.id];
+      for (int tile = 0; tile < tiling.tiles(); ++tile) {
+        const OpTime t = cost.time(p, n.id, tile, 0);
+        for (int d : tiling.devices_of(tile)) spent[d] += t.forward_ns + t.backward_ns;
+      }
+      for (size_t i = 0; i < n.inputs.size(); ++i) {
+        const Tensor& t = p.graph.input(n, static_cast<int>(i));
+        const int copies = layouts.add(operand_copies(rule, tiling, static_cast<int>(i), t.shape).sharding);
+        const bool gradient = t.requires_grad && rule.operands[i].differentiable && p.differentiable[n.id];
+        auto& list = reads[t.id];
+        const auto same = std::find_if(list.begin(), list.end(), [&](const LayerTable::Read& r) { return r.copies == copies; });
+        if (same == list.end())
+          list.push_back({copies, gradient});
+        else
+          same->gradient = same->gradient || gradient;
+      }
+      for (size_t r = 0; r < n.outputs.size(); ++r) {
+        const Tensor& t = p.graph.output(n, static_cast<int>(r));
+        tiles[t.id] = layouts.add(result_sharding(rule, tiling, static_cast<int>(r), t.shape));
+        if (rule.results[r].saved && !rule.view && p.differentiable[n.id]) hold(tiles[t.id], t.element_bytes + rule.results[r].saved_bytes_more);
+      }
+    }
+  }
+
+  void hold(int layout, int64_t bytes) {
+    for (const Layout::Part& part : layouts[layout].parts) {
+      for (int d : part.devices) held[d] += part.volume * bytes;
+    }
+  }
+
+  void move() {
+    for (const Tensor& t : p.graph.tensors) {
+      if (t.producer < 0 || reads[t.id].empty()) continue;
+      const Node& producer = p.graph.nodes[t.producer];
+      if (producer.kind == NodeKind::kParam) {
+        tiles[t.id] = layouts.storage(reads[t.id].front().copies, t.shape, p.world_size);
+        if (t.requires_grad) update(tiles[t.id], t);
+        hold(tiles[t.id], t.element_bytes * (t.requires_grad ? 2 + kOptimizerCopies : 1));
+      }
+      if (producer.kind != NodeKind::kParam && producer.kind != NodeKind::kOp) continue;  // whole on every device, or another layer's
+      for (const LayerTable::Read& r : reads[t.id]) moved_ns += layouts.reshard_ns(tiles[t.id], r.copies, t, r.gradient);
+    }
+  }
+
+  void update(int storage, const Tensor& t) {
+    for (const Layout::Part& part : layouts[storage].parts) {
+      for (int d : part.devices) spent[d] += update_ns(cost.machine(), d, part.volume * t.element_bytes);
+    }
+  }
+};
+
+}  // namespace
+
+std::string signature(const OpGraph& graph, const Resolved& fixed, const LayerShape& layer) {
+  std::map<TensorId, size_t> number;
+  std::string out;
+  const auto name = [&](TensorId t) {
+    const auto [it, fresh] = number.try_emplace(t, number.size());
+    out += fmt::format("{}", it->second);
+    if (!fresh) return;
+    const Tensor& x = graph.tensors[t];
+    out += fmt::format(":{}[{}]{}{}", x.dtype, fmt::join(x.shape, ","), x.requires_grad ? "'" : "", static_cast<int>(graph.nodes[x.producer].kind));
+  };
+  for (NodeId id : layer.nodes) {
+    const Node& n = graph.nodes[id];
+    out += fmt::format("{}{}{}{}(", id == layer.head ? "*" : "", n.target, n.no_grad ? "!" : "", n.family);
+    for (size_t i = 0; i < n.inputs.size(); ++i) {
+      out += n.operand_names.empty() ? "" : n.operand_names[i];
+      out += "=";
+      name(n.inputs[i]);
+      out += " ";
+    }
+    out += text(n.attrs) + ")>";
+    for (TensorId t : n.outputs) {
+      name(t);
+      out += " ";
+    }
+  }
+  out += "|";
+  for (const auto* ports : {&layer.inputs, &layer.outputs}) {
+    for (TensorId t : *ports) out += fmt::format("{} ", number.at(t));
+    out += "|";
+  }
+  if (layer.head >= 0) {
+    const FedFactor& fed = fixed.fed[layer.head];
+    out += fmt::format("{}", fed.factor);
+    for (const IndexSet& s : fed.parts) out += to_string(s);
+  }
+  return out;
+}
+
+LayerTable layer_table(const OpGraph& graph, const Resolved& fixed, const LayerShape& layer, const FedRows& rows, const CostModel& cost,
+                       const LayerOptions& options, Layouts& layouts) {
+  const int world = static_cast<int>(rows.size());
+  const Alone by_itself = alone(graph, layer);
+  std::vector<Proposal> list{{}};
+  if (layer.head >= 0) list = proposals(graph.nodes[layer.head], fixed.rules[layer.head], fixed.fed[layer.head], world, options);
+  LayerTable out;
+  for (const Proposal& proposal : list) {
+    Strategy s{.world_size = world};
+    if (layer.head >= 0) s.nodes[by_itself.head] = proposal.local;
+    Resolved r;
+    try {
+      r = resolve(by_itself.graph, s, rows);
+    } catch (const std::invalid_argument&) {  // not legal here
+      continue;
+    }
+    Evaluation e{.cost = cost, .layouts = layouts};
+    e.p.graph = std::move(r.graph);
+    e.p.rules = std::move(r.rules);
+    e.p.tilings = std::move(r.tilings);
+    e.p.world_size = world;
+    e.spent.resize(world);
+    e.held.resize(world);
+    e.reads.resize(e.p.graph.tensors.size());
+    e.tiles.resize(e.p.graph.tensors.size(), -1);
+    e.compute();
+    e.move();
+    out.configs.push_back(proposal.config);
+    out.ns.push_back(*std::max_element(e.spent.begin(), e.spent.end()) + e.moved_ns);
+    out.memory_bytes.push_back(*std::max_element(e.held.begin(), e.held.end()));
+    auto& reads = out.reads.emplace_back();
+    for (const std::string& name : by_itself.inputs) reads.push_back(e.reads[e.p.graph.nodes[*e.p.graph.find(name)].outputs[0]]);
+    auto& makes = out.makes.emplace_back();
+    for (const std::string& name : by_itself.outputs) makes.push_back(e.tiles[e.p.graph.nodes[*e.p.graph.find(name)].inputs[0]]);
+  }
+  return out;
+}
+
+}  // namespace soap

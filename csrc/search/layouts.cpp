@@ -1,0 +1,180 @@
+#include "search/layouts.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "base/error.h"
+
+namespace soap {
+
+int Layouts::add(const IndexSet& set) {
+  const auto [it, fresh] = known_sets_.try_emplace(set.runs(), static_cast<int>(sets_.size()));
+  if (fresh) {
+    sets_.push_back(set);
+    common_.emplace_back(sets_.size(), -1);
+  }
+  return it->second;
+}
+
+int Layouts::add(const Sharding& sharding) {
+  Layout layout{.partial = sharding.partial};
+  std::vector<int64_t> key{static_cast<int64_t>(sharding.partial)};
+  for (const Coord& c : sharding.coords) {
+    SOAP_CHECK(c.chunk == 0, "[layout] {} is cut in time", to_string(c.box));
+    Layout::Part part{.volume = volume(c.box), .devices = c.devices};
+    if (part.volume == 0) continue;
+    for (const IndexSet& s : c.box) part.sets.push_back(add(s));
+    for (int d : c.devices) {
+      SOAP_CHECK(d < kLargestLayoutWorld, "[layout] device {} of at most {}", d, kLargestLayoutWorld);
+      part.mask |= uint64_t{1} << d;
+    }
+    key.push_back(-1);
+    key.insert(key.end(), part.sets.begin(), part.sets.end());
+    key.push_back(-2);
+    key.insert(key.end(), part.devices.begin(), part.devices.end());
+    layout.parts.push_back(std::move(part));
+  }
+  const auto [it, fresh] = known_.try_emplace(std::move(key), static_cast<int>(layouts_.size()));
+  if (fresh) layouts_.push_back(std::move(layout));
+  return it->second;
+}
+
+int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_size) {
+  const auto [it, fresh] = storage_.try_emplace(copies, -1);
+  if (!fresh) return it->second;
+  Sharding whole{.coords = {{.box = whole_box(shape)}}}, out;
+  for (int d = 0; d < world_size; ++d) whole.coords[0].devices.push_back(d);
+  const Layout layout = layouts_[copies];
+  std::vector<const Layout::Part*> kept;
+  uint64_t used = 0;
+  int64_t covered = 0;
+  bool parts = true;  // one per device, which make up the whole
+  for (const Layout::Part& part : layout.parts) {
+    size_t same = 0;
+    while (same < kept.size() && kept[same]->sets != part.sets) ++same;
+    if (same == kept.size()) {
+      for (const Layout::Part* other : kept) {
+        int64_t overlap = 1;
+        for (size_t d = 0; d < shape.size(); ++d) overlap *= common(other->sets[d], part.sets[d]);
+        parts = parts && overlap == 0;
+      }
+      kept.push_back(&part);
+      Box box;
+      for (int s : part.sets) box.push_back(sets_[s]);
+      out.coords.push_back({.box = std::move(box)});
+      covered += part.volume;
+    }
+    std::vector<int>& devices = out.coords[same].devices;
+    for (int d : part.devices) {
+      if (std::count(devices.begin(), devices.end(), d)) continue;
+      parts = parts && (used >> d & 1) == 0;
+      used |= uint64_t{1} << d;
+      devices.push_back(d);
+    }
+  }
+  for (Coord& c : out.coords) std::sort(c.devices.begin(), c.devices.end());
+  const int stored = add(parts && covered == numel(shape) && covered > 0 ? out : whole);
+  storage_[copies] = stored;
+  return stored;
+}
+
+int64_t Layouts::common(int a, int b) {
+  if (a == b) return sets_[a].size();
+  int64_t& known = common_[std::max(a, b)][std::min(a, b)];
+  if (known < 0) known = intersect(sets_[a], sets_[b]).size();
+  return known;
+}
+
+int64_t Layouts::movement(bool all_reduce, uint64_t ranks, int64_t bytes) {
+  const auto [it, fresh] = movements_[all_reduce].try_emplace({ranks, bytes});
+  if (fresh) {
+    std::vector<int> list;
+    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) list.push_back(std::countr_zero(rest));
+    it->second = movement_ns(machine_, all_reduce ? "all_reduce" : "exchange", list, bytes);
+  }
+  return it->second;
+}
+
+// fill_pieces (or grad_pieces) and recognise in one walk; see there for the rules.
+int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes) {
+  int64_t sends[kLargestLayoutWorld] = {};
+  uint64_t ranks = 0;
+  size_t pieces = 0, copies = 0;
+  bool whole = true;  // every piece is all of its source and all of its copy
+  std::vector<uint64_t> senders(from.parts.size());
+  for (const Layout::Part& copy : to.parts) {
+    copies += copy.devices.size();
+    for (size_t k = 0; k < from.parts.size(); ++k) {
+      const Layout::Part& source = from.parts[k];
+      int64_t volume = 1;
+      for (size_t d = 0; d < copy.sets.size() && volume > 0; ++d) volume *= common(source.sets[d], copy.sets[d]);
+      if (volume == 0) continue;
+      whole = whole && volume == source.volume && volume == copy.volume;
+      for (size_t r = 0; r < copy.devices.size(); ++r) {
+        const int device = copy.devices[r];
+        ++pieces;
+        if (source.mask >> device & 1) {
+          senders[k] |= uint64_t{1} << device;
+          continue;
+        }
+        const int sender = source.devices[r % source.devices.size()];
+        senders[k] |= uint64_t{1} << sender;
+        sends[sender] += volume;
+        ranks |= uint64_t{1} << device | uint64_t{1} << sender;
+      }
+    }
+  }
+  if (ranks == 0) return 0;
+  const auto n = static_cast<size_t>(std::popcount(ranks));
+  // All-reduce: one whole addend and one whole copy on each participant, all of one box.
+  bool all_reduce = reduce != Reduce::kNone && whole && copies == n && pieces == n * n;
+  if (all_reduce) {
+    uint64_t addends = 0, readers = 0;
+    size_t count = 0;
+    for (uint64_t s : senders) {
+      if (s == 0) continue;
+      all_reduce = all_reduce && std::has_single_bit(s) && (addends & s) == 0;
+      addends |= s;
+      ++count;
+    }
+    for (const Layout::Part& copy : to.parts) {
+      readers |= copy.mask;
+      all_reduce = all_reduce && copy.sets == to.parts.front().sets;
+    }
+    all_reduce = all_reduce && count == n && addends == ranks && readers == ranks;
+  }
+  if (all_reduce) return movement(true, ranks, to.parts.front().volume * reduced_bytes);
+  return movement(false, ranks, *std::max_element(sends, sends + kLargestLayoutWorld) * element_bytes);
+}
+
+namespace {
+
+uint64_t key_of(int tiles, int copies, bool gradient, const Tensor& t) {
+  SOAP_CHECK(tiles < (1 << 27) && copies < (1 << 27) && t.element_bytes < 256, "[layout] too many layouts: {}", std::max(tiles, copies));
+  return static_cast<uint64_t>(tiles) << 37 | static_cast<uint64_t>(copies) << 10 | static_cast<uint64_t>(t.element_bytes) << 2 |
+         static_cast<uint64_t>(gradient) << 1 | static_cast<uint64_t>(is_float(t));
+}
+
+// Sums of 16-bit floats travel in float32.
+int64_t reduced(const Tensor& t, bool sum) {
+  return sum && is_float(t) ? std::max<int64_t>(t.element_bytes, 4) : t.element_bytes;
+}
+
+}  // namespace
+
+int64_t Layouts::fill_ns(int tiles, int copies, const Tensor& t) {
+  const auto [it, fresh] = prices_.try_emplace(key_of(tiles, copies, false, t));
+  if (fresh) {
+    const Layout& from = layouts_[tiles];
+    it->second = price(from, layouts_[copies], from.partial, t.element_bytes, reduced(t, from.partial != Reduce::kMax));
+  }
+  return it->second;
+}
+
+int64_t Layouts::gradient_ns(int tiles, int copies, const Tensor& t) {
+  const auto [it, fresh] = prices_.try_emplace(key_of(tiles, copies, true, t));
+  if (fresh) it->second = price(layouts_[copies], layouts_[tiles], Reduce::kSum, t.element_bytes, reduced(t, true));
+  return it->second;
+}
+
+}  // namespace soap

@@ -1,0 +1,65 @@
+// Layouts: shardings as small numbers, so that a table of many thousand reshards is priced in little time. Equal shardings are one layout,
+// equal index sets one number, and the size of an intersection is looked up. Prices are those of reshard/reshard.h and the simulator
+// without overlap: an exchange takes what its busiest sender takes, an all-reduce what the machine's table says.
+//
+// For plans without chunks in time, on up to 64 devices.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <unordered_map>
+#include <vector>
+
+#include "machine/machine.h"
+#include "reshard/reshard.h"
+
+namespace soap {
+
+constexpr int kLargestLayoutWorld = 64;
+
+struct Layout {
+  struct Part {
+    std::vector<int> sets;  // per dim: number of an index set
+    int64_t volume = 0;
+    uint64_t mask = 0;  // of devices
+    std::vector<int> devices;
+  };
+  Reduce partial = Reduce::kNone;
+  std::vector<Part> parts;  // without the empty ones
+};
+
+class Layouts {
+ public:
+  explicit Layouts(const Machine& machine) : machine_(machine) {}
+
+  int add(const Sharding& sharding);
+  const Layout& operator[](int layout) const { return layouts_[layout]; }
+
+  // Where a parameter is stored that is read so and has no configuration: as lowering derives it (program/lower.cpp).
+  int storage(int copies, const std::vector<int64_t>& shape, int world_size);
+
+  // Time in which copies are assembled from tiles, and in which their gradients come back.
+  int64_t fill_ns(int tiles, int copies, const Tensor& tensor);
+  int64_t gradient_ns(int tiles, int copies, const Tensor& tensor);
+  int64_t reshard_ns(int tiles, int copies, const Tensor& tensor, bool gradient) {
+    return fill_ns(tiles, copies, tensor) + (gradient ? gradient_ns(tiles, copies, tensor) : 0);
+  }
+
+ private:
+  int add(const IndexSet& set);
+  int64_t common(int a, int b);  // elements of both sets
+  int64_t price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes);
+  int64_t movement(bool all_reduce, uint64_t ranks, int64_t bytes);
+
+  const Machine& machine_;
+  std::vector<Layout> layouts_;
+  std::map<std::vector<int64_t>, int> known_;  // by everything in it
+  std::map<std::vector<Run>, int> known_sets_;
+  std::vector<IndexSet> sets_;
+  std::unordered_map<int, int> storage_;  // by copies: their sets say the shape
+  std::vector<std::vector<int64_t>> common_;                     // [a][b], b <= a, -1: not yet known
+  std::unordered_map<uint64_t, int64_t> prices_;                 // of (tiles, copies, way, element)
+  std::map<std::pair<uint64_t, int64_t>, int64_t> movements_[2];  // (ranks, bytes) -> ns
+};
+
+}  // namespace soap
