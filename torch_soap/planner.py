@@ -17,7 +17,7 @@ from torch_soap.runtime.comm import Comm
 from torch_soap.verify import as_arguments, even_rows
 
 MEASURED_SEEDS = ("ddp", "zero-3", "megatron", "owt")
-ROUNDS = 2  # searches; after each, what its best candidates need is measured
+ROUNDS = 2  # searches; after each, what its best candidate needs is measured
 STARTS = 8  # candidates that a plan remembers
 
 
@@ -59,8 +59,7 @@ def search_plan(
     options.seed = seed
     options.constraints = constraints(graph, pin, forbid, world)
     num_operators = sum(n.kind == _C.NodeKind.op for n in graph.nodes)
-    options.descent_simulations = max(40, min(600, 30_000 // max(num_operators, 1)))
-    options.mcmc_simulations = options.descent_simulations
+    options.descent_simulations = options.mcmc_simulations = max(200, min(4000, 600_000 // max(num_operators, 1)))
     if memory_limit is not None:
         options.memory_limit_bytes = memory_limit
     measured = simulations = 0
@@ -68,13 +67,13 @@ def search_plan(
         for name, strategy in _C.seeds(graph, world):
             if name in MEASURED_SEEDS:
                 measured += measure(cost, graph, captured, strategy, rows, comm, known)
-    for _ in range(ROUNDS if measuring else 1):
-        found = searched(graph, rows, cost, options, comm)
+    for turn in range(ROUNDS + STARTS):
+        found = searched(graph, rows, cost, options, comm) if turn < ROUNDS else settled(graph, found, rows, cost, options, comm)
         strategy = _C.parse_plan(graph, found["plan"], world)
         simulations += found["simulations"]
         fresh = measure(cost, graph, captured, strategy, rows, comm, known) if measuring else 0
         measured += fresh
-        if not fresh:
+        if not fresh:  # nothing of it was guessed
             break
     if measured:
         calibrate.save(world, known, host_of)
@@ -126,18 +125,15 @@ def resolved(plan: Plan, context: Context, pin: Pin | None, forbid: Forbid | Non
     return described(Context(context.graph, context.rows, context.cost, starts, context.memory_limit), strategy, stats, found)
 
 
-def settled(graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.CostModel, limit: int, comm: Comm | None) -> tuple[str, str]:
-    """Name and text of what is best now that all operators of the found strategy are measured: it, or a seed that it beat by a guess."""
-    choice = found["chosen"], found["plan"]
-    if comm is None or comm.rank == 0:
-        best = _C.simulate(_C.lower(graph, _C.parse_plan(graph, found["plan"], len(rows)), rows), cost).step_ns
-        for name, strategy in _C.seeds(graph, len(rows)):
-            if found["seeds"].get(name, {}).get("step_time_ns", -1) < 0:  # not legal here
-                continue
-            simulation = _C.simulate(_C.lower(graph, strategy, rows), cost)
-            if simulation.step_ns < best and max(simulation.memory_bytes) <= limit:
-                best, choice = simulation.step_ns, (name, _C.print_plan(graph, strategy))
-    return choice if comm is None else comm.gather_objects(choice)[0]
+def settled(
+    graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.CostModel, options: _C.SearchOptions, comm: Comm | None
+) -> dict[str, Any]:
+    """What `searched` found, priced again now that its operators are measured, beside all that it beat: a guess may have won."""
+    options.descent_simulations = options.mcmc_simulations = 0
+    if "starts" in found:  # rank 0
+        names = {name for name, _ in found["starts"]}
+        options.starts = [*found["starts"], *((name, strategy) for name, strategy in _C.seeds(graph, len(rows)) if name not in names)]
+    return searched(graph, rows, cost, options, comm)
 
 
 def measure(cost: _C.CostModel, graph: _C.OpGraph, captured: Graph, strategy: _C.Strategy, rows: list[int], comm: Comm | None, known: dict[str, Any]) -> int:

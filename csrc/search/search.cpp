@@ -15,7 +15,8 @@ namespace soap {
 namespace {
 
 constexpr int64_t kIllegal = -1;
-constexpr int kMemoryChecks = 32;  // of a walk
+constexpr int kMemoryChecks = 32;      // of a walk
+constexpr int64_t kChunkedWork = 1000;  // nodes x devices
 
 struct Searcher {
   const OpGraph& graph;
@@ -126,6 +127,9 @@ struct Searcher {
     return static_cast<T>(random() % static_cast<uint64_t>(n));
   }
 
+  // What is cut in time is lowered whole: on large graphs only the seeds are.
+  bool may_chunk() const { return static_cast<int64_t>(graph.nodes.size()) * world() <= kChunkedWork; }
+
   // Any legal configuration: up to two factors, degrees up to the world, sometimes chunks, uneven parts, any devices.
   OpConfig random_config(const Node& n) {
     OpConfig c;
@@ -141,7 +145,7 @@ struct Searcher {
       const int degree = std::min<int>(world() / tiles, static_cast<int>(f.size / f.unit));
       if (degree < 2) continue;
       Cut cut{.tiles = 2 + draw(degree - 1)};
-      if (draw(16) == 0 && f.size / f.unit >= cut.tiles * 2) cut.chunks = 2;
+      if (draw(16) == 0 && f.size / f.unit >= cut.tiles * 2 && may_chunk()) cut.chunks = 2;
       if (draw(8) == 0 && cut.tiles == 2 && f.size > 2 && f.unit == 1) cut.bounds = {0, 1 + draw(f.size - 1), f.size};
       tiles *= cut.tiles;
       c.cuts.push_back({f.name, cut});
