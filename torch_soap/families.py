@@ -14,6 +14,7 @@ from torch import nn
 from torch_soap import _C, calibrate
 from torch_soap.capture import capture
 from torch_soap.machine import Machine
+from torch_soap.measuring import mark
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
 
@@ -37,9 +38,9 @@ class Probe(nn.Module):
         return torch.stack([t.flatten(1).mean(1) for t in (pixels, attended, wide, states)], 1)
 
 
-def measure_families(machine: Machine, comm: Comm | None) -> dict[str, float]:
-    """The efficiency of each family, with all ranks at once: the time that the machine's rates allow, over the time that it took. Above 1 where an
-    operator stays in the cache and the rate was measured outside of it. Rank 0's, on all ranks."""
+def measure_families(machine: Machine, comm: Comm | None, known: dict[str, Any]) -> dict[str, float]:
+    """The efficiency of each family, with all ranks at once: the time that the machine's rates allow, over the time that it took. Above 1
+    where an operator stays in the cache and the rate was measured outside of it. Rank 0's, on all ranks; into `known` too."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch.export: nn.LSTM assigns its flattened weights
@@ -47,17 +48,20 @@ def measure_families(machine: Machine, comm: Comm | None) -> dict[str, float]:
     graph = captured.instantiate(captured.inputs)
     op_graph = to_op_graph(graph)
     program = _C.lower(op_graph, _C.parse_plan(op_graph, "* @ [0]", 1), [8])
-    parts = defaultdict(list)
+    parts, timings = defaultdict(list), []
     calibrate.barrier(comm)
     for sample in _C.CostModel(machine).missing(program):
         work = _C.work_of(program, sample.node, sample.tile, sample.chunk)
         if work.num_bytes == 0:
             continue
-        taken = calibrate.time_operator(program, graph, sample)[0].ns
+        timings.append(calibrate.time_operator(program, graph, sample)[0])
+        taken = timings[-1].ns
         ideal = max(work.flops / machine.flops_per_s, work.num_bytes / machine.memory_bytes_per_s) * 1e9
         parts[work.family].append(ideal / max(taken - machine.op_overhead_ns, 0.1 * taken))
     found = {family: round(statistics.median(values), 3) for family, values in parts.items()}
-    return found if comm is None else dict(comm.gather_objects(found)[0])
+    known["efficiency"] = found if comm is None else dict(comm.gather_objects(found)[0])
+    mark(known, "efficiency", *timings)
+    return dict(known["efficiency"])
 
 
 def measure_now(comm: Comm | None) -> tuple[Machine, str]:
@@ -67,7 +71,7 @@ def measure_now(comm: Comm | None) -> tuple[Machine, str]:
     host_of = calibrate.placement(comm)
     known = calibrate.nothing_known()
     machine = calibrate.detect(world, comm, known, host_of)
-    machine.efficiency = known["efficiency"] = measure_families(machine, comm)
+    machine.efficiency = measure_families(machine, comm, known)
     if comm is None or comm.rank == 0:
         calibrate.save(world, known, host_of)
     return machine, report(machine, known, time.perf_counter() - begin)
@@ -92,5 +96,5 @@ def report(machine: Machine, known: dict[str, Any], seconds: float) -> str:
     lines.append(f"  load {known['load']:.2f} per core when it began")
     doubtful = [name for name, (spread, _, _) in known["marks"].items() if spread > 0]
     if doubtful:
-        lines.append(f"  repeats differed too much, to be measured again by the next plan: {', '.join(doubtful)}")
+        lines.append(f"  repeats differed too much, not to be relied on by the next plan: {', '.join(doubtful)}")
     return "\n".join(lines)

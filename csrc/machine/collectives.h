@@ -23,7 +23,8 @@ namespace soap {
 // What an exchange puts on the links of a machine: bytes by device and by host, within and between hosts, both directions.
 class Traffic {
  public:
-  explicit Traffic(const Machine& machine);
+  explicit Traffic(const Machine& machine);  // the machine must outlive it
+  explicit Traffic(Machine&&) = delete;
   void add(int from, int to, int64_t bytes);
   bool empty() const { return most_sent_ == 0; }
   int64_t most_sent() const { return most_sent_; }  // by one device: what measured tables are keyed by

@@ -126,7 +126,8 @@ TEST(Collectives, AnExchangeIsAsLongAsItsBusiestLink) {
   t.add(3, 0, 490'000'000);  // the other device of that host: 50 ms together
   EXPECT_EQ(t.exchange_ns(), 10'000 + 50'000'000);
   EXPECT_EQ(t.most_sent(), 1'000'000'000);
-  Traffic gather(pod(1, 4, 0));  // what one receives from all counts, not what each sends
+  const Machine host = pod(1, 4, 0);
+  Traffic gather(host);  // what one receives from all counts, not what each sends
   for (int from : {1, 2, 3}) gather.add(from, 0, 100'000'000);
   EXPECT_EQ(gather.exchange_ns(), 1'000 + 3'000'000);
 }

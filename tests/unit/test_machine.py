@@ -116,7 +116,7 @@ def test_presets_are_read_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     machine = torch_soap.Machine.preset(name, hosts=2, devices_per_host=4)
     machine.speed = [1.0, 1 / 3] * 4
     machine.tables = {"exchange/2/1": [(4096, 12345), (1 << 40, 1 << 50)]}
-    machine.op_overhead_ns = 0.1 + 0.2
+    machine.op_overhead_ns, machine.tf32, machine.overlap = 0.1 + 0.2, True, not machine.overlap
     machine.save(path)
     again = torch_soap.Machine.load(path)
     assert again == machine and isinstance(again, torch_soap.Machine)
