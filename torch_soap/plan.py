@@ -93,7 +93,7 @@ class Plan:
         """
         return price_change(self.known_context("why_not"), self.strategy, f"{operator} {configuration}".strip())
 
-    def resolve(self, *, pin: Pin | None = None, forbid: Forbid | None = None, simulations: int = 20, seed: int = 0) -> Plan:
+    def resolve(self, *, pin: Pin | None = None, forbid: Forbid | None = None, simulations: int = 40, seed: int = 0) -> Plan:
         """Searches again from where this plan's search ended, under other constraints, with a small budget. Not collective.
 
         Args:

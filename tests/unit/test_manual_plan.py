@@ -118,6 +118,10 @@ def test_zero_stores_parts_within_the_replicas_of_a_tensor_rank(zero: int, keep:
         ranks = 1 if name in ("2.bias", "3.weight") else 2
         assert {math.prod(len(s) for s in c.box) for c in p.tiles[tensor].coords} == {numel // 2 // ranks}, name
         assert {p.groups[g].keep for g in p.groups_of[tensor]} == {keep}
+    # Ranks 0 of both groups share the half of the output channels that they use: nothing is gathered from another tensor rank.
+    tensor = node(p.graph, "param:0.weight").outputs[0]
+    rows = {d: c.box[0] for c in p.tiles[tensor].coords for d in c.devices}
+    assert [rows[d].begin for d in (0, 2, 1, 3)] == [0, 8, 16, 24]
 
 
 def test_hsdp_cuts_within_groups_and_repeats_over_them() -> None:
