@@ -296,12 +296,16 @@ ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size) : graph_(grap
   // Where the rows go: follow them through data parallelism.
   FedRows rows(world_size);
   for (int r = 0; r < world_size; ++r) rows[r] = rows_ / world_size + (r < rows_ % world_size);
-  const Resolved resolved = resolve(graph, everywhere_fed(graph, world_size), rows);
+  Resolved resolved;
+  try {
+    resolved = resolve(graph, everywhere_fed(graph, world_size), rows);
+  } catch (const std::invalid_argument&) {  // data parallelism isn't legal here: by name alone
+    resolved = {};
+  }
   for (const Node& n : graph.nodes) {
     const auto id = resolved.graph.find(n.name);
-    const int n_factor = rules_[n.id].factor("n");
-    if (!id) {  // expanded: statistics over samples
-      sample_[n.id] = n_factor >= 0 ? "n" : "";
+    if (!id) {  // not resolved, or expanded: statistics over samples
+      sample_[n.id] = rules_[n.id].factor("n") >= 0 ? "n" : "";
       continue;
     }
     const FedFactor& fed = resolved.fed[*id];
