@@ -167,7 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         if name == "diff":
             command.add_argument("a", help="path or text of a plan")
             command.add_argument("b", help="of another")
-        command.add_argument("--module" if name == "diff" else "module", help="package.module:factory", **({"required": True} if name == "diff" else {}))
+            command.add_argument("--module", required=True, help="package.module:factory")
+        else:
+            command.add_argument("module", help="package.module:factory")
         if name == "why-not":
             command.add_argument("line", nargs="+", help='a line of a plan: "features.3 n=2"')
         command.add_argument("--world-size", type=int, help="devices; default: all of --machine, else 2")

@@ -93,7 +93,7 @@ class Plan:
         """
         return price_change(self.known_context("why_not"), self.strategy, f"{operator} {configuration}".strip())
 
-    def resolve(self, *, pin: Pin | None = None, forbid: Forbid | None = None, simulations: int = 60, seed: int = 0) -> Plan:
+    def resolve(self, *, pin: Pin | None = None, forbid: Forbid | None = None, simulations: int = 40, seed: int = 0) -> Plan:
         """Searches again from where this plan's search ended, under other constraints, with a small budget. Not collective.
 
         Args:
@@ -242,11 +242,9 @@ def fitted(lines: Sequence[str], graph: _C.OpGraph, world_size: int, before: Seq
         else:
             kept.append(line)
     new = [n for n in names if n not in set(before)] if before else []
-    said = [f"{what} {some(of)}" for what, of in (("no longer there:", gone), ("no longer legal:", illegal), ("new, follow their input:", new)) if of]
-    warnings.warn(
-        f"[plan] the plan was made for another model: {len(kept)} of {len(lines)} lines still fit and are kept; {'; '.join(said) or 'sizes or operators differ'}",
-        stacklevel=3,
-    )
+    unfit = {"no longer there": list(dict.fromkeys(gone)), "no longer legal": illegal, "new, follow their input": new}
+    said = "; ".join(f"{what}: {some(of)}" for what, of in unfit.items() if of) or "sizes or operators differ"
+    warnings.warn(f"[plan] the plan was made for another model: {len(kept)} of {len(lines)} lines still fit and are kept; {said}", stacklevel=3)
     text = "\n".join(kept)
     return make_plan(graph, _C.parse_plan(graph, text, world_size), source=text)
 

@@ -57,8 +57,9 @@ int64_t fused_parts(const OpGraph& graph, const Node& node) {
   int64_t length = 0;
   for (const Node& n : graph.nodes) {
     if (!std::count(n.inputs.begin(), n.inputs.end(), y.id)) continue;
+    if (n.target != "narrow") return 1;
     const auto& part = graph.output(n, 0).shape;
-    if (n.target != "narrow" || part.size() != y.shape.size() || part.back() == y.shape.back() || n.attr<int64_t>("step", 1) != 1) return 1;
+    if (part.size() != y.shape.size() || part.back() == y.shape.back() || n.attr<int64_t>("step", 1) != 1) return 1;
     const int64_t dim = n.attr<int64_t>("dim", 0);
     if ((dim < 0 ? dim + last + 1 : dim) != last || (length != 0 && part.back() != length) || n.attr<int64_t>("start", 0) % part.back() != 0) return 1;
     length = part.back();
@@ -289,18 +290,22 @@ ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size) : graph_(grap
     }
     work_.push_back(product);
     if (n.kind == NodeKind::kFeed && n.sample_dim >= 0 && rows_ == 0) rows_ = graph.output(n, 0).shape[n.sample_dim];
-    has_loss_ = has_loss_ || (n.kind == NodeKind::kReturn && n.target != "buffer_write" && graph.input(n, 0).requires_grad &&
-                              numel(graph.input(n, 0).shape) == 1);
+    has_loss_ =
+        has_loss_ || (n.kind == NodeKind::kReturn && n.target != "buffer_write" && graph.input(n, 0).requires_grad && numel(graph.input(n, 0).shape) == 1);
   }
   // Where the rows go: follow them through data parallelism.
   FedRows rows(world_size);
   for (int r = 0; r < world_size; ++r) rows[r] = rows_ / world_size + (r < rows_ % world_size);
-  const Resolved resolved = resolve(graph, everywhere_fed(graph, world_size), rows);
+  Resolved resolved;
+  try {
+    resolved = resolve(graph, everywhere_fed(graph, world_size), rows);
+  } catch (const std::invalid_argument&) {  // data parallelism isn't legal here: by name alone
+    resolved = {};
+  }
   for (const Node& n : graph.nodes) {
     const auto id = resolved.graph.find(n.name);
-    const int n_factor = rules_[n.id].factor("n");
-    if (!id) {  // expanded: statistics over samples
-      sample_[n.id] = n_factor >= 0 ? "n" : "";
+    if (!id) {  // not resolved, or expanded: statistics over samples
+      sample_[n.id] = rules_[n.id].factor("n") >= 0 ? "n" : "";
       continue;
     }
     const FedFactor& fed = resolved.fed[*id];
@@ -361,8 +366,7 @@ void ManualPlanner::check(const ManualOptions& o) const {
   }
   if (o.pp > num_layers()) {
     user_error("[manual_plan] pp={}: a stage needs a layer (an operator with weights, and normalisations before it), and there are {}{}; legal: pp=1 to {}",
-               o.pp, num_layers(), layers_.empty() ? "" : fmt::format(", the last begins at {}", graph_.nodes[layers_.back()].name),
-               std::max(num_layers(), 1));
+               o.pp, num_layers(), layers_.empty() ? "" : fmt::format(", the last begins at {}", graph_.nodes[layers_.back()].name), std::max(num_layers(), 1));
   }
   if (rows_ > 0 && rows_ < int64_t{o.dp} * o.micro_batches) {
     user_error("[manual_plan] the batch has {} rows, dp={} x micro_batches={} need {}; legal with this dp: micro_batches=1 to {}", rows_, o.dp, o.micro_batches,

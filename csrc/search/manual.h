@@ -40,7 +40,7 @@ class ManualPlanner {
   Strategy make(const ManualOptions& options) const;
 
   bool has_loss() const { return has_loss_; }
-  int64_t rows() const { return rows_; }  // of the batch; 0: no feed has any
+  int64_t rows() const { return rows_; }                               // of the batch; 0: no feed has any
   int num_layers() const { return static_cast<int>(layers_.size()); }  // a stage has at least one
   const Rule& rule(const Node& node) const { return rules_[node.id]; }
 
@@ -54,8 +54,8 @@ class ManualPlanner {
   bool has_loss_ = false;
   std::vector<Rule> rules_;
   std::vector<std::string> sample_;  // per node: the factor that the processes' rows lie in, "" where they don't reach
-  std::vector<NodeId> layers_;  // where each begins: an operator with weights, or a normalisation before it
-  std::vector<double> work_;  // per node
+  std::vector<NodeId> layers_;       // where each begins: an operator with weights, or a normalisation before it
+  std::vector<double> work_;         // per node
 };
 
 Strategy manual_strategy(const OpGraph& graph, int world_size, const ManualOptions& options);

@@ -6,6 +6,7 @@
 #include "graphs.h"
 #include "gtest/gtest.h"
 #include "plan/plan_text.h"
+#include "search/manual.h"
 
 namespace soap {
 namespace {
@@ -118,6 +119,83 @@ TEST(Seeds, PipelineOnlyWithALoss) {
   EXPECT_EQ(p.tilings[*p.graph.find("a")].devices, std::vector<int>{0});
   EXPECT_EQ(p.tilings[*p.graph.find("b")].devices, std::vector<int>{1});
   EXPECT_EQ(p.tilings[*p.graph.find("a")].chunks(), 4);
+}
+
+TEST(Seeds, EveryGridOfSamplesChannelsAndStages) {
+  OpGraph g;
+  TensorId x = test::source(g, NodeKind::kFeed, "in:0", {32, 16}, false, 0);
+  for (const char* name : {"a", "b", "c", "d", "e", "f", "g", "h"}) x = test::linear(g, name, x, 16);
+  x = test::op(g, "loss", "mean", {x}, {"self"}, {});
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {x}});
+  std::vector<std::string> names;
+  for (const auto& [name, strategy] : seeds(g, 8)) {
+    EXPECT_NO_THROW(lower(g, strategy, FedRows(8, 4))) << name;
+    names.push_back(name);
+  }
+  for (const char* name : {"zero-1", "zero-2", "zero-3", "hsdp 2", "hsdp 4", "dp 2 x tp 4", "dp 4 x tp 2", "tp 4 x pp 2", "dp 2 x tp 2 x pp 2", "dp 4 x pp 2",
+                           "tp 2 x pp 4", "dp 2 x pp 4", "gpipe", "1f1b"}) {
+    EXPECT_EQ(std::count(names.begin(), names.end(), name), 1) << name;
+  }
+}
+
+// Eight linears of equal work but one: the busiest of three stages has as little as can be.
+TEST(Manual, StagesAreBalanced) {
+  OpGraph g;
+  TensorId x = test::source(g, NodeKind::kFeed, "in:0", {8, 8}, false, 0);
+  for (const char* name : {"a", "b", "c", "d"}) x = test::linear(g, name, x, 8);
+  x = test::linear(g, "wide", x, 32);
+  x = test::linear(g, "narrow", x, 8);
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {x}, .sample_dim = 0});
+  const Strategy s = manual_strategy(g, 3, {.pp = 3, .micro_batches = 2});
+  const Program p = lower(g, s, {3, 3, 2});
+  const auto stage = [&](const char* name) { return p.tilings[*p.graph.find(name)].devices.at(0); };
+  for (const char* name : {"a", "b", "c", "d"}) EXPECT_EQ(stage(name), 0) << name;
+  EXPECT_EQ(stage("wide"), 1);
+  EXPECT_EQ(stage("narrow"), 2);
+  EXPECT_THROW(manual_strategy(g, 7, {.pp = 7}), std::invalid_argument);
+}
+
+TEST(Constraints, HoldInEveryCandidate) {
+  const OpGraph g = wide_mlp(256);
+  SearchOptions options{.descent_simulations = 60, .mcmc_simulations = 100};
+  options.constraints.pin["a"] = OpConfig{.cuts = {{"o", {.tiles = 2}}}};
+  options.constraints.forbid["b"] = {"i", "n", "devices"};
+  const SearchResult r = search(g, {4, 4}, CostModel(slow_links(2)), options);
+  for (const Candidate& c : r.candidates) {
+    if (c.step_ns < 0) continue;
+    EXPECT_EQ(c.strategy.nodes.at("a"), *options.constraints.pin["a"]) << c.name;
+    const Program p = lower(g, c.strategy, {4, 4});
+    const NodeId b = *p.graph.find("b");
+    for (const FactorParts& cut : p.tilings[b].cuts) {
+      if (cut.tiles() > 1) EXPECT_EQ(p.rules[b].factors[cut.factor].name, "o") << c.name;
+    }
+  }
+}
+
+// A forbidden cut is taken out of a grid; the devices along it do alike what they shared.
+TEST(Constraints, AForbiddenCutBecomesReplicas) {
+  const OpGraph g = wide_mlp(64);
+  Strategy s{.world_size = 4};
+  s.nodes["a"] = {.cuts = {{"n", {.tiles = 2}}, {"o", {.tiles = 2}}}, .devices = {3, 1, 2, 0}};
+  Constraints c;
+  c.forbid["a"] = {"n"};
+  const Strategy out = adapted(g, s, {2, 2, 2, 2}, c);
+  EXPECT_EQ(print_config(out.nodes.at("a")), "o=2 replicas=2 @ [3,2,1,0]");
+  EXPECT_TRUE(allowed(g, out, {2, 2, 2, 2}, c));
+  EXPECT_FALSE(allowed(g, s, {2, 2, 2, 2}, c));
+}
+
+// A node without a configuration comes by its producer's cut.
+TEST(Constraints, AreOfTheTilingNotTheText) {
+  const OpGraph g = wide_mlp(64);
+  Strategy s{.world_size = 2};
+  s.nodes["a"] = {.cuts = {{"n", {.tiles = 2, .fed = true}}}};
+  Constraints c;
+  c.forbid["b"] = {"n"};
+  EXPECT_FALSE(allowed(g, s, {4, 4}, c));
+  const Strategy out = adapted(g, s, {4, 4}, c);
+  EXPECT_TRUE(allowed(g, out, {4, 4}, c)) << print_plan(g, out);
+  EXPECT_EQ(out.nodes.at("a"), s.nodes.at("a"));
 }
 
 // Convolutions by rows, what lies between them with them, what comes after data parallel.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.unit.planning import graph_of
-from torch_soap import Plan, _C, diff, manual_plan
+from torch_soap import _C, Plan, diff, manual_plan
 from torch_soap.cli import main
 from torch_soap.plan import as_plan
 
@@ -88,7 +88,12 @@ def test_storing_alone_leaves_the_operator_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("0 q=2", "no factor"), ("9 n=2", "there is no operator or parameter 9; there are 0"), ("0 o=2 @ [0,7]", "device 7"), ("param:0.weight d0=2 @ [0,0]", "two parts")],
+    [
+        ("0 q=2", "no factor"),
+        ("9 n=2", "there is no operator or parameter 9; there are 0"),
+        ("0 o=2 @ [0,7]", "device 7"),
+        ("param:0.weight d0=2 @ [0,0]", "two parts"),
+    ],
 )
 def test_what_is_not_legal_says_why(line: str, words: str) -> None:
     change = ddp().why_not(line)
