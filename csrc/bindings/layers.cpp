@@ -49,10 +49,11 @@ void bind_layers(py::module_& m) {
       .def_readonly("nodes", &Layer::nodes)
       .def_readonly("configs", &Layer::configs);
   py::class_<LayerOptions>(m, "LayerOptions")
-      .def(py::init([](bool reductions, int max_configurations) { return LayerOptions{reductions, max_configurations}; }), py::arg("reductions") = true,
-           py::arg("max_configurations") = LayerOptions{}.max_configurations)
+      .def(py::init([](bool reductions, int max_configurations, bool by_resolving) { return LayerOptions{reductions, max_configurations, by_resolving}; }),
+           py::arg("reductions") = true, py::arg("max_configurations") = LayerOptions{}.max_configurations, py::arg("by_resolving") = false)
       .def_readwrite("reductions", &LayerOptions::reductions)
-      .def_readwrite("max_configurations", &LayerOptions::max_configurations);
+      .def_readwrite("max_configurations", &LayerOptions::max_configurations)
+      .def_readwrite("by_resolving", &LayerOptions::by_resolving);
   py::class_<LayerCosts>(m, "LayerCosts", "Layer-wise costs of all configurations.")
       .def_readonly("layers", &LayerCosts::layers)
       .def_readonly("choices", &LayerCosts::choices)

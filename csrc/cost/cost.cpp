@@ -57,7 +57,7 @@ OpTime CostModel::roofline(const Program& p, NodeId node, int tile, int chunk) c
 }
 
 OpTime CostModel::time(const Program& p, NodeId node, int tile, int chunk) const {
-  const auto it = measured_.find(key(p, node, tile, chunk));
+  const auto it = measured_.empty() ? measured_.end() : measured_.find(key(p, node, tile, chunk));
   if (it != measured_.end()) return {it->second.forward_ns, p.differentiable[node] ? it->second.backward_ns : 0};
   OpTime t = roofline(p, node, tile, chunk);
   const auto ratio = ratios_.find(p.graph.nodes[node].target);

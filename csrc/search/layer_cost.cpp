@@ -11,13 +11,25 @@
 namespace soap {
 namespace {
 
+// Every operator on one device, so that nothing is expanded: node ids stay.
+Program on_one_device(const OpGraph& graph, const FedRows& rows) {
+  Strategy s{.world_size = static_cast<int>(rows.size())};
+  for (const Node& n : graph.nodes) {
+    if (n.kind == NodeKind::kOp) s.nodes[n.name] = {.devices = {0}};
+  }
+  Resolved r = resolve(graph, s, rows);
+  SOAP_CHECK(r.graph.nodes.size() == graph.nodes.size(), "[search] {} nodes became {}", graph.nodes.size(), r.graph.nodes.size());
+  Program p{.graph = std::move(r.graph), .world_size = s.world_size, .rows = rows, .rules = std::move(r.rules), .tilings = std::move(r.tilings), .fed = std::move(r.fed)};
+  p.differentiable = differentiable(p.graph, p.rules);
+  return p;
+}
+
 struct LayerBuilder {
+  Program& fixed;  // every operator on device 0: rules, where the rows are, feeds and returns
   const OpGraph& graph;
-  const FedRows& rows;
   const CostModel& cost;
   const LayerOptions& options;
   Layouts layouts;
-  Resolved fixed;               // every operator on device 0: rules, where the rows are, feeds and returns
   std::vector<char> constant;   // per tensor: no input reaches it
   std::vector<int> layer_of;    // per node
   std::vector<std::vector<NodeId>> readers;  // per tensor
@@ -26,17 +38,6 @@ struct LayerBuilder {
   std::vector<int> table_of;         // per layer
   std::vector<LayerShape> shapes;
   LayerCosts out;
-
-  int world() const { return static_cast<int>(rows.size()); }
-
-  void resolve_fixed() {
-    Strategy s{.world_size = world()};
-    for (const Node& n : graph.nodes) {
-      if (n.kind == NodeKind::kOp) s.nodes[n.name] = {.devices = {0}};
-    }
-    fixed = resolve(graph, s, rows);
-    SOAP_CHECK(fixed.graph.nodes.size() == graph.nodes.size(), "[search] {} nodes became {}", graph.nodes.size(), fixed.graph.nodes.size());
-  }
 
   // A follower's data comes from one operator, and each dim of it is of whole factors that nothing is summed over.
   bool follows(const Node& n, TensorId data) const {
@@ -103,10 +104,10 @@ struct LayerBuilder {
           if (read && !constant[t]) shape.outputs.push_back(t);
         }
       }
-      const auto [it, fresh] = known.try_emplace(signature(graph, fixed, shape), static_cast<int>(tables.size()));
-      if (fresh) tables.push_back(layer_table(graph, fixed, shape, rows, cost, options, layouts));
+      const auto [it, fresh] = known.try_emplace(signature(fixed, shape), static_cast<int>(tables.size()));
+      if (fresh) tables.push_back(layer_table(fixed, shape, cost, options, layouts));
       const LayerTable& table = tables[it->second];
-      if (table.configs.empty()) user_error("[search] no configuration of {} is legal on {} devices", graph.nodes[layer.nodes.front()].name, world());
+      if (table.configs.empty()) user_error("[search] no configuration of {} is legal on {} devices", graph.nodes[layer.nodes.front()].name, fixed.world_size);
       table_of.push_back(it->second);
       layer.configs = table.configs;
       out.choices.nodes.push_back(table.ns);
@@ -190,8 +191,8 @@ LayerCosts layer_costs(const OpGraph& graph, const FedRows& rows, const CostMode
   const int world = static_cast<int>(rows.size());
   if (world < 1 || world > kLargestLayoutWorld) user_error("[search] layer-wise costs are for 1 to {} devices, not {}", kLargestLayoutWorld, world);
   if (world > cost.machine().num_devices()) user_error("[search] the machine {} has {} devices, not {}", cost.machine().name, cost.machine().num_devices(), world);
-  LayerBuilder b{.graph = graph, .rows = rows, .cost = cost, .options = options, .layouts = Layouts(cost.machine()), .out = {.world_size = world}};
-  b.resolve_fixed();
+  Program fixed = on_one_device(graph, rows);
+  LayerBuilder b{.fixed = fixed, .graph = fixed.graph, .cost = cost, .options = options, .layouts = Layouts(cost.machine()), .out = {.world_size = world}};
   b.make_layers();
   b.make_tables();
   b.make_edges();

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "search/layer_structure.h"
 #include "sim/memory.h"
 #include "sim/simulate.h"
 
@@ -14,6 +15,7 @@ namespace {
 // A configuration, and the same without a reference to the processes' rows, which a layer by itself doesn't know.
 struct Proposal {
   OpConfig config, local;
+  std::vector<int> cuts = {};  // variants, one for each cut
 };
 
 bool may_cut(const Node& head, const Rule& rule, int factor, const LayerOptions& options) {
@@ -49,8 +51,8 @@ void add_products(const Node& head, const Rule& rule, const LayerOptions& option
 }
 
 // The cut at the processes' rows by its bounds; nullopt where the rows aren't intervals one after another.
-std::optional<Proposal> fed_proposal(const Node& head, const Rule& rule, const FedFactor& fed, const LayerOptions& options) {
-  if (fed.factor < 0 || !may_cut(head, rule, fed.factor, options)) return std::nullopt;
+std::optional<Proposal> fed_proposal(const Node& head, const Rule& rule, const FedFactor& fed) {
+  if (fed.factor < 0 || !may_cut(head, rule, fed.factor, {})) return std::nullopt;
   const int world = static_cast<int>(fed.parts.size());
   std::vector<int64_t> bounds{0};
   for (const IndexSet& part : fed.parts) {
@@ -74,7 +76,7 @@ std::vector<Proposal> proposals(const Node& head, const Rule& rule, const FedFac
     return a.config.num_tiles() > b.config.num_tiles();
   });
   std::vector<Proposal> out;
-  const auto rows = fed_proposal(head, rule, fed, options);
+  const auto rows = fed_proposal(head, rule, fed);
   if (rows && world > 1) {
     out.push_back(*rows);
     std::erase_if(products, [&](const Proposal& p) { return p.local == rows->local; });
@@ -104,48 +106,25 @@ std::string text(const AttrMap& attrs) {
   return out;
 }
 
-// The layer as a graph of its own: what comes from outside is there from the start on every device, what others read is returned.
-struct Alone {
-  OpGraph graph;
-  std::string head;
-  std::vector<std::string> inputs, outputs;  // ports: names of nodes
-};
-
-Alone alone(const OpGraph& graph, const LayerShape& layer) {
-  Alone out;
-  std::map<TensorId, TensorId> now;
-  const auto bring = [&](TensorId t) {
-    if (now.count(t)) return;
-    const Tensor& from = graph.tensors[t];
-    const Node& producer = graph.nodes[from.producer];
-    now[t] = add_tensor(out.graph, from.shape, from.dtype, from.element_bytes, from.requires_grad);
-    if (is_store(producer))
-      add_node(out.graph, {.kind = producer.kind, .name = producer.name, .outputs = {now[t]}});
-    else
-      add_node(out.graph, {.kind = NodeKind::kBuffer, .name = fmt::format("{}[{}]", producer.name, from.result), .outputs = {now[t]}});
-  };
-  for (NodeId id : layer.nodes) {
-    Node n = graph.nodes[id];
-    for (TensorId& t : n.inputs) {
-      bring(t);
-      t = now[t];
+// The cuts that proposals are products of.
+std::vector<Variant> variants_of(const Node& head, const Rule& rule, std::vector<Proposal>& proposals, int world) {
+  std::vector<Variant> out;
+  std::vector<FactorCut> known;
+  for (Proposal& p : proposals) {
+    for (const FactorCut& cut : p.local.cuts) {
+      const auto it = std::find(known.begin(), known.end(), cut);
+      p.cuts.push_back(static_cast<int>(it - known.begin()));
+      if (it != known.end()) continue;
+      known.push_back(cut);
+      Variant v{.factor = rule.factor(cut.factor)};
+      for (auto& tile : make_tiling(head, rule, {.cuts = {cut}}, std::nullopt, world).cuts[0].parts) v.parts.push_back(std::move(tile[0]));
+      out.push_back(std::move(v));
     }
-    for (TensorId& t : n.outputs) {
-      const Tensor& from = graph.tensors[t];
-      now[t] = add_tensor(out.graph, from.shape, from.dtype, from.element_bytes, from.requires_grad);
-      t = now[t];
-    }
-    add_node(out.graph, std::move(n));
   }
-  for (TensorId t : layer.inputs) out.inputs.push_back(out.graph.nodes[out.graph.tensors[now.at(t)].producer].name);
-  for (TensorId t : layer.outputs) {
-    out.outputs.push_back(fmt::format("[return {}]", out.outputs.size()));
-    add_node(out.graph, {.kind = NodeKind::kReturn, .name = out.outputs.back(), .inputs = {now.at(t)}, .operand_names = {"value"}});
-  }
-  if (layer.head >= 0) out.head = graph.nodes[layer.head].name;
   return out;
 }
 
+// A configuration resolved as lowering does.
 struct Evaluation {
   const CostModel& cost;
   Layouts& layouts;
@@ -156,11 +135,7 @@ struct Evaluation {
   std::vector<int> tiles;                            // per tensor: layout
 
   void compute() {
-    for (const Node& n : p.graph.nodes) {
-      bool grad = false;
-      for (size_t i = 0; i < n.outputs.size(); ++i) grad = grad || (p.graph.tensors[n.outputs[i]].requires_grad && p.rules[n.id].results[i].differentiable);
-      p.differentiable.push_back(n.kind == NodeKind::kOp && grad);
-    }
+    p.differentiable = differentiable(p.graph, p.rules);
     for (const Node& n : p.graph.nodes) {
       if (n.kind != NodeKind::kOp) continue;
       const Rule& rule = p.rules[n.id];
@@ -215,9 +190,85 @@ struct Evaluation {
   }
 };
 
+std::optional<LayerEntry> resolved(const LayerAlone& alone, const OpConfig& config, const CostModel& cost, Layouts& layouts, int world) {
+  Strategy s{.world_size = world};
+  if (!alone.head.empty()) s.nodes[alone.head] = config;
+  Resolved r;
+  try {
+    r = resolve(alone.graph, s, FedRows(world, 1));
+  } catch (const std::invalid_argument&) {  // not legal here
+    return std::nullopt;
+  }
+  Evaluation e{.cost = cost, .layouts = layouts};
+  e.p.graph = std::move(r.graph);
+  e.p.rules = std::move(r.rules);
+  e.p.tilings = std::move(r.tilings);
+  e.p.world_size = world;
+  e.spent.resize(world);
+  e.held.resize(world);
+  e.reads.resize(e.p.graph.tensors.size());
+  e.tiles.resize(e.p.graph.tensors.size(), -1);
+  e.compute();
+  e.move();
+  LayerEntry out{.ns = *std::max_element(e.spent.begin(), e.spent.end()) + e.moved_ns, .memory_bytes = *std::max_element(e.held.begin(), e.held.end())};
+  for (const std::string& name : alone.inputs) out.reads.push_back(e.reads[e.p.graph.nodes[*e.p.graph.find(name)].outputs[0]]);
+  for (const std::string& name : alone.outputs) out.makes.push_back(e.tiles[e.p.graph.nodes[*e.p.graph.find(name)].inputs[0]]);
+  return out;
+}
+
 }  // namespace
 
-std::string signature(const OpGraph& graph, const Resolved& fixed, const LayerShape& layer) {
+LayerAlone layer_alone(const OpGraph& graph, const LayerShape& layer) {
+  LayerAlone out;
+  std::map<TensorId, TensorId> now;
+  std::set<TensorId> constant;
+  const auto bring = [&](TensorId t) {
+    if (now.count(t)) return;
+    const Tensor& from = graph.tensors[t];
+    const Node& producer = graph.nodes[from.producer];
+    now[t] = add_tensor(out.graph, from.shape, from.dtype, from.element_bytes, from.requires_grad);
+    if (is_store(producer))
+      add_node(out.graph, {.kind = producer.kind, .name = producer.name, .outputs = {now[t]}});
+    else
+      add_node(out.graph, {.kind = NodeKind::kBuffer, .name = fmt::format("{}[{}]", producer.name, from.result), .outputs = {now[t]}});
+    if (!std::count(layer.inputs.begin(), layer.inputs.end(), t)) constant.insert(t);
+  };
+  for (NodeId id : layer.nodes) {
+    Node n = graph.nodes[id];
+    for (TensorId t : n.inputs) bring(t);
+    if (std::all_of(n.inputs.begin(), n.inputs.end(), [&](TensorId t) { return constant.count(t) > 0; })) {
+      out.constants.insert(n.name);
+      constant.insert(n.outputs.begin(), n.outputs.end());
+    }
+    for (TensorId& t : n.inputs) t = now[t];
+    for (TensorId& t : n.outputs) {
+      const Tensor& from = graph.tensors[t];
+      now[t] = add_tensor(out.graph, from.shape, from.dtype, from.element_bytes, from.requires_grad);
+      t = now[t];
+    }
+    add_node(out.graph, std::move(n));
+  }
+  for (TensorId t : layer.inputs) out.inputs.push_back(out.graph.nodes[out.graph.tensors[now.at(t)].producer].name);
+  for (TensorId t : layer.outputs) {
+    out.outputs.push_back(fmt::format("[return {}]", out.outputs.size()));
+    add_node(out.graph, {.kind = NodeKind::kReturn, .name = out.outputs.back(), .inputs = {now.at(t)}, .operand_names = {"value"}});
+  }
+  if (layer.head >= 0) out.head = graph.nodes[layer.head].name;
+  return out;
+}
+
+std::vector<char> differentiable(const OpGraph& graph, const std::vector<Rule>& rules) {
+  std::vector<char> out;
+  for (const Node& n : graph.nodes) {
+    bool grad = false;
+    for (size_t i = 0; i < n.outputs.size(); ++i) grad = grad || (graph.tensors[n.outputs[i]].requires_grad && rules[n.id].results[i].differentiable);
+    out.push_back(n.kind == NodeKind::kOp && grad);
+  }
+  return out;
+}
+
+std::string signature(const Program& fixed, const LayerShape& layer) {
+  const OpGraph& graph = fixed.graph;
   std::map<TensorId, size_t> number;
   std::string out;
   const auto name = [&](TensorId t) {
@@ -255,40 +306,39 @@ std::string signature(const OpGraph& graph, const Resolved& fixed, const LayerSh
   return out;
 }
 
-LayerTable layer_table(const OpGraph& graph, const Resolved& fixed, const LayerShape& layer, const FedRows& rows, const CostModel& cost,
-                       const LayerOptions& options, Layouts& layouts) {
-  const int world = static_cast<int>(rows.size());
-  const Alone by_itself = alone(graph, layer);
+LayerTable layer_table(Program& fixed, const LayerShape& layer, const CostModel& cost, const LayerOptions& options, Layouts& layouts) {
+  const int world = fixed.world_size;
   std::vector<Proposal> list{{}};
-  if (layer.head >= 0) list = proposals(graph.nodes[layer.head], fixed.rules[layer.head], fixed.fed[layer.head], world, options);
+  std::vector<Variant> variants;
+  if (layer.head >= 0) {
+    const Node& head = fixed.graph.nodes[layer.head];
+    const Rule& rule = fixed.rules[layer.head];
+    list = proposals(head, rule, fixed.fed[layer.head], world, options);
+    variants = variants_of(head, rule, list, world);
+  }
+  LayerStructure followed = followed_structure(fixed, layer, variants);
+  const std::vector<char> expanding = followed.expanding();
+  std::optional<LayerStructure> expanded;
+  Program own;
+  if (std::count(expanding.begin(), expanding.end(), 1) > 0 && !options.by_resolving) expanded = expanded_structure(own, fixed, layer, variants);
+  std::optional<LayerAlone> alone;
   LayerTable out;
-  for (const Proposal& proposal : list) {
-    Strategy s{.world_size = world};
-    if (layer.head >= 0) s.nodes[by_itself.head] = proposal.local;
-    Resolved r;
-    try {
-      r = resolve(by_itself.graph, s, rows);
-    } catch (const std::invalid_argument&) {  // not legal here
-      continue;
+  for (const Proposal& p : list) {
+    const bool expands = std::any_of(p.cuts.begin(), p.cuts.end(), [&](int v) { return expanding[v] != 0; });
+    std::optional<LayerEntry> entry;
+    if (!options.by_resolving && (!expands || expanded)) {
+      entry = evaluate(expands ? *expanded : followed, variants, p.cuts, p.config.replicas, world, cost, layouts);
     }
-    Evaluation e{.cost = cost, .layouts = layouts};
-    e.p.graph = std::move(r.graph);
-    e.p.rules = std::move(r.rules);
-    e.p.tilings = std::move(r.tilings);
-    e.p.world_size = world;
-    e.spent.resize(world);
-    e.held.resize(world);
-    e.reads.resize(e.p.graph.tensors.size());
-    e.tiles.resize(e.p.graph.tensors.size(), -1);
-    e.compute();
-    e.move();
-    out.configs.push_back(proposal.config);
-    out.ns.push_back(*std::max_element(e.spent.begin(), e.spent.end()) + e.moved_ns);
-    out.memory_bytes.push_back(*std::max_element(e.held.begin(), e.held.end()));
-    auto& reads = out.reads.emplace_back();
-    for (const std::string& name : by_itself.inputs) reads.push_back(e.reads[e.p.graph.nodes[*e.p.graph.find(name)].outputs[0]]);
-    auto& makes = out.makes.emplace_back();
-    for (const std::string& name : by_itself.outputs) makes.push_back(e.tiles[e.p.graph.nodes[*e.p.graph.find(name)].inputs[0]]);
+    if (!entry) {
+      if (!alone) alone = layer_alone(fixed.graph, layer);
+      entry = resolved(*alone, p.local, cost, layouts, world);
+    }
+    if (!entry) continue;
+    out.configs.push_back(p.config);
+    out.ns.push_back(entry->ns);
+    out.memory_bytes.push_back(entry->memory_bytes);
+    out.reads.push_back(std::move(entry->reads));
+    out.makes.push_back(std::move(entry->makes));
   }
   return out;
 }

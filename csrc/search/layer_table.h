@@ -2,6 +2,7 @@
 // Equal layers (by signature) have one table.
 #pragma once
 
+#include <set>
 #include <string>
 #include <vector>
 
@@ -29,11 +30,23 @@ struct LayerTable {
   std::vector<std::vector<int>> makes;                // [configuration][output]: layout
 };
 
-// Operators, attributes, shapes, types, who reads whom, and the rows of the head.
-std::string signature(const OpGraph& graph, const Resolved& fixed, const LayerShape& layer);
+// The layer as a graph of its own: what comes from outside is there from the start on every device, what others read is returned.
+struct LayerAlone {
+  OpGraph graph;
+  std::string head;
+  std::vector<std::string> inputs, outputs;  // ports: names of nodes
+  std::set<std::string> constants;           // operators that no input reaches
+};
+LayerAlone layer_alone(const OpGraph& graph, const LayerShape& layer);
 
-// `fixed` gives rules and rows by node id. A configuration that lowering refuses is left out.
-LayerTable layer_table(const OpGraph& graph, const Resolved& fixed, const LayerShape& layer, const FedRows& rows, const CostModel& cost,
-                       const LayerOptions& options, Layouts& layouts);
+// Per node: has a backward (as in Program).
+std::vector<char> differentiable(const OpGraph& graph, const std::vector<Rule>& rules);
+
+// Operators, attributes, shapes, types, who reads whom, and the rows of the head.
+std::string signature(const Program& fixed, const LayerShape& layer);
+
+// `fixed` gives graph, rules and rows by node id; tilings of the layer's operators are written over. A configuration that lowering refuses
+// is left out.
+LayerTable layer_table(Program& fixed, const LayerShape& layer, const CostModel& cost, const LayerOptions& options, Layouts& layouts);
 
 }  // namespace soap

@@ -7,10 +7,11 @@
 
 namespace soap {
 
-int Layouts::add(const IndexSet& set) {
+int Layouts::set(const IndexSet& set) {
   const auto [it, fresh] = known_sets_.try_emplace(set.runs(), static_cast<int>(sets_.size()));
   if (fresh) {
     sets_.push_back(set);
+    sizes_.push_back(set.size());
     common_.emplace_back(sets_.size(), -1);
   }
   return it->second;
@@ -18,13 +19,26 @@ int Layouts::add(const IndexSet& set) {
 
 int Layouts::add(const Sharding& sharding) {
   Layout layout{.partial = sharding.partial};
-  std::vector<int64_t> key{static_cast<int64_t>(sharding.partial)};
   for (const Coord& c : sharding.coords) {
     SOAP_CHECK(c.chunk == 0, "[layout] {} is cut in time", to_string(c.box));
-    Layout::Part part{.volume = volume(c.box), .devices = c.devices};
+    Layout::Part part{.devices = c.devices};
+    for (const IndexSet& s : c.box) part.sets.push_back(set(s));
+    layout.parts.push_back(std::move(part));
+  }
+  return add(std::move(layout));
+}
+
+int Layouts::add(Layout layout) {
+  std::vector<int> key{static_cast<int>(layout.partial)};
+  key.reserve(64);
+  bool empty = false;
+  for (Layout::Part& part : layout.parts) {
+    part.volume = 1;
+    for (int s : part.sets) part.volume *= sizes_[s];
+    empty = empty || part.volume == 0;
     if (part.volume == 0) continue;
-    for (const IndexSet& s : c.box) part.sets.push_back(add(s));
-    for (int d : c.devices) {
+    part.mask = 0;
+    for (int d : part.devices) {
       SOAP_CHECK(d < kLargestLayoutWorld, "[layout] device {} of at most {}", d, kLargestLayoutWorld);
       part.mask |= uint64_t{1} << d;
     }
@@ -32,8 +46,8 @@ int Layouts::add(const Sharding& sharding) {
     key.insert(key.end(), part.sets.begin(), part.sets.end());
     key.push_back(-2);
     key.insert(key.end(), part.devices.begin(), part.devices.end());
-    layout.parts.push_back(std::move(part));
   }
+  if (empty) std::erase_if(layout.parts, [](const Layout::Part& p) { return p.volume == 0; });
   const auto [it, fresh] = known_.try_emplace(std::move(key), static_cast<int>(layouts_.size()));
   if (fresh) layouts_.push_back(std::move(layout));
   return it->second;
@@ -162,7 +176,9 @@ int64_t reduced(const Tensor& t, bool sum) {
 
 }  // namespace
 
+// Equal layouts of a complete tensor are one: every copy is the tile of its device, either way.
 int64_t Layouts::fill_ns(int tiles, int copies, const Tensor& t) {
+  if (tiles == copies && layouts_[tiles].partial == Reduce::kNone) return 0;
   const auto [it, fresh] = prices_.try_emplace(key_of(tiles, copies, false, t));
   if (fresh) {
     const Layout& from = layouts_[tiles];
@@ -172,6 +188,7 @@ int64_t Layouts::fill_ns(int tiles, int copies, const Tensor& t) {
 }
 
 int64_t Layouts::gradient_ns(int tiles, int copies, const Tensor& t) {
+  if (tiles == copies && layouts_[tiles].partial == Reduce::kNone) return 0;
   const auto [it, fresh] = prices_.try_emplace(key_of(tiles, copies, true, t));
   if (fresh) it->second = price(layouts_[copies], layouts_[tiles], Reduce::kSum, t.element_bytes, reduced(t, true));
   return it->second;

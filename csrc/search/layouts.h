@@ -33,6 +33,9 @@ class Layouts {
   explicit Layouts(const Machine& machine) : machine_(machine) {}
 
   int add(const Sharding& sharding);
+  int add(Layout layout);  // volumes and masks filled in here; parts may be empty
+  int set(const IndexSet& set);
+  int64_t size(int set) const { return sizes_[set]; }
   const Layout& operator[](int layout) const { return layouts_[layout]; }
 
   // Where a parameter is stored that is read so and has no configuration: as lowering derives it (program/lower.cpp).
@@ -46,16 +49,23 @@ class Layouts {
   }
 
  private:
-  int add(const IndexSet& set);
   int64_t common(int a, int b);  // elements of both sets
   int64_t price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes);
   int64_t movement(bool all_reduce, uint64_t ranks, int64_t bytes);
 
   const Machine& machine_;
   std::vector<Layout> layouts_;
-  std::map<std::vector<int64_t>, int> known_;  // by everything in it
+  struct Hash {
+    size_t operator()(const std::vector<int>& v) const {
+      uint64_t h = v.size();
+      for (int x : v) h = (h ^ static_cast<uint64_t>(x)) * 0x9e3779b97f4a7c15ULL, h ^= h >> 29;
+      return h;
+    }
+  };
+  std::unordered_map<std::vector<int>, int, Hash> known_;  // by everything in it
   std::map<std::vector<Run>, int> known_sets_;
   std::vector<IndexSet> sets_;
+  std::vector<int64_t> sizes_;  // of sets
   std::unordered_map<int, int> storage_;  // by copies: their sets say the shape
   std::vector<std::vector<int64_t>> common_;                     // [a][b], b <= a, -1: not yet known
   std::unordered_map<uint64_t, int64_t> prices_;                 // of (tiles, copies, way, element)

@@ -12,6 +12,7 @@ import torchvision.models as tv
 from torch import nn
 from torch.nn import functional as F
 
+from examples.gpt import GPT, next_byte_loss
 from tests.unit.planning import graph_of, p100
 from torch_soap import _C
 
@@ -160,8 +161,11 @@ def test_the_layerwise_cost_is_the_simulation_where_devices_work_alike(graph: _C
         if name not in ("ddp", "one device"):
             continue
         choice = _C.choices_of(graph, costs, strategy)
+        assert choice is not None
         simulated = _C.simulate(_C.lower(graph, separate_buckets(strategy), rows), cost).step_ns
-        assert costs.choices.cost(choice) == pytest.approx(simulated, rel=1e-3), name
+        # On one device two operators read the labels, by one copy: each pays for it here.
+        labels = _C.movement_ns(cost.machine, "exchange", [0, 1, 2, 3], 4 * 8) if name == "one device" else 0
+        assert costs.choices.cost(choice) - labels == pytest.approx(simulated, abs=len(graph.nodes)), name
 
 
 @pytest.mark.parametrize("graph", [lenet(), residual()], ids=["lenet", "residual"])
@@ -176,3 +180,94 @@ def test_every_choice_lowers_and_costs_no_less_than_its_simulation(graph: _C.OpG
         simulated = _C.simulate(_C.lower(graph, separate_buckets(strategy), rows), cost).step_ns
         assert simulated <= costs.choices.cost(choice) * 1.001
         assert simulated >= costs.choices.cost(choice) * 0.5
+
+
+GRAPHS = {
+    "lenet": lambda: lenet(),
+    "residual": lambda: residual(),
+    "alexnet": lambda: imagenet("alexnet", 8),
+    "squeezenet": lambda: imagenet("squeezenet1_0", 8),
+    "shufflenet": lambda: imagenet("shufflenet_v2_x0_5", 8),
+    "gpt": lambda: gpt(),
+}
+
+
+def gpt() -> _C.OpGraph:
+    with torch.device("meta"):
+        tokens = torch.empty(4, 16, dtype=torch.long)
+        return graph_of(GPT(vocabulary=64, layers=2, hidden=32, heads=4, context=16), tokens, tokens, loss=next_byte_loss)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("rows", [[4, 4], [1, 5, 2, 0]], ids=["even", "uneven"])
+def test_tables_equal_those_of_resolving_each_configuration(name: str, rows: list[int]) -> None:
+    graph, cost = GRAPHS[name](), _C.CostModel(p100(len(rows)))
+    fast, slow = (_C.layer_costs(graph, rows, cost, _C.LayerOptions(by_resolving=by)) for by in (False, True))
+    for a, b, nodes, wanted in zip(fast.layers, slow.layers, fast.choices.nodes, slow.choices.nodes, strict=True):
+        assert a.configs == b.configs and nodes == wanted, [graph.nodes[n].name for n in a.nodes]
+    assert fast.choices.tables == slow.choices.tables
+    assert fast.memory_bytes == slow.memory_bytes
+
+
+def cuts(plan: _C.LayerPlan, name: str) -> dict[str, int]:
+    return {factor: cut.tiles for factor, cut in plan.strategy.nodes[name].cuts}
+
+
+def own_space(name: str) -> tuple[_C.OpGraph, _C.LayerCosts, _C.LayerPlan]:
+    """OptCNN's: nothing that is summed over is cut. Batch 32 per device, 4 devices."""
+    graph, rows, cost, options = imagenet(name), [32] * 4, _C.CostModel(p100(4)), _C.LayerOptions(reductions=False)
+    return graph, _C.layer_costs(graph, rows, cost, options), _C.optimize_layers(graph, rows, cost, options)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+def test_convolutions_by_samples_and_linears_by_output_channel(name: str) -> None:
+    """One weird trick (Krizhevsky 2014), found: OptCNN's plan for AlexNet on 4 devices."""
+    graph, _, plan = own_space(name)
+    assert plan.choices.exact and plan.choices.with_tables == 0
+    targets = {n.name: n.target for n in graph.nodes}
+    for node in plan.strategy.nodes:
+        if targets[node] == "conv2d":
+            assert cuts(plan, node) == {"n": 4}, node
+        if targets[node] == "linear":
+            assert cuts(plan, node) == {"o": 4}, node
+
+
+def test_resnet_is_about_data_parallel() -> None:
+    graph, costs, plan = own_space("resnet50")
+    data_parallel = _C.choices_of(graph, costs, dict(_C.seeds(graph, 4))["ddp"])
+    by_samples = [name for name in plan.strategy.nodes if cuts(plan, name) == {"n": 4}]
+    assert len(by_samples) >= 0.9 * len(plan.strategy.nodes)
+    assert cuts(plan, "fc") == {"o": 4}
+    assert 0 < 1 - plan.cost_ns / costs.choices.cost(data_parallel) < 0.02
+
+
+def test_the_search_prices_it_like_a_seed() -> None:
+    graph, rows, cost = imagenet("alexnet", 8), [2] * 4, _C.CostModel(p100(4))
+    options = _C.SearchOptions()
+    options.descent_simulations = options.mcmc_simulations = 0
+    found = _C.search(graph, rows, cost, options)
+    candidates = {c.name: c for c in found.candidates}
+    plan = _C.optimize_layers(graph, rows, cost)
+    assert candidates["optcnn"].step_ns == _C.simulate(_C.lower(graph, plan.strategy, rows), cost).step_ns
+    assert candidates["optcnn"].step_ns < 0.7 * candidates["ddp"].step_ns
+    assert found.candidates[found.best].step_ns <= candidates["optcnn"].step_ns
+
+
+def test_in_little_memory_it_costs_more_and_fits() -> None:
+    """By its own estimate; a limit that nothing keeps is told."""
+    graph, rows, cost = imagenet("alexnet", 8), [2] * 4, _C.CostModel(p100(4))
+    free = _C.optimize_layers(graph, rows, cost)
+    limit = int(free.memory_bytes * 0.99)
+    kept = _C.optimize_layers(graph, rows, cost, memory_limit_bytes=limit)
+    assert kept.fits and kept.memory_bytes <= limit and kept.cost_ns >= free.cost_ns
+    assert not _C.optimize_layers(graph, rows, cost, memory_limit_bytes=1 << 20).fits
+
+
+def test_it_refuses_what_it_can_not_price() -> None:
+    graph = lenet()
+    with pytest.raises(ValueError, match="1 to 64 devices, not 65"):
+        _C.layer_costs(graph, [1] * 65, _C.CostModel(p100(65)))
+    with pytest.raises(ValueError, match="has 2 devices, not 4"):
+        _C.layer_costs(graph, [4] * 4, _C.CostModel(p100(2)))
+    with pytest.raises(ValueError, match="has 3 entries, it needs 4"):
+        _C.minimize(_C.ChoiceGraph([[0, 1], [2, 3]], [[0, 0, 0]], [_C.ChoiceEdge(0, 1, 0)]))

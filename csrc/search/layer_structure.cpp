@@ -1,0 +1,404 @@
+#include "search/layer_structure.h"
+
+#include <algorithm>
+#include <bit>
+#include <map>
+#include <numeric>
+
+#include "base/error.h"
+#include "sim/memory.h"
+#include "sim/simulate.h"
+
+namespace soap {
+namespace {
+
+std::vector<int> first_devices(int n) {
+  std::vector<int> out(n);
+  std::iota(out.begin(), out.end(), 0);
+  return out;
+}
+
+std::vector<std::vector<IndexSet>> without_chunks(const std::vector<IndexSet>& parts) {
+  std::vector<std::vector<IndexSet>> out;
+  for (const IndexSet& p : parts) out.push_back({p});
+  return out;
+}
+
+// Slots of all members, and the tensors by local number.
+void number_tensors(LayerStructure& s) {
+  std::map<TensorId, int> local;
+  const OpGraph& g = s.program->graph;
+  const auto number = [&](TensorId t) {
+    const auto [it, fresh] = local.try_emplace(t, static_cast<int>(s.tensors.size()));
+    if (fresh) s.tensors.push_back(t);
+    return it->second;
+  };
+  for (LayerStructure::Member& m : s.members) {
+    const Node& n = g.nodes[m.node];
+    const Rule& rule = s.program->rules[m.node];
+    for (size_t i = 0; i < n.inputs.size(); ++i) m.operands.push_back({&rule.operands[i].dims, &g.tensors[n.inputs[i]].shape, number(n.inputs[i]), {}});
+    for (size_t r = 0; r < n.outputs.size(); ++r) m.results.push_back({&rule.results[r].dims, &g.tensors[n.outputs[r]].shape, number(n.outputs[r]), {}});
+    for (auto* slots : {&m.operands, &m.results}) {
+      for (LayerStructure::Slot& slot : *slots) slot.sets.resize(slot.dims->size(), std::vector<std::vector<int>>(m.cuts.size() + 1));
+    }
+  }
+}
+
+int local_number(const LayerStructure& s, TensorId t) {
+  const auto it = std::find(s.tensors.begin(), s.tensors.end(), t);
+  SOAP_CHECK(it != s.tensors.end(), "[search] tensor {} is none of the layer's", t);
+  return static_cast<int>(it - s.tensors.begin());
+}
+
+// The operand whose place an operator takes by default; see default_tiling in sharding/resolve.cpp.
+int main_operand(const OpGraph& g, const Node& n) {
+  int main = -1;
+  int64_t largest = -1;
+  for (size_t i = 0; i < n.inputs.size(); ++i) {
+    const Tensor& t = g.tensors[n.inputs[i]];
+    if (is_store(g.nodes[t.producer]) || numel(t.shape) <= largest) continue;
+    largest = numel(t.shape);
+    main = static_cast<int>(i);
+  }
+  return main;
+}
+
+}  // namespace
+
+std::vector<char> LayerStructure::expanding() const {
+  std::vector<char> out;
+  for (const Member& m : members) {
+    out.resize(m.cuts.size());
+    for (size_t v = 0; v < m.cuts.size(); ++v) {
+      const int f = m.cuts[v].factor;
+      if (f >= 0 && program->rules[m.node].factors[f].cut == Cuttable::kExpand) out[v] = 1;
+    }
+  }
+  return out;
+}
+
+LayerStructure followed_structure(Program& program, const LayerShape& layer, const std::vector<Variant>& variants) {
+  LayerStructure s{.program = &program};
+  const OpGraph& g = program.graph;
+  std::map<NodeId, int> member;
+  for (NodeId id : layer.nodes) {
+    const Node& n = g.nodes[id];
+    LayerStructure::Member m{.node = id};
+    m.cuts.resize(variants.size());
+    const int main = id == layer.head ? -1 : main_operand(g, n);
+    const auto producer = main < 0 ? member.end() : member.find(g.tensors[n.inputs[main]].producer);
+    if (id == layer.head) {
+      for (size_t v = 0; v < variants.size(); ++v) m.cuts[v] = {variants[v].factor, variants[v].parts};
+    } else if (producer == member.end() || s.members[producer->second].constant) {
+      m.constant = true;
+    } else {
+      m.from = producer->second;
+      const LayerStructure::Member& from = s.members[m.from];
+      const Tensor& t = g.tensors[n.inputs[main]];
+      for (size_t v = 0; v < variants.size(); ++v) {
+        if (from.cuts[v].factor < 0) continue;
+        Tiling tiling{.devices = first_devices(static_cast<int>(from.cuts[v].parts.size()))};
+        tiling.cuts.push_back({from.cuts[v].factor, without_chunks(from.cuts[v].parts)});
+        const Tiling kept = follow(program.rules[id], main, tensor_tiling(program.rules[from.node], tiling, t.result, t.shape), t.shape);
+        if (kept.cuts.empty()) continue;
+        m.cuts[v].factor = kept.cuts[0].factor;
+        for (const auto& tile : kept.cuts[0].parts) m.cuts[v].parts.push_back(tile[0]);
+      }
+    }
+    member[id] = static_cast<int>(s.members.size());
+    s.members.push_back(std::move(m));
+  }
+  number_tensors(s);
+  for (TensorId t : layer.inputs) s.inputs.push_back(local_number(s, t));
+  for (TensorId t : layer.outputs) s.outputs.push_back(local_number(s, t));
+  return s;
+}
+
+std::optional<LayerStructure> expanded_structure(Program& own, const Program& fixed, const LayerShape& layer, const std::vector<Variant>& variants) {
+  std::vector<int> factors;
+  for (const Variant& v : variants) {
+    if (!std::count(factors.begin(), factors.end(), v.factor)) factors.push_back(v.factor);
+  }
+  const int count = static_cast<int>(factors.size());
+  if (count > 6) return std::nullopt;
+  const Rule& rule = fixed.rules[layer.head];
+  const LayerAlone alone = layer_alone(fixed.graph, layer);
+  Strategy strategy{.world_size = 1 << count};
+  for (int f : factors) strategy.nodes[alone.head].cuts.push_back({rule.factors[f].name, {.tiles = 2}});
+  Tiling head;
+  try {
+    head = make_tiling(fixed.graph.nodes[layer.head], rule, strategy.nodes[alone.head], std::nullopt, strategy.world_size);
+    Resolved r = resolve(alone.graph, strategy, FedRows(strategy.world_size, 1));
+    own.graph = std::move(r.graph);
+    own.rules = std::move(r.rules);
+    own.tilings = std::move(r.tilings);
+  } catch (const std::invalid_argument&) {  // not all of them at once
+    return std::nullopt;
+  }
+  own.differentiable = differentiable(own.graph, own.rules);
+  LayerStructure s{.program = &own};
+  for (const Node& n : own.graph.nodes) {
+    if (n.kind != NodeKind::kOp) continue;
+    const Tiling& tiling = own.tilings[n.id];
+    LayerStructure::Member m{.node = n.id, .constant = alone.constants.count(n.name) > 0};
+    m.cuts.resize(variants.size());
+    size_t stride = tiling.devices.size();
+    for (const FactorParts& cut : tiling.cuts) {
+      if (m.constant || cut.tiles() != 2 || tiling.devices[0] != 0 || tiling.devices.size() != size_t{1} << count) return std::nullopt;
+      stride /= 2;
+      // Which axis of the head this is: by how far apart its two devices are.
+      const auto apart = static_cast<unsigned>(tiling.devices[stride]);
+      if (!std::has_single_bit(apart)) return std::nullopt;
+      const int axis = count - 1 - std::countr_zero(apart);
+      if (axis < 0 || cut.parts != head.cuts[axis].parts || own.rules[n.id].factors[cut.factor].size != rule.factors[factors[axis]].size) return std::nullopt;
+      for (size_t v = 0; v < variants.size(); ++v) {
+        if (variants[v].factor == factors[axis]) m.cuts[v] = {cut.factor, variants[v].parts};
+      }
+    }
+    s.members.push_back(std::move(m));
+  }
+  number_tensors(s);
+  for (const std::string& name : alone.inputs) s.inputs.push_back(local_number(s, own.graph.nodes[*own.graph.find(name)].outputs[0]));
+  for (const std::string& name : alone.outputs) s.outputs.push_back(local_number(s, own.graph.nodes[*own.graph.find(name)].inputs[0]));
+  return s;
+}
+
+namespace {
+
+struct Evaluator {
+  LayerStructure& s;
+  const std::vector<Variant>& variants;
+  const std::vector<int>& cuts;
+  const CostModel& cost;
+  Layouts& layouts;
+  int world = 1;
+  std::vector<int> degrees = {};
+  std::vector<std::vector<char>> kept = {};  // [member][cut]
+  std::vector<int64_t> spent = {}, held = {};
+  std::vector<std::vector<LayerTable::Read>> reads = {};  // per local tensor
+  std::vector<int> tiles = {};                            // per local tensor: layout
+  // Of the member at hand.
+  std::vector<int> own = {};                   // kept cuts
+  std::vector<std::vector<int>> devices = {};  // per tile
+  std::vector<std::vector<int>> parts = {};    // per tile, kept cut: part
+
+  // Which cuts a member keeps; false where that depends on more than each cut by itself.
+  bool keep(size_t index) {
+    const LayerStructure::Member& m = s.members[index];
+    const Rule& rule = s.program->rules[m.node];
+    std::vector<char> keeps(cuts.size());
+    std::vector<int> taken;
+    for (size_t i = 0; i < cuts.size(); ++i) {
+      const int f = m.cuts[cuts[i]].factor;
+      if (f < 0 || (m.from >= 0 && !kept[m.from][i])) continue;
+      if (std::count(taken.begin(), taken.end(), f)) {
+        if (m.from < 0) return false;
+        const auto& dims = rule.operands[main_operand(s.program->graph, s.program->graph.nodes[m.node])].dims;
+        if (std::any_of(dims.begin(), dims.end(), [&](const DimExpr& d) { return d.factors.size() > 1 && std::count(d.factors.begin(), d.factors.end(), f); })) {
+          return false;
+        }
+        continue;  // the first cut of a factor stays, others become replicas
+      }
+      taken.push_back(f);
+      keeps[i] = 1;
+    }
+    for (const auto& group : rule.exclusive) {
+      if (std::count_if(group.begin(), group.end(), [&](int f) { return std::count(taken.begin(), taken.end(), f) > 0; }) > 1) return false;
+    }
+    kept.push_back(std::move(keeps));
+    return true;
+  }
+
+  void place(size_t index, int replicas) {
+    const LayerStructure::Member& m = s.members[index];
+    own.clear();
+    int count = 1, grid = 1;
+    for (size_t i = 0; i < cuts.size(); ++i) {
+      grid *= degrees[i];
+      if (!kept[index][i]) continue;
+      own.push_back(static_cast<int>(i));
+      count *= degrees[i];
+    }
+    devices.assign(count, {});
+    parts.assign(count, std::vector<int>(own.size()));
+    if (m.constant || cuts.empty()) {
+      devices[0] = first_devices(m.constant ? world : replicas);
+      return;
+    }
+    for (int slot = 0; slot < grid; ++slot) {
+      int rest = slot, row = 0, scale = 1;
+      int digits[16];
+      for (size_t i = cuts.size(), k = own.size(); i-- > 0; rest /= degrees[i]) {
+        if (!kept[index][i]) continue;
+        digits[--k] = rest % degrees[i];
+        row += digits[k] * scale;
+        scale *= degrees[i];
+      }
+      devices[row].push_back(slot);
+      std::copy(digits, digits + own.size(), parts[row].begin());
+    }
+  }
+
+  // Numbers of the index sets of a dim for each part of the one cut that it shows, the first of them where it shows none.
+  const std::vector<int>& dim_sets(const LayerStructure::Member& m, LayerStructure::Slot& slot, size_t d, int variant) {
+    std::vector<int>& out = slot.sets[d][variant + 1];
+    if (!out.empty()) return out;
+    const Rule& rule = s.program->rules[m.node];
+    std::vector<IndexSet> sets;
+    for (const Factor& f : rule.factors) sets.push_back(IndexSet::all(f.size));
+    const auto number = [&] { return layouts.set(box_of({(*slot.dims)[d]}, rule, {(*slot.shape)[d]}, sets)[0]); };
+    if (variant < 0) {
+      out.push_back(number());
+    } else {
+      for (const IndexSet& part : m.cuts[variant].parts) {
+        sets[m.cuts[variant].factor] = part;
+        out.push_back(number());
+      }
+    }
+    return out;
+  }
+
+  // Appends a tile's numbers of index sets.
+  void boxes(const LayerStructure::Member& m, LayerStructure::Slot& slot, std::vector<Layout::Part>& out) {
+    const size_t dims = slot.dims->size();
+    for (size_t t = 0; t < devices.size(); ++t) out[t].sets.resize(dims);
+    for (size_t d = 0; d < dims; ++d) {
+      int shown[16], count = 0;
+      for (size_t k = 0; k < own.size(); ++k) {
+        const auto& factors = (*slot.dims)[d].factors;
+        if (std::count(factors.begin(), factors.end(), m.cuts[cuts[own[k]]].factor)) shown[count++] = static_cast<int>(k);
+      }
+      if (count <= 1) {
+        const std::vector<int>& sets = dim_sets(m, slot, d, count ? cuts[own[shown[0]]] : -1);
+        for (size_t t = 0; t < devices.size(); ++t) out[t].sets[d] = sets[count ? parts[t][shown[0]] : 0];
+        continue;
+      }
+      const Rule& rule = s.program->rules[m.node];
+      for (size_t t = 0; t < devices.size(); ++t) {
+        std::vector<IndexSet> sets;
+        for (const Factor& f : rule.factors) sets.push_back(IndexSet::all(f.size));
+        for (size_t k = 0; k < own.size(); ++k) sets[m.cuts[cuts[own[k]]].factor] = m.cuts[cuts[own[k]]].parts[parts[t][k]];
+        out[t].sets[d] = layouts.set(box_of({(*slot.dims)[d]}, rule, {(*slot.shape)[d]}, sets)[0]);
+      }
+    }
+  }
+
+  void hold(int layout, int64_t bytes) {
+    for (const Layout::Part& part : layouts[layout].parts) {
+      for (int d : part.devices) held[d] += part.volume * bytes;
+    }
+  }
+
+  OpTime time(LayerStructure::Member& m, size_t tile, const std::vector<int64_t>& sizes) {
+    for (const auto& [known, t] : m.times) {
+      if (known == sizes) return t;
+    }
+    Tiling& tiling = s.program->tilings[m.node];
+    tiling = {};
+    for (int k : own) tiling.cuts.push_back({m.cuts[cuts[k]].factor, without_chunks(m.cuts[cuts[k]].parts)});
+    tiling.devices = first_devices(tiling.tiles());
+    m.times.emplace_back(sizes, cost.time(*s.program, m.node, static_cast<int>(tile), 0));
+    return m.times.back().second;
+  }
+
+  void compute(size_t index) {
+    LayerStructure::Member& m = s.members[index];
+    const Program& p = *s.program;
+    const Rule& rule = p.rules[m.node];
+    std::vector<std::vector<int64_t>> sizes(devices.size());
+    std::vector<Layout::Part> made(devices.size());
+    const auto measure = [&] {
+      for (size_t t = 0; t < made.size(); ++t) {
+        for (int set : made[t].sets) sizes[t].push_back(layouts.size(set));
+      }
+    };
+    for (size_t i = 0; i < m.operands.size(); ++i) {
+      boxes(m, m.operands[i], made);
+      measure();
+      Layout layout;
+      for (size_t t = 0; t < made.size(); ++t) {
+        const bool here = std::all_of(rule.operands[i].anchors.begin(), rule.operands[i].anchors.end(), [&](int f) {
+          for (size_t k = 0; k < own.size(); ++k) {
+            const LayerStructure::NodeCut& c = m.cuts[cuts[own[k]]];
+            if (c.factor == f) return c.parts[parts[t][k]].contains(0);
+          }
+          return rule.factors[f].size > 0;
+        });
+        if (here) layout.parts.push_back({.sets = made[t].sets, .devices = devices[t]});
+      }
+      const Tensor& tensor = p.graph.tensors[s.tensors[m.operands[i].tensor]];
+      const bool gradient = tensor.requires_grad && rule.operands[i].differentiable && p.differentiable[m.node];
+      const int copies = layouts.add(std::move(layout));
+      auto& list = reads[m.operands[i].tensor];
+      const auto same = std::find_if(list.begin(), list.end(), [&](const LayerTable::Read& r) { return r.copies == copies; });
+      if (same == list.end())
+        list.push_back({copies, gradient});
+      else
+        same->gradient = same->gradient || gradient;
+    }
+    for (size_t r = 0; r < m.results.size(); ++r) {
+      boxes(m, m.results[r], made);
+      measure();
+      Layout layout;
+      for (int k : own) {
+        const int f = m.cuts[cuts[k]].factor;
+        const auto& dims = *m.results[r].dims;
+        const bool there = std::any_of(dims.begin(), dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), f) > 0; });
+        if (!there) layout.partial = rule.results[r].reduce;
+      }
+      for (size_t t = 0; t < made.size(); ++t) layout.parts.push_back({.sets = made[t].sets, .devices = devices[t]});
+      const Tensor& tensor = p.graph.tensors[s.tensors[m.results[r].tensor]];
+      const int layout_id = tiles[m.results[r].tensor] = layouts.add(std::move(layout));
+      if (rule.results[r].saved && !rule.view && p.differentiable[m.node]) hold(layout_id, tensor.element_bytes + rule.results[r].saved_bytes_more);
+    }
+    for (size_t t = 0; t < devices.size(); ++t) {
+      const OpTime ns = time(m, t, sizes[t]);
+      for (int d : devices[t]) spent[d] += ns.forward_ns + ns.backward_ns;
+    }
+  }
+
+  int64_t move() {
+    const Program& p = *s.program;
+    int64_t ns = 0;
+    for (size_t i = 0; i < s.tensors.size(); ++i) {
+      const Tensor& t = p.graph.tensors[s.tensors[i]];
+      if (reads[i].empty()) continue;
+      if (p.graph.nodes[t.producer].kind == NodeKind::kParam) {
+        tiles[i] = layouts.storage(reads[i].front().copies, t.shape, world);
+        hold(tiles[i], t.element_bytes * (t.requires_grad ? 2 + kOptimizerCopies : 1));
+        for (const Layout::Part& part : layouts[tiles[i]].parts) {
+          for (int d : part.devices) spent[d] += t.requires_grad ? update_ns(cost.machine(), part.volume * t.element_bytes) : 0;
+        }
+      }
+      if (tiles[i] < 0) continue;  // whole on every device, or another layer's
+      for (const LayerTable::Read& r : reads[i]) ns += layouts.reshard_ns(tiles[i], r.copies, t, r.gradient);
+    }
+    return ns;
+  }
+};
+
+}  // namespace
+
+std::optional<LayerEntry> evaluate(LayerStructure& s, const std::vector<Variant>& variants, const std::vector<int>& cuts, int replicas, int world_size,
+                                   const CostModel& cost, Layouts& layouts) {
+  Evaluator e{.s = s, .variants = variants, .cuts = cuts, .cost = cost, .layouts = layouts, .world = world_size};
+  for (int v : cuts) e.degrees.push_back(static_cast<int>(variants[v].parts.size()));
+  e.spent.resize(world_size);
+  e.held.resize(world_size);
+  e.reads.resize(s.tensors.size());
+  e.tiles.resize(s.tensors.size(), -1);
+  for (size_t m = 0; m < s.members.size(); ++m) {
+    if (!e.keep(m)) return std::nullopt;
+    e.place(m, replicas);
+    e.compute(m);
+  }
+  LayerEntry out;
+  const int64_t moved = e.move();
+  out.ns = *std::max_element(e.spent.begin(), e.spent.end()) + moved;
+  out.memory_bytes = *std::max_element(e.held.begin(), e.held.end());
+  for (int i : s.inputs) out.reads.push_back(e.reads[i]);
+  for (int o : s.outputs) out.makes.push_back(e.tiles[o]);
+  return out;
+}
+
+}  // namespace soap

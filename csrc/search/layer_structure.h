@@ -1,0 +1,65 @@
+// A layer's operators and what each cut of its head means for each of them. Cuts are independent of each other: a follower keeps a cut or turns
+// it into replicas, whatever else is cut, so one look at each cut gives all their products without resolving each of them.
+//
+//   followed   nobody is expanded; each cut is followed from operator to operator (sharding/tiling.h: follow)
+//   expanded   some operator's coupling factor is cut (statistics of a batch norm); read off one resolve() with every factor cut in two
+//
+// Where this doesn't hold (factors that exclude each other, several factors of one dim that only an expansion tells apart), there is
+// no structure or no evaluation, and the caller resolves the configuration as lowering does.
+#pragma once
+
+#include <optional>
+
+#include "search/layer_table.h"
+
+namespace soap {
+
+// An even or fed cut of one factor of the head.
+struct Variant {
+  int factor = -1;
+  std::vector<IndexSet> parts;
+};
+
+struct LayerStructure {
+  struct NodeCut {
+    int factor = -1;  // of this operator; -1: replicas
+    std::vector<IndexSet> parts;
+  };
+  struct Slot {  // an operand or result
+    const std::vector<DimExpr>* dims = nullptr;
+    const std::vector<int64_t>* shape = nullptr;
+    int tensor = -1;                                     // local number
+    std::vector<std::vector<std::vector<int>>> sets;     // [dim][variant + 1][part]: numbers of index sets, filled when first wanted
+  };
+  struct Member {
+    NodeId node = -1;
+    int from = -1;          // member that it follows; -1: the head, or every cut is as `cuts` say
+    bool constant = false;  // alike on all devices
+    std::vector<NodeCut> cuts;  // per variant
+    std::vector<Slot> operands, results;
+    std::vector<std::pair<std::vector<int64_t>, OpTime>> times;  // by local sizes
+  };
+  Program* program = nullptr;
+  std::vector<Member> members;
+  std::vector<TensorId> tensors;     // local number -> tensor of the program
+  std::vector<int> inputs, outputs;  // ports, local numbers
+
+  // Variants that cut what only an expansion can cut.
+  std::vector<char> expanding() const;
+};
+
+LayerStructure followed_structure(Program& program, const LayerShape& layer, const std::vector<Variant>& variants);
+// `own` keeps the expanded graph. nullopt where the cuts can't be told apart.
+std::optional<LayerStructure> expanded_structure(Program& own, const Program& fixed, const LayerShape& layer, const std::vector<Variant>& variants);
+
+// What one configuration costs and how it reads and makes its ports.
+struct LayerEntry {
+  int64_t ns = 0, memory_bytes = 0;
+  std::vector<std::vector<LayerTable::Read>> reads;
+  std::vector<int> makes;
+};
+// The product of `cuts` (variants) in this order on devices 0, 1, ..., or with none of them `replicas` on as many devices.
+std::optional<LayerEntry> evaluate(LayerStructure& s, const std::vector<Variant>& variants, const std::vector<int>& cuts, int replicas, int world_size,
+                                   const CostModel& cost, Layouts& layouts);
+
+}  // namespace soap
