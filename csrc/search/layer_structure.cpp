@@ -367,7 +367,7 @@ struct Evaluator {
         tiles[i] = layouts.storage(reads[i].front().copies, t.shape, world);
         hold(tiles[i], t.element_bytes * (t.requires_grad ? 2 + kOptimizerCopies : 1));
         for (const Layout::Part& part : layouts[tiles[i]].parts) {
-          for (int d : part.devices) spent[d] += t.requires_grad ? update_ns(cost.machine(), part.volume * t.element_bytes) : 0;
+          for (int d : part.devices) spent[d] += t.requires_grad ? update_ns(cost.machine(), d, part.volume * t.element_bytes) : 0;
         }
       }
       if (tiles[i] < 0) continue;  // whole on every device, or another layer's
