@@ -52,9 +52,11 @@ std::string explain(const Program& p, const Simulation& sim) {
 
 std::string candidates_table(const std::vector<Candidate>& candidates) {
   std::string out;
+  size_t width = 12;
+  for (const Candidate& c : candidates) width = std::max(width, c.name.size());
   for (const Candidate& c : candidates) {
-    out += c.step_ns < 0 ? fmt::format("  {:<12} not legal for this model\n", c.name)
-                         : fmt::format("  {:<12} {:>10.2f} ms {:>9.1f} MiB{}\n", c.name, static_cast<double>(c.step_ns) / 1e6,
+    out += c.step_ns < 0 ? fmt::format("  {:<{}} not legal for this model\n", c.name, width)
+                         : fmt::format("  {:<{}} {:>10.2f} ms {:>9.1f} MiB{}\n", c.name, width, static_cast<double>(c.step_ns) / 1e6,
                                        static_cast<double>(c.memory_bytes) / (1 << 20), c.fits ? "" : "  does not fit");
   }
   return out;

@@ -150,11 +150,14 @@ def test_a_plan_differs_from_itself_in_nothing() -> None:
 def test_expanded_operators_count_as_the_one_that_was_written() -> None:
     a = ddp()
     assert a.context is not None
-    cut = as_plan("3 n=1 d=2\n3/centre n=2\n* n=fed", a.context.graph, 2)
+    text = "3 n=1 d=2\n3/centre n=2\n* n=fed"
+    cut = as_plan(text, a.context.graph, 2)
     cut.context = a.context
     row = next(r for r in diff(a, cut).rows if r.name == "3")
     assert row.configurations == ("n=fed", "n=1 d=2; 3/centre n=2")
     assert row.moved_bytes[1] > row.moved_bytes[0]
+    assert sum(moved for _, moved in diff(a, cut).b.operators.values()) == sum(simulated(a, text).moved_bytes)
+    assert sum(ns for ns, _ in diff(a, cut).b.operators.values()) == sum(simulated(a, text).node_ns)
     assert not any("/" in r.name for r in diff(a, cut).rows if r.name.startswith("3"))
 
 
