@@ -125,7 +125,13 @@ def test_write_table(results: dict[str, dict[str, Any]], capsys: pytest.CaptureF
                 f"| {name} | {space} | {r['nodes']} | {r['layers']} ({r['distinct_layers']}) | {r['edges']} | {r['configurations']} ({r['largest']}) | {r['left']} "
                 f"| {r['table_ms']:.1f} [{r['table_best_ms']:.1f}] | {r['elimination_ms']:.2f} | {BARS_MS[name]} |"
             )
-    lines += ["", "Layer-wise cost in milliseconds:", "", "| model | space | found | OWT | DDP | one device | OptCNN's table 5 |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "Layer-wise cost in milliseconds:",
+        "",
+        "| model | space | found | OWT | DDP | one device | OptCNN's table 5 |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, spaces in results.items():
         for space, r in spaces.items():
             others = [f"{r['others_ms'][o]:.2f}" if o in r["others_ms"] else "-" for o in ("OWT", "DDP", "one device", "OptCNN, table 5")]

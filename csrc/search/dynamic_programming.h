@@ -37,7 +37,7 @@ struct Choices {
   int64_t cost = 0;
   bool exact = true;  // false: some node was fixed at the choice best for it alone, then every node improved by itself
   int node_eliminations = 0, edge_eliminations = 0;
-  int left = 0;      // nodes after node and edge elimination: the paper's K
+  int left = 0;         // nodes after node and edge elimination: the paper's K
   int with_tables = 0;  // of these, eliminated with tables over three or more neighbours
   int fixed = 0;
 };
@@ -53,6 +53,7 @@ struct LimitedChoices {
   double multiplier = 0;
   bool fits = true;  // false: `choices` are the lightest
 };
-LimitedChoices minimize_within(const ChoiceGraph& graph, const std::vector<std::vector<int64_t>>& weights, int64_t limit, const EliminationOptions& options = {});
+LimitedChoices minimize_within(const ChoiceGraph& graph, const std::vector<std::vector<int64_t>>& weights, int64_t limit,
+                               const EliminationOptions& options = {});
 
 }  // namespace soap

@@ -19,7 +19,12 @@ Program on_one_device(const OpGraph& graph, const FedRows& rows) {
   }
   Resolved r = resolve(graph, s, rows);
   SOAP_CHECK(r.graph.nodes.size() == graph.nodes.size(), "[search] {} nodes became {}", graph.nodes.size(), r.graph.nodes.size());
-  Program p{.graph = std::move(r.graph), .world_size = s.world_size, .rows = rows, .rules = std::move(r.rules), .tilings = std::move(r.tilings), .fed = std::move(r.fed)};
+  Program p{.graph = std::move(r.graph),
+            .world_size = s.world_size,
+            .rows = rows,
+            .rules = std::move(r.rules),
+            .tilings = std::move(r.tilings),
+            .fed = std::move(r.fed)};
   p.differentiable = differentiable(p.graph, p.rules);
   return p;
 }
@@ -30,8 +35,8 @@ struct LayerBuilder {
   const CostModel& cost;
   const LayerOptions& options;
   Layouts layouts;
-  std::vector<char> constant;   // per tensor: no input reaches it
-  std::vector<int> layer_of;    // per node
+  std::vector<char> constant;                // per tensor: no input reaches it
+  std::vector<int> layer_of;                 // per node
   std::vector<std::vector<NodeId>> readers;  // per tensor
   std::vector<LayerTable> tables;
   std::map<std::string, int> known;  // table of a layer, by all that it depends on
@@ -117,9 +122,7 @@ struct LayerBuilder {
     out.distinct_layers = static_cast<int>(tables.size());
   }
 
-  static int port(const std::vector<TensorId>& tensors, TensorId t) {
-    return static_cast<int>(std::find(tensors.begin(), tensors.end(), t) - tensors.begin());
-  }
+  static int port(const std::vector<TensorId>& tensors, TensorId t) { return static_cast<int>(std::find(tensors.begin(), tensors.end(), t) - tensors.begin()); }
 
   int64_t reads_ns(int tiles, const std::vector<LayerTable::Read>& reads, const Tensor& t) {
     int64_t ns = 0;
@@ -142,7 +145,8 @@ struct LayerBuilder {
         }
         const int other = layer_of[t.producer];
         const int made = port(shapes[other].outputs, t.id);
-        const auto [it, fresh] = shared.try_emplace({table_of[other], made, table_of[layer], static_cast<int>(in)}, static_cast<int>(out.choices.tables.size()));
+        const auto [it, fresh] =
+            shared.try_emplace({table_of[other], made, table_of[layer], static_cast<int>(in)}, static_cast<int>(out.choices.tables.size()));
         if (fresh) out.choices.tables.push_back(edge_table(tables[table_of[other]], made, to, in, t));
         out.choices.edges.push_back({.a = other, .b = static_cast<int>(layer), .table = it->second});
       }
@@ -190,7 +194,8 @@ bool is_fed(const OpConfig& c) {
 LayerCosts layer_costs(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const LayerOptions& options) {
   const int world = static_cast<int>(rows.size());
   if (world < 1 || world > kLargestLayoutWorld) user_error("[search] layer-wise costs are for 1 to {} devices, not {}", kLargestLayoutWorld, world);
-  if (world > cost.machine().num_devices()) user_error("[search] the machine {} has {} devices, not {}", cost.machine().name, cost.machine().num_devices(), world);
+  if (world > cost.machine().num_devices())
+    user_error("[search] the machine {} has {} devices, not {}", cost.machine().name, cost.machine().num_devices(), world);
   Program fixed = on_one_device(graph, rows);
   LayerBuilder b{.fixed = fixed, .graph = fixed.graph, .cost = cost, .options = options, .layouts = Layouts(cost.machine()), .out = {.world_size = world}};
   b.make_layers();

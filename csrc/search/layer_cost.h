@@ -6,8 +6,8 @@
 // batch, which have no entry in the strategy and so lie where their producer does (sharding/tiling.h). OptCNN's layers have their activation
 // inside, too. Configurations of their own would gain nothing but reshards between an operator and its activation (a transition costs as much
 // before as after a pointwise operator, and a pool, a sum or a norm of its own row is a layer of its own), and they would make the
-// graphs of ResNet-50 and Inception-v3 three times as large. What depends on no input (masks, positions) is alike on all devices and belongs to the layer that reads
-// it first.
+// graphs of ResNet-50 and Inception-v3 three times as large. What depends on no input (masks, positions) is alike on all devices and belongs to the layer that
+// reads it first.
 //
 // [Note: layer-wise cost] In ns, of one step. It equals the simulation without overlap, with every gradient in a bucket of its own, where all devices
 // have equal work (tests/unit/test_optcnn.py). It doesn't see that movements overlap with compute, that layers on different devices run at the

@@ -142,15 +142,24 @@ std::optional<LayerStructure> expanded_structure(Program& own, const Program& fi
     const Tiling& tiling = own.tilings[n.id];
     LayerStructure::Member m{.node = n.id, .constant = alone.constants.count(n.name) > 0};
     m.cuts.resize(variants.size());
-    size_t stride = tiling.devices.size();
-    for (const FactorParts& cut : tiling.cuts) {
-      if (m.constant || cut.tiles() != 2 || tiling.devices[0] != 0 || tiling.devices.size() != size_t{1} << count) return std::nullopt;
-      stride /= 2;
-      // Which axis of the head this is: by how far apart its two devices are.
+    // An expansion that makes as many parts as there are (partial softmaxes) holds for that number only.
+    for (TensorId t : n.outputs) {
+      const auto& shape = own.graph.tensors[t].shape;
+      if (!alone.graph.find(n.name) && std::count(shape.begin(), shape.end(), 2)) return std::nullopt;
+    }
+    if (!m.constant && (tiling.devices[0] != 0 || tiling.devices.size() != size_t{1} << count)) return std::nullopt;
+    std::vector<int> axes;  // of the head: by how far apart the two devices are
+    for (size_t stride = tiling.devices.size() / 2; stride > 0 && !m.constant; stride /= 2) {
       const auto apart = static_cast<unsigned>(tiling.devices[stride]);
       if (!std::has_single_bit(apart)) return std::nullopt;
-      const int axis = count - 1 - std::countr_zero(apart);
-      if (axis < 0 || cut.parts != head.cuts[axis].parts || own.rules[n.id].factors[cut.factor].size != rule.factors[factors[axis]].size) return std::nullopt;
+      axes.push_back(count - 1 - std::countr_zero(apart));
+      m.order.push_back(factors[axes.back()]);
+    }
+    for (size_t c = 0; c < tiling.cuts.size(); ++c) {
+      const FactorParts& cut = tiling.cuts[c];
+      if (m.constant || cut.tiles() != 2) return std::nullopt;
+      const int axis = axes[c];
+      if (cut.parts != head.cuts[axis].parts || own.rules[n.id].factors[cut.factor].size != rule.factors[factors[axis]].size) return std::nullopt;
       for (size_t v = 0; v < variants.size(); ++v) {
         if (variants[v].factor == factors[axis]) m.cuts[v] = {cut.factor, variants[v].parts};
       }
@@ -174,6 +183,7 @@ struct Evaluator {
   int world = 1;
   std::vector<int> degrees = {};
   std::vector<std::vector<char>> kept = {};  // [member][cut]
+  std::vector<std::vector<int>> order = {};  // [member]: cuts as its devices are listed, slowest first
   std::vector<int64_t> spent = {}, held = {};
   std::vector<std::vector<LayerTable::Read>> reads = {};  // per local tensor
   std::vector<int> tiles = {};                            // per local tensor: layout
@@ -194,7 +204,8 @@ struct Evaluator {
       if (std::count(taken.begin(), taken.end(), f)) {
         if (m.from < 0) return false;
         const auto& dims = rule.operands[main_operand(s.program->graph, s.program->graph.nodes[m.node])].dims;
-        if (std::any_of(dims.begin(), dims.end(), [&](const DimExpr& d) { return d.factors.size() > 1 && std::count(d.factors.begin(), d.factors.end(), f); })) {
+        if (std::any_of(dims.begin(), dims.end(),
+                        [&](const DimExpr& d) { return d.factors.size() > 1 && std::count(d.factors.begin(), d.factors.end(), f); })) {
           return false;
         }
         continue;  // the first cut of a factor stays, others become replicas
@@ -205,18 +216,39 @@ struct Evaluator {
     for (const auto& group : rule.exclusive) {
       if (std::count_if(group.begin(), group.end(), [&](int f) { return std::count(taken.begin(), taken.end(), f) > 0; }) > 1) return false;
     }
+    list_devices(m, keeps);
     kept.push_back(std::move(keeps));
     return true;
+  }
+
+  // Devices are listed by the cuts that are kept, then by those that it drops, then as its producer's replicas are (regrid in follow.cpp).
+  void list_devices(const LayerStructure::Member& m, const std::vector<char>& keeps) {
+    std::vector<int> axes;
+    if (m.from >= 0) {
+      axes = order[m.from];
+    } else if (!m.order.empty()) {
+      for (int f : m.order) {
+        for (size_t i = 0; i < cuts.size(); ++i) {
+          if (variants[cuts[i]].factor == f) axes.push_back(static_cast<int>(i));
+        }
+      }
+    } else {
+      for (size_t i = 0; i < cuts.size(); ++i) axes.push_back(static_cast<int>(i));
+    }
+    std::stable_partition(axes.begin(), axes.end(), [&](int i) { return keeps[i] != 0; });
+    order.push_back(std::move(axes));
   }
 
   void place(size_t index, int replicas) {
     const LayerStructure::Member& m = s.members[index];
     own.clear();
+    std::vector<int> stride(cuts.size(), 1);  // of a cut's part in the head's devices
+    for (size_t i = cuts.size(); i-- > 1;) stride[i - 1] = stride[i] * degrees[i];
     int count = 1, grid = 1;
-    for (size_t i = 0; i < cuts.size(); ++i) {
+    for (int i : order[index]) {
       grid *= degrees[i];
       if (!kept[index][i]) continue;
-      own.push_back(static_cast<int>(i));
+      own.push_back(i);
       count *= degrees[i];
     }
     devices.assign(count, {});
@@ -226,15 +258,16 @@ struct Evaluator {
       return;
     }
     for (int slot = 0; slot < grid; ++slot) {
-      int rest = slot, row = 0, scale = 1;
-      int digits[16];
-      for (size_t i = cuts.size(), k = own.size(); i-- > 0; rest /= degrees[i]) {
-        if (!kept[index][i]) continue;
-        digits[--k] = rest % degrees[i];
-        row += digits[k] * scale;
-        scale *= degrees[i];
+      int rest = slot, device = 0;
+      int digits[16] = {};
+      for (size_t k = order[index].size(); k-- > 0;) {
+        const int i = order[index][k];
+        digits[k] = rest % degrees[i];
+        device += digits[k] * stride[i];
+        rest /= degrees[i];
       }
-      devices[row].push_back(slot);
+      const int row = slot / (grid / count);  // kept cuts are the slowest
+      devices[row].push_back(device);
       std::copy(digits, digits + own.size(), parts[row].begin());
     }
   }

@@ -28,14 +28,15 @@ struct LayerStructure {
   struct Slot {  // an operand or result
     const std::vector<DimExpr>* dims = nullptr;
     const std::vector<int64_t>* shape = nullptr;
-    int tensor = -1;                                     // local number
-    std::vector<std::vector<std::vector<int>>> sets;     // [dim][variant + 1][part]: numbers of index sets, filled when first wanted
+    int tensor = -1;                                  // local number
+    std::vector<std::vector<std::vector<int>>> sets;  // [dim][variant + 1][part]: numbers of index sets, filled when first wanted
   };
   struct Member {
     NodeId node = -1;
-    int from = -1;          // member that it follows; -1: the head, or every cut is as `cuts` say
-    bool constant = false;  // alike on all devices
+    int from = -1;              // member that it follows; -1: the head, or every cut is as `cuts` say
+    bool constant = false;      // alike on all devices
     std::vector<NodeCut> cuts;  // per variant
+    std::vector<int> order;     // expanded: factors of the head by how its devices are listed, slowest first
     std::vector<Slot> operands, results;
     std::vector<std::pair<std::vector<int64_t>, OpTime>> times;  // by local sizes
   };

@@ -23,7 +23,8 @@ bool may_cut(const Node& head, const Rule& rule, int factor, const LayerOptions&
   if (f.cut == Cuttable::kWhole || (f.kind == FactorKind::kReduction && f.cut != Cuttable::kExpand && !options.reductions)) return false;
   if (f.cut == Cuttable::kExpand) return expansion_registry().expansions.count(head.target) > 0;
   return std::all_of(rule.results.begin(), rule.results.end(), [&](const Result& r) {
-    return r.reduce != Reduce::kNone || std::any_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), factor) > 0; });
+    return r.reduce != Reduce::kNone ||
+           std::any_of(r.dims.begin(), r.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), factor) > 0; });
   });
 }
 
@@ -117,7 +118,8 @@ std::vector<Variant> variants_of(const Node& head, const Rule& rule, std::vector
       if (it != known.end()) continue;
       known.push_back(cut);
       Variant v{.factor = rule.factor(cut.factor)};
-      for (auto& tile : make_tiling(head, rule, {.cuts = {cut}}, std::nullopt, world).cuts[0].parts) v.parts.push_back(std::move(tile[0]));
+      const Tiling tiling = make_tiling(head, rule, {.cuts = {cut}}, std::nullopt, world);
+      for (const auto& tile : tiling.cuts[0].parts) v.parts.push_back(tile[0]);
       out.push_back(std::move(v));
     }
   }
@@ -128,7 +130,7 @@ std::vector<Variant> variants_of(const Node& head, const Rule& rule, std::vector
 struct Evaluation {
   const CostModel& cost;
   Layouts& layouts;
-  Program p;                     // graph, rules, tilings, differentiable: what the cost of an operator depends on
+  Program p;                         // graph, rules, tilings, differentiable: what the cost of an operator depends on
   std::vector<int64_t> spent, held;  // per device
   int64_t moved_ns = 0;
   std::vector<std::vector<LayerTable::Read>> reads;  // per tensor

@@ -65,10 +65,10 @@ class Layouts {
   std::unordered_map<std::vector<int>, int, Hash> known_;  // by everything in it
   std::map<std::vector<Run>, int> known_sets_;
   std::vector<IndexSet> sets_;
-  std::vector<int64_t> sizes_;  // of sets
-  std::unordered_map<int, int> storage_;  // by copies: their sets say the shape
-  std::vector<std::vector<int64_t>> common_;                     // [a][b], b <= a, -1: not yet known
-  std::unordered_map<uint64_t, int64_t> prices_;                 // of (tiles, copies, way, element)
+  std::vector<int64_t> sizes_;                                    // of sets
+  std::unordered_map<int, int> storage_;                          // by copies: their sets say the shape
+  std::vector<std::vector<int64_t>> common_;                      // [a][b], b <= a, -1: not yet known
+  std::unordered_map<uint64_t, int64_t> prices_;                  // of (tiles, copies, way, element)
   std::map<std::pair<uint64_t, int64_t>, int64_t> movements_[2];  // (ranks, bytes) -> ns
 };
 

@@ -14,8 +14,8 @@ struct LayerPlan {
   bool fits = true;          // in the limit, by that estimate
   Choices choices;
   int layers = 0, distinct_layers = 0, edges = 0;
-  int64_t configurations = 0;  // of all layers together
-  int largest = 0;             // configurations of a layer
+  int64_t configurations = 0;                         // of all layers together
+  int largest = 0;                                    // configurations of a layer
   double table_seconds = 0, elimination_seconds = 0;  // of this thread's CPU time, whatever else runs on the machine
 };
 

@@ -163,9 +163,10 @@ def test_the_layerwise_cost_is_the_simulation_where_devices_work_alike(graph: _C
         choice = _C.choices_of(graph, costs, strategy)
         assert choice is not None
         simulated = _C.simulate(_C.lower(graph, separate_buckets(strategy), rows), cost).step_ns
-        # On one device two operators read the labels, by one copy: each pays for it here.
-        labels = _C.movement_ns(cost.machine, "exchange", [0, 1, 2, 3], 4 * 8) if name == "one device" else 0
-        assert costs.choices.cost(choice) - labels == pytest.approx(simulated, abs=len(graph.nodes)), name
+        # What several read by one copy, each pays for here: the labels, and movements that travel together, by a latency each.
+        apart = costs.choices.cost(choice) - simulated
+        assert apart == pytest.approx(10e3 * round(apart / 10e3), abs=len(graph.nodes)), name
+        assert 0 <= round(apart / 10e3) <= (0 if name == "ddp" else 4), name
 
 
 @pytest.mark.parametrize("graph", [lenet(), residual()], ids=["lenet", "residual"])
@@ -199,7 +200,7 @@ def gpt() -> _C.OpGraph:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("rows", [[4, 4], [1, 5, 2, 0]], ids=["even", "uneven"])
+@pytest.mark.parametrize("rows", [[2, 2, 2, 2], [1, 5, 2, 0]], ids=["even", "uneven"])
 def test_tables_equal_those_of_resolving_each_configuration(name: str, rows: list[int]) -> None:
     graph, cost = GRAPHS[name](), _C.CostModel(p100(len(rows)))
     fast, slow = (_C.layer_costs(graph, rows, cost, _C.LayerOptions(by_resolving=by)) for by in (False, True))
@@ -257,9 +258,12 @@ def test_in_little_memory_it_costs_more_and_fits() -> None:
     """By its own estimate; a limit that nothing keeps is told."""
     graph, rows, cost = imagenet("alexnet", 8), [2] * 4, _C.CostModel(p100(4))
     free = _C.optimize_layers(graph, rows, cost)
-    limit = int(free.memory_bytes * 0.99)
+    costs = _C.layer_costs(graph, rows, cost)
+    lightest = sum(min(of_layer) for of_layer in costs.memory_bytes)
+    limit = (free.memory_bytes + lightest) // 2
+    assert lightest < free.memory_bytes
     kept = _C.optimize_layers(graph, rows, cost, memory_limit_bytes=limit)
-    assert kept.fits and kept.memory_bytes <= limit and kept.cost_ns >= free.cost_ns
+    assert kept.fits and lightest <= kept.memory_bytes <= limit and kept.cost_ns >= free.cost_ns
     assert not _C.optimize_layers(graph, rows, cost, memory_limit_bytes=1 << 20).fits
 
 
