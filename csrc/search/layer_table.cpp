@@ -119,6 +119,7 @@ std::vector<Variant> variants_of(const Node& head, const Rule& rule, std::vector
       known.push_back(cut);
       Variant v{.factor = rule.factor(cut.factor)};
       const Tiling tiling = make_tiling(head, rule, {.cuts = {cut}}, std::nullopt, world);
+      SOAP_CHECK(!tiling.cuts.empty(), "[optcnn] {}: {} cuts nothing", head.name, cut.factor);
       for (const auto& tile : tiling.cuts[0].parts) v.parts.push_back(tile[0]);
       out.push_back(std::move(v));
     }
