@@ -122,8 +122,8 @@ def test_write_table(results: dict[str, dict[str, Any]], capsys: pytest.CaptureF
     for name, spaces in results.items():
         for space, r in spaces.items():
             lines.append(
-                f"| {name} | {space} | {r['nodes']} | {r['layers']} ({r['distinct_layers']}) | {r['edges']} | {r['configurations']} ({r['largest']}) | {r['left']} "
-                f"| {r['table_ms']:.1f} [{r['table_best_ms']:.1f}] | {r['elimination_ms']:.2f} | {BARS_MS[name]} |"
+                f"| {name} | {space} | {r['nodes']} | {r['layers']} ({r['distinct_layers']}) | {r['edges']} | {r['configurations']} ({r['largest']}) "
+                f"| {r['left']} | {r['table_ms']:.1f} [{r['table_best_ms']:.1f}] | {r['elimination_ms']:.2f} | {BARS_MS[name]} |"
             )
     lines += [
         "",
