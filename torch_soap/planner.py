@@ -125,9 +125,7 @@ def resolved(plan: Plan, context: Context, pin: Pin | None, forbid: Forbid | Non
     return described(Context(context.graph, context.rows, context.cost, starts, context.memory_limit), strategy, stats, found)
 
 
-def settled(
-    graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.CostModel, options: _C.SearchOptions, comm: Comm | None
-) -> dict[str, Any]:
+def settled(graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.CostModel, options: _C.SearchOptions, comm: Comm | None) -> dict[str, Any]:
     """What `searched` found, priced again now that its operators are measured, beside all that it beat: a guess may have won."""
     options.descent_simulations = options.mcmc_simulations = 0
     if "starts" in found:  # rank 0

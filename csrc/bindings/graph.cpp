@@ -37,6 +37,8 @@ void bind_graph(py::module_& m) {
       .def_readonly("sample_dim", &Node::sample_dim)
       .def_readonly("origin", &Node::origin)
       .def_readonly("no_grad", &Node::no_grad);
+  bind_list<Tensor>(m, "TensorList");
+  bind_list<Node>(m, "NodeList");
   py::class_<OpGraph>(m, "OpGraph", "Operators, parameters, feeds and returns of a captured module, at one batch size.")
       .def(py::init<>())
       .def_readonly("nodes", &OpGraph::nodes)

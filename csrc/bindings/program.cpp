@@ -25,6 +25,11 @@ void bind_program(py::module_& m) {
       .def_readonly("copies", &CopyGroup::copies)
       .def_readonly("grad", &CopyGroup::grad)
       .def_readonly("keep", &CopyGroup::keep);
+  bind_list<Rule>(m, "RuleList");
+  bind_list<Tiling>(m, "TilingList");
+  bind_list<Sharding>(m, "ShardingList");
+  bind_list<CopyGroup>(m, "CopyGroupList");
+  bind_list<Step>(m, "StepList");
   py::class_<Movement>(m, "Movement")
       .def_readonly("pattern", &Movement::pattern)
       .def_readonly("ranks", &Movement::ranks)
@@ -94,6 +99,9 @@ void bind_program(py::module_& m) {
       .def_readonly("transfers", &Instruction::transfers)
       .def_readonly("ranks", &Instruction::ranks)
       .def_readonly("frees", &Instruction::frees);
+  bind_list<LocalValue>(m, "LocalValueList");
+  bind_list<Segment>(m, "SegmentList");
+  bind_list<Instruction>(m, "InstructionList");
   py::class_<RankProgram>(m, "RankProgram", "What one rank does for a Program.")
       .def_readonly("rank", &RankProgram::rank)
       .def_readonly("values", &RankProgram::values)

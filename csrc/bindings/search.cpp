@@ -4,8 +4,8 @@
 
 #include "bindings/bindings.h"
 #include "report/explain.h"
-#include "sim/delta.h"
 #include "search/manual.h"
+#include "sim/delta.h"
 
 namespace py = pybind11;
 
