@@ -4,6 +4,8 @@
 #include <bit>
 
 #include "base/error.h"
+#include "machine/collectives.h"
+#include "sim/simulate.h"
 
 namespace soap {
 
@@ -99,19 +101,25 @@ int64_t Layouts::common(int a, int b) {
   return known;
 }
 
-int64_t Layouts::movement(bool all_reduce, uint64_t ranks, int64_t bytes) {
-  const auto [it, fresh] = movements_[all_reduce].try_emplace({ranks, bytes});
-  if (fresh) {
-    std::vector<int> list;
-    for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) list.push_back(std::countr_zero(rest));
-    it->second = movement_ns(machine_, all_reduce ? "all_reduce" : "exchange", list, bytes);
-  }
+namespace {
+
+std::vector<int> list_of(uint64_t mask) {
+  std::vector<int> out;
+  for (; mask != 0; mask &= mask - 1) out.push_back(std::countr_zero(mask));
+  return out;
+}
+
+}  // namespace
+
+int64_t Layouts::all_reduce(uint64_t ranks, int64_t bytes) {
+  const auto [it, fresh] = all_reduces_.try_emplace({ranks, bytes});
+  if (fresh) it->second = movement_ns(machine_, "all_reduce", list_of(ranks), bytes);
   return it->second;
 }
 
 // fill_pieces (or grad_pieces) and recognise in one walk; see there for the rules.
 int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes) {
-  int64_t sends[kLargestLayoutWorld] = {};
+  sent_.clear();
   uint64_t ranks = 0;
   size_t pieces = 0, copies = 0;
   bool whole = true;  // every piece is all of its source and all of its copy
@@ -133,7 +141,7 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
         }
         const int sender = source.devices[r % source.devices.size()];
         senders[k] |= uint64_t{1} << sender;
-        sends[sender] += volume;
+        sent_.push_back({sender, device, volume * element_bytes});
         ranks |= uint64_t{1} << device | uint64_t{1} << sender;
       }
     }
@@ -157,8 +165,10 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
     }
     all_reduce = all_reduce && count == n && addends == ranks && readers == ranks;
   }
-  if (all_reduce) return movement(true, ranks, to.parts.front().volume * reduced_bytes);
-  return movement(false, ranks, *std::max_element(sends, sends + kLargestLayoutWorld) * element_bytes);
+  if (all_reduce) return this->all_reduce(ranks, to.parts.front().volume * reduced_bytes);
+  Traffic traffic(machine_);
+  for (const Sent& s : sent_) traffic.add(s.from, s.to, s.bytes);
+  return exchange_ns(machine_, list_of(ranks), traffic);
 }
 
 namespace {
@@ -169,11 +179,6 @@ uint64_t key_of(int tiles, int copies, bool gradient, const Tensor& t) {
          static_cast<uint64_t>(gradient) << 1 | static_cast<uint64_t>(is_float(t));
 }
 
-// Sums of 16-bit floats travel in float32.
-int64_t reduced(const Tensor& t, bool sum) {
-  return sum && is_float(t) ? std::max<int64_t>(t.element_bytes, 4) : t.element_bytes;
-}
-
 }  // namespace
 
 // Equal layouts of a complete tensor are one: every copy is the tile of its device, either way.
@@ -182,7 +187,7 @@ int64_t Layouts::fill_ns(int tiles, int copies, const Tensor& t) {
   const auto [it, fresh] = prices_.try_emplace(key_of(tiles, copies, false, t));
   if (fresh) {
     const Layout& from = layouts_[tiles];
-    it->second = price(from, layouts_[copies], from.partial, t.element_bytes, reduced(t, from.partial != Reduce::kMax));
+    it->second = price(from, layouts_[copies], from.partial, t.element_bytes, reduced_element_bytes(t, from.partial));
   }
   return it->second;
 }
@@ -190,7 +195,7 @@ int64_t Layouts::fill_ns(int tiles, int copies, const Tensor& t) {
 int64_t Layouts::gradient_ns(int tiles, int copies, const Tensor& t) {
   if (tiles == copies && layouts_[tiles].partial == Reduce::kNone) return 0;
   const auto [it, fresh] = prices_.try_emplace(key_of(tiles, copies, true, t));
-  if (fresh) it->second = price(layouts_[copies], layouts_[tiles], Reduce::kSum, t.element_bytes, reduced(t, true));
+  if (fresh) it->second = price(layouts_[copies], layouts_[tiles], Reduce::kSum, t.element_bytes, reduced_element_bytes(t, Reduce::kSum));
   return it->second;
 }
 
