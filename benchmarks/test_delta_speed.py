@@ -85,8 +85,9 @@ def test_write_table(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         "# Delta simulation",
         "",
-        f"`python -m pytest benchmarks/test_delta_speed.py -s`: random changes of one operator, one in five kept; CPU time of one thread, median [range] of {ROUNDS} rounds of "
-        f"{CHANGES}. Full: lower and simulate, once. P100 preset, 4 devices a host, {ROWS} rows a device. Revision {revision()}, {platform.machine()}, {os.cpu_count()} cores.",
+        f"`python -m pytest benchmarks/test_delta_speed.py -s`: random changes of one operator, one in five kept; CPU time of one thread, median [range] "
+        f"of {ROUNDS} rounds of {CHANGES}. Full: lower and simulate, once. P100 preset, 4 devices a host, {ROWS} rows a device. "
+        f"Revision {revision()}, {platform.machine()}, {os.cpu_count()} cores.",
         "",
         "| model | devices | overlap | nodes | first ms | changes/s | bar | full ms | factor |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -67,6 +67,7 @@ def search_plan(
         for name, strategy in _C.seeds(graph, world):
             if name in MEASURED_SEEDS:
                 measured += measure(cost, graph, captured, strategy, rows, comm, known)
+    found: dict[str, Any] = {}
     for turn in range(ROUNDS + STARTS):
         found = searched(graph, rows, cost, options, comm) if turn < ROUNDS else settled(graph, found, rows, cost, options, comm)
         strategy = _C.parse_plan(graph, found["plan"], world)
