@@ -15,7 +15,7 @@ namespace soap {
 namespace {
 
 constexpr int64_t kIllegal = -1;
-constexpr int kMemoryChecks = 32;      // of a walk
+constexpr int kMemoryChecks = 32;       // of a walk
 constexpr int64_t kChunkedWork = 1000;  // nodes x devices
 
 struct Searcher {
