@@ -398,12 +398,12 @@ void order_steps(Program& p, const Strategy& strategy) {
 
 }  // namespace
 
-std::vector<char> differentiable_nodes(const Program& p) {
+std::vector<char> differentiable_nodes(const OpGraph& graph, const std::vector<Rule>& rules) {
   std::vector<char> out;
-  for (const Node& n : p.graph.nodes) {
+  for (const Node& n : graph.nodes) {
     bool grad = false;
-    for (size_t i = 0; n.kind == NodeKind::kOp && i < p.rules[n.id].results.size(); ++i) {
-      grad = grad || (p.graph.tensors[n.outputs[i]].requires_grad && p.rules[n.id].results[i].differentiable);
+    for (size_t i = 0; n.kind == NodeKind::kOp && i < rules[n.id].results.size(); ++i) {
+      grad = grad || (graph.tensors[n.outputs[i]].requires_grad && rules[n.id].results[i].differentiable);
     }
     out.push_back(grad);
   }
@@ -422,7 +422,7 @@ Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& row
             .rules = std::move(r.rules),
             .tilings = std::move(r.tilings),
             .fed = std::move(r.fed)};
-  p.differentiable = differentiable_nodes(p);
+  p.differentiable = differentiable_nodes(p.graph, p.rules);
   build_layouts(p, strategy);
   check_partials(p);
   if (p.interleaved) {

@@ -66,8 +66,8 @@ struct Program {
 // own invariants fail (coverage).
 Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& rows);
 
-// Of each node, whether it has a backward step: from its rule and the gradients of its results.
-std::vector<char> differentiable_nodes(const Program& program);
+// Of each node, whether it has a backward step: from its rule and the gradients of its results (a stand-in has no rule and none).
+std::vector<char> differentiable_nodes(const OpGraph& graph, const std::vector<Rule>& rules);
 
 // Where a parameter is stored when the strategy doesn't say: on each device the box that its first user reads there (`copies`, null for
 // what isn't a parameter or has no user), if those boxes are one per device and make up the whole; else whole on every device.

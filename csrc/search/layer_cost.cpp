@@ -25,7 +25,7 @@ Program on_one_device(const OpGraph& graph, const FedRows& rows) {
             .rules = std::move(r.rules),
             .tilings = std::move(r.tilings),
             .fed = std::move(r.fed)};
-  p.differentiable = differentiable(p.graph, p.rules);
+  p.differentiable = differentiable_nodes(p.graph, p.rules);
   return p;
 }
 

@@ -135,7 +135,7 @@ std::optional<LayerStructure> expanded_structure(Program& own, const Program& fi
   } catch (const std::invalid_argument&) {  // not all of them at once
     return std::nullopt;
   }
-  own.differentiable = differentiable(own.graph, own.rules);
+  own.differentiable = differentiable_nodes(own.graph, own.rules);
   LayerStructure s{.program = &own};
   for (const Node& n : own.graph.nodes) {
     if (n.kind != NodeKind::kOp) continue;

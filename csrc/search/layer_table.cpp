@@ -138,7 +138,7 @@ struct Evaluation {
   std::vector<int> tiles;                            // per tensor: layout
 
   void compute() {
-    p.differentiable = differentiable(p.graph, p.rules);
+    p.differentiable = differentiable_nodes(p.graph, p.rules);
     for (const Node& n : p.graph.nodes) {
       if (n.kind != NodeKind::kOp) continue;
       const Rule& rule = p.rules[n.id];
@@ -257,16 +257,6 @@ LayerAlone layer_alone(const OpGraph& graph, const LayerShape& layer) {
     add_node(out.graph, {.kind = NodeKind::kReturn, .name = out.outputs.back(), .inputs = {now.at(t)}, .operand_names = {"value"}});
   }
   if (layer.head >= 0) out.head = graph.nodes[layer.head].name;
-  return out;
-}
-
-std::vector<char> differentiable(const OpGraph& graph, const std::vector<Rule>& rules) {
-  std::vector<char> out;
-  for (const Node& n : graph.nodes) {
-    bool grad = false;
-    for (size_t i = 0; i < n.outputs.size(); ++i) grad = grad || (graph.tensors[n.outputs[i]].requires_grad && rules[n.id].results[i].differentiable);
-    out.push_back(n.kind == NodeKind::kOp && grad);
-  }
   return out;
 }
 

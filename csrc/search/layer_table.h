@@ -39,9 +39,6 @@ struct LayerAlone {
 };
 LayerAlone layer_alone(const OpGraph& graph, const LayerShape& layer);
 
-// Per node: has a backward (as in Program).
-std::vector<char> differentiable(const OpGraph& graph, const std::vector<Rule>& rules);
-
 // Operators, attributes, shapes, types, who reads whom, and the rows of the head.
 std::string signature(const Program& fixed, const LayerShape& layer);
 

@@ -211,7 +211,7 @@ void DeltaSimulator::rebuild_tensor(TensorId t) {
     const Fragment& f = *nodes_[node].fragment;
     for (const auto& [op, operand] : f.operand_uses) {
       const FragmentRead& read = f.ops[op].reads[operand];
-      if (read.tensor.kind == kind && read.tensor.index == index) add_reader(state, tensor, {node, op, operand, read.differentiable});
+      if (read.tensor.kind == kind && read.tensor.index == index) add_reader(state, tensor, {node, op, operand});
     }
   };
   add(producer.id, FragmentTensor::Kind::kResult, result);
@@ -245,8 +245,7 @@ void DeltaSimulator::rebuild_inner(NodeId n) {
     for (size_t i = 0; i < f.ops[op].reads.size(); ++i) {
       const FragmentRead& read = f.ops[op].reads[i];
       if (read.tensor.kind != FragmentTensor::Kind::kInner) continue;
-      add_reader(state.inner[read.tensor.index], f.graph.tensors[f.inner[read.tensor.index].tensor],
-                 {n, static_cast<int>(op), static_cast<int>(i), read.differentiable});
+      add_reader(state.inner[read.tensor.index], f.graph.tensors[f.inner[read.tensor.index].tensor], {n, static_cast<int>(op), static_cast<int>(i)});
     }
   }
   for (size_t k = 0; k < f.inner.size(); ++k) {

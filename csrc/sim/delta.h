@@ -43,7 +43,6 @@ class DeltaSimulator {
   struct Reader {
     NodeId node = -1;
     int op = 0, operand = 0;
-    bool differentiable = false;
   };
   // CopyGroup (program/program.h) as far as time goes.
   struct Group {

@@ -254,7 +254,7 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
             .rows = rows_,
             .rules = std::move(r.inner.rules),
             .tilings = std::move(r.inner.tilings)};
-  p.differentiable = differentiable_nodes(p);
+  p.differentiable = differentiable_nodes(p.graph, p.rules);
   if (is_store(source)) {
     out->rule = p.rules[r.first];
     out->tiling = p.tilings[r.first];

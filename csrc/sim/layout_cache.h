@@ -88,7 +88,7 @@ class LayoutCache {
   // Ids of the producers' tilings, one for each distinct input. `strategy` holds the configurations of the node and of its sub-operators. Throws
   // std::invalid_argument where the configuration isn't legal.
   const Fragment* fragment(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow);
-  const EdgeMove* fill(TensorId tensor, LayoutId tiles, LayoutId copies) { return edge(graph_.tensors[tensor], tiles, copies, false); }
+  // What fills the copies from the tiles, or brings their gradient back.
   const EdgeMove* edge(const Tensor& tensor, LayoutId tiles, LayoutId copies, bool gradient);
   // Storage of a store that isn't configured, whose first reader needs these copies (-1: nobody reads it).
   LayoutId derived(NodeId store, LayoutId copies);
