@@ -10,6 +10,7 @@ from torch import nn
 
 from torch_soap import _C, calibrate
 from torch_soap.compare import Context
+from torch_soap.grids import grid_plan, is_large
 from torch_soap.plan import Plan
 from torch_soap.planner import described, graph_for, measure
 
@@ -30,6 +31,7 @@ def manual_plan(
     schedule: str = "1f1b",
     zero: int = 0,
     zero_group: int | None = None,
+    sequence: bool = False,
 ) -> Plan:
     """A plan with given degrees, priced on a machine; the module may be on the meta device.
 
@@ -46,6 +48,7 @@ def manual_plan(
         schedule: "1f1b" (needs the loss in the plan) or "gpipe".
         zero: parameters stored in parts over replicas: 1 gathered until the optimizer's step, 2 until backward, 3 for each use.
         zero_group: replicas that share the parts, a divisor of dp (HSDP); default: all.
+        sequence: what the ranks of a tensor group would do alike (normalisations, residuals) is cut along dim 1, the sequence.
 
     Raises:
         ValueError: a degree that this model or batch doesn't allow: names the operator and what would be legal.
@@ -58,8 +61,15 @@ def manual_plan(
     seconds = time.perf_counter() - begin
     options = _C.ManualOptions()
     options.dp, options.tp, options.pp, options.micro_batches = dp, tp, pp, micro_batches
-    options.order, options.zero, options.zero_group, options.strict = ORDERS[schedule], zero, zero_group or 0, True
+    options.order, options.zero, options.zero_group, options.sequence, options.strict = ORDERS[schedule], zero, zero_group or 0, sequence, True
     strategy = _C.manual_strategy(graph, world, options)
+    name = " x ".join(f"{k} {v}" for k, v in (("dp", dp), ("tp", tp), ("pp", pp)) if v > 1) or "one device"
+    name += (f", zero-{zero}" if zero else "") + (", sequence" if sequence else "")
+    if machine is not None and is_large(graph, world):
+        cost = _C.CostModel(machine)
+        price = _C.grid_price(graph, world, cost, options)
+        stats = {"seconds": time.perf_counter() - begin, "capture_seconds": seconds, "simulations": 1, "chains": 0, "measured_operators": 0}
+        return grid_plan(graph, world, cost, strategy, name, price, stats, [])
     measured = 0
     if machine is None:
         known = calibrate.load(world)
@@ -69,7 +79,5 @@ def manual_plan(
             calibrate.save(world, known)
     else:
         cost = _C.CostModel(machine)
-    name = " x ".join(f"{k} {v}" for k, v in (("dp", dp), ("tp", tp), ("pp", pp)) if v > 1) or "one device"
-    name += f", zero-{zero}" if zero else ""
     stats = {"seconds": time.perf_counter() - begin, "capture_seconds": seconds, "simulations": 1, "chains": 0, "measured_operators": measured}
     return described(Context(graph, rows, cost, [(name, strategy)]), strategy, stats, {"chosen": name, "seeds": {}, "table": ""})

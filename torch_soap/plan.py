@@ -62,6 +62,10 @@ class Plan:
         return self.explanation or self.text
 
     def known_context(self, asker: str) -> Context:
+        if self.predicted.get("grid"):
+            raise ValueError(
+                f"[{asker}] this plan for {self.world_size} devices was priced by its grid, and single lines of it can't be: plan for fewer devices"
+            )
         if self.context is None:
             raise ValueError(f"[{asker}] the plan was loaded or written, so nothing is known to price it with: plan.bind(module, example_inputs) first")
         return self.context

@@ -11,6 +11,7 @@ from torch_soap.capture import capture
 from torch_soap.capture.graph import Graph
 from torch_soap.compare import Context
 from torch_soap.constraints import Forbid, Pin, constraints
+from torch_soap.grids import is_large, plan_grids
 from torch_soap.plan import Plan, make_plan
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
@@ -55,6 +56,8 @@ def search_plan(
     if machine is None:
         machine = calibrate.detect(world, comm, known, host_of)
     cost = _C.CostModel(machine)
+    if not measuring and not pin and not forbid and is_large(graph, world):
+        return plan_grids(graph, world, cost, memory_limit=memory_limit)
     options = _C.SearchOptions()
     options.seed = seed
     options.constraints = constraints(graph, pin, forbid, world)

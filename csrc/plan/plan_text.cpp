@@ -59,6 +59,27 @@ std::vector<int64_t> numbers(const Line& line, std::string_view text, char separ
   return out;
 }
 
+// "0,1,4..7,8..24:8": single devices and runs, ends included, of every one or every eighth.
+std::vector<int> devices(const Line& line, std::string_view text) {
+  std::vector<int> out;
+  while (!text.empty()) {
+    const size_t comma = std::min(text.find(','), text.size());
+    std::string_view item = text.substr(0, comma);
+    text.remove_prefix(std::min(comma + 1, text.size()));
+    const size_t colon = item.find(':'), dots = item.find("..");
+    if (dots == std::string_view::npos) {
+      out.push_back(static_cast<int>(number(line, item)));
+      continue;
+    }
+    const int64_t step = colon == std::string_view::npos ? 1 : number(line, item.substr(colon + 1));
+    item = item.substr(0, colon);
+    const int64_t first = number(line, item.substr(0, dots)), last = number(line, item.substr(dots + 2));
+    if (last < first || step < 1) fail(line, fmt::format("\"{}\" is no run of devices: from the smaller to the larger, in steps of 1 or more", item));
+    for (int64_t d = first; d <= last; d += step) out.push_back(static_cast<int>(d));
+  }
+  return out;
+}
+
 // fed | 4 | 4z | [0,5,13], each with x8t for chunks and :outer.middle.inner for mixed radix.
 Cut parse_cut(const Line& line, std::string_view text, int world_size) {
   Cut cut;
@@ -105,7 +126,7 @@ Line parse_line(int number_, std::string_view text, int world_size) {
       std::string list = word.substr(1);
       if (list.empty() && i + 1 < words.size()) list = words[++i];
       if (list.size() < 2 || list.front() != '[' || list.back() != ']') fail(line, "devices are written @ [0,1]");
-      for (int64_t d : numbers(line, std::string_view(list).substr(1, list.size() - 2), ',')) line.config.devices.push_back(static_cast<int>(d));
+      line.config.devices = devices(line, std::string_view(list).substr(1, list.size() - 2));
       line.has_devices = true;
       continue;
     }
@@ -359,6 +380,26 @@ std::map<std::string, std::optional<OpConfig>> parse_changes(const OpGraph& grap
   return out;
 }
 
+namespace {
+
+constexpr size_t kShortRun = 8;  // is written out
+
+std::string device_list(const std::vector<int>& devices) {
+  std::string out;
+  for (size_t i = 0; i < devices.size();) {
+    size_t end = i + 1;
+    const int step = end < devices.size() ? devices[end] - devices[i] : 0;
+    while (step > 0 && end < devices.size() && devices[end] - devices[end - 1] == step) ++end;
+    if (end - i <= kShortRun) end = i + 1;
+    out += fmt::format("{}{}", i == 0 ? "" : ",", devices[i]);
+    if (end - i > 1) out += fmt::format("..{}{}", devices[end - 1], step > 1 ? fmt::format(":{}", step) : "");
+    i = end;
+  }
+  return out;
+}
+
+}  // namespace
+
 std::string print_config(const OpConfig& config) {
   std::vector<std::string> words;
   for (const FactorCut& c : config.cuts) {
@@ -371,7 +412,7 @@ std::string print_config(const OpConfig& config) {
   }
   if (config.replicas > 1) words.push_back(fmt::format("replicas={}", config.replicas));
   if (config.keep != Keep::kUntilBackward) words.push_back(fmt::format("keep={}", kKeep[static_cast<int>(config.keep)]));
-  if (!config.devices.empty()) words.push_back(fmt::format("@ [{}]", fmt::join(config.devices, ",")));
+  if (!config.devices.empty()) words.push_back(fmt::format("@ [{}]", device_list(config.devices)));
   return fmt::format("{}", fmt::join(words, " "));
 }
 

@@ -274,6 +274,8 @@ struct Pricing {
     for (const Parameter& q : s.parameters) {
       const int64_t part = q.p->bytes / q.group;
       s.memory += part * (q.p->trained ? 2 + kOptimizerCopies : 1);
+      // A replica's own sum over micro-batches, until it is reduced.
+      if (q.group == 1 && q.p->trained && o.dp > 1 && o.micro_batches > 1) s.memory += part;
       if (q.group == 1) continue;
       copies += q.p->bytes;
       largest = std::max(largest, q.p->bytes);
@@ -301,7 +303,8 @@ struct Pricing {
     int64_t block = 0;
     for (const auto& [name, bytes] : inside) block = std::max(block, bytes);
     // Gradients of gathered copies come as activations go, but where they wait for more micro-batches.
-    const int64_t activations = kept * in_flight(index) + block + working;
+    const int held = early_backward && o.order == Order::kInterleaved ? std::min(o.micro_batches, o.pp) : o.micro_batches;  // as lowering allows
+    const int64_t activations = kept * held + block + working;
     s.memory += o.micro_batches == 1 ? std::max(activations, gradients) : activations + gradients;
   }
 
@@ -360,14 +363,12 @@ struct Pricing {
       }
       return begin;
     };
+    std::vector<int64_t> starts(depth);
+    for (int s = 0; s < depth; ++s) starts[s] = start(s);
     for (; left > 0; --left) {
       int s = -1;
-      int64_t earliest = 0;
       for (int k = 0; k < depth; ++k) {
-        const int64_t begin = start(k);
-        if (begin == never || (s >= 0 && begin >= earliest)) continue;
-        s = k;
-        earliest = begin;
+        if (starts[k] != never && (s < 0 || starts[k] < starts[s])) s = k;
       }
       SOAP_CHECK(s >= 0, "[grid] the schedule of {} stages and {} micro-batches stands still", depth, count);
       const Task task = order[s][next[s]];
@@ -384,6 +385,9 @@ struct Pricing {
       (task.backward ? done_backward : done_forward)[s][task.chunk] = compute[s];
       if (last) ends[s] = std::max({compute[s], movement[s], begin + stage.synchronised});
       ++next[s];
+      starts[s] = start(s);
+      for (int t : outgoing[s]) starts[transfers[t].to] = start(transfers[t].to);
+      for (int t : incoming[s]) starts[transfers[t].from] = start(transfers[t].from);
     }
     int64_t step = 0;
     for (int s = 0; s < depth; ++s) step = std::max(step, ends[s] + stages[s].update + stages[s].extra);
@@ -419,7 +423,7 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs)
   const ManualOptions inner{.tp = o.tp, .strict = o.strict, .sequence = o.sequence};
   std::unique_ptr<GroupCost> own;
   auto& cost = configs.empty() ? mine.manual[o.sequence ? 1 : 0] : own;
-  if (!cost) cost = std::make_unique<GroupCost>(group_cost(*mine.cache, mine.planner->make(inner, configs)));
+  if (!cost) cost = std::make_unique<GroupCost>(group_cost(*mine.cache, *mine.planner, mine.planner->make(inner, configs)));
   auto& stage_of = stages_[o.pp];
   if (stage_of.empty()) stage_of = planner_.stages(o.pp);
   Pricing p{.graph = mine.graph,

@@ -11,6 +11,7 @@ namespace {
 
 struct Builder {
   LayoutCache& cache;
+  const ManualPlanner& planner;
   const Strategy& strategy;
   const OpGraph& graph = cache.graph();
   int ranks = strategy.world_size;
@@ -121,7 +122,7 @@ struct Builder {
     for (auto n = graph.nodes.rbegin(); n != graph.nodes.rend(); ++n) {
       if (n->kind != NodeKind::kOp) continue;
       const Fragment& f = *fragments[n->id];
-      const Rule rule = make_rule(graph, *n, ranks);
+      const Rule& rule = planner.rule(*n);
       GroupNode& cost = out.nodes[n->id];
       cost.view = rule.view;
       const bool differentiable = std::any_of(f.ops.begin(), f.ops.end(), [](const FragmentOp& op) { return op.differentiable; });
@@ -203,8 +204,8 @@ struct Builder {
 
 }  // namespace
 
-GroupCost group_cost(LayoutCache& cache, const Strategy& strategy) {
-  Builder b{.cache = cache, .strategy = strategy};
+GroupCost group_cost(LayoutCache& cache, const ManualPlanner& planner, const Strategy& strategy) {
+  Builder b{.cache = cache, .planner = planner, .strategy = strategy};
   b.out.ranks = b.ranks;
   b.out.nodes.resize(b.graph.nodes.size());
   b.resolve();

@@ -49,6 +49,6 @@ struct GroupCost {
 
 // The cache's graph: one micro-batch of one replica (search/replica_graph.h); the group are the first devices of its machine. Throws
 // std::invalid_argument when the strategy isn't legal or cuts in time.
-GroupCost group_cost(LayoutCache& cache, const Strategy& strategy);
+GroupCost group_cost(LayoutCache& cache, const ManualPlanner& planner, const Strategy& strategy);
 
 }  // namespace soap

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <sstream>
 
 #include "base/error.h"
 
@@ -202,8 +201,11 @@ std::vector<DimExpr> RuleSpec::parse(const std::vector<std::string>& dims) const
   std::vector<DimExpr> out;
   for (const std::string& text : dims) {
     DimExpr expr;
-    std::istringstream words(text);
-    for (std::string word; words >> word;) {
+    for (size_t begin = 0; begin < text.size();) {
+      const size_t end = std::min(text.find(' ', begin), text.size());
+      const std::string_view word = std::string_view(text).substr(begin, end - begin);
+      begin = end + 1;
+      if (word.empty()) continue;
       if (word == "*") break;
       const int f = rule_.factor(word);
       SOAP_CHECK(f >= 0, "[rule] {}: no factor {}", node_.name, word);
