@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,7 @@ def manual_plan(
     schedule: str = "1f1b",
     zero: int = 0,
     zero_group: int | None = None,
+    recompute: bool | str | Sequence[str] = False,
 ) -> Plan:
     """A plan with given degrees, priced on a machine; the module may be on the meta device.
 
@@ -46,6 +47,8 @@ def manual_plan(
         schedule: "1f1b" (needs the loss in the plan) or "gpipe".
         zero: parameters stored in parts over replicas: 1 gathered until the optimizer's step, 2 until backward, 3 for each use.
         zero_group: replicas that share the parts, a divisor of dp (HSDP); default: all.
+        recompute: what backward computes again instead of keeping its activations: each repeated block (True), or modules by name or pattern as in
+            a plan's `recompute` line ("h.*", "features.0+features.1"), each a region.
 
     Raises:
         ValueError: a degree that this model or batch doesn't allow: names the operator and what would be legal.
@@ -60,6 +63,7 @@ def manual_plan(
     options.dp, options.tp, options.pp, options.micro_batches = dp, tp, pp, micro_batches
     options.order, options.zero, options.zero_group, options.strict = ORDERS[schedule], zero, zero_group or 0, True
     strategy = _C.manual_strategy(graph, world, options)
+    strategy.recompute = regions(graph, recompute)
     measured = 0
     if machine is None:
         known = calibrate.load(world)
@@ -71,5 +75,17 @@ def manual_plan(
         cost = _C.CostModel(machine)
     name = " x ".join(f"{k} {v}" for k, v in (("dp", dp), ("tp", tp), ("pp", pp)) if v > 1) or "one device"
     name += f", zero-{zero}" if zero else ""
+    name += ", recompute" if strategy.recompute else ""
     stats = {"seconds": time.perf_counter() - begin, "capture_seconds": seconds, "simulations": 1, "chains": 0, "measured_operators": measured}
     return described(Context(graph, rows, cost, [(name, strategy)]), strategy, stats, {"chosen": name, "seeds": {}, "table": ""})
+
+
+def regions(graph: _C.OpGraph, recompute: bool | str | Sequence[str]) -> list[list[str]]:
+    """The regions of `manual_plan`'s argument."""
+    if recompute is True:
+        blocks: list[list[str]] = _C.repeated_blocks(graph)
+        if not blocks:
+            raise ValueError("[manual_plan] recompute=True: no module has numbered children that are alike; name the modules, recompute=[...]")
+        return blocks
+    words = [recompute] if isinstance(recompute, str) else list(recompute or [])
+    return [region for word in words for region in _C.parse_regions(graph, word)]
