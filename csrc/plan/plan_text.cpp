@@ -277,7 +277,12 @@ std::vector<Region> parse_regions(const OpGraph& graph, std::string_view word) {
     const std::string_view pattern = rest.substr(0, plus);
     rest.remove_prefix(std::min(plus + 1, rest.size()));
     const std::vector<std::string> members = members_matching(graph, pattern);
-    if (members.empty()) user_error("recompute: there is no module or operator {}; there are {}", pattern, known_names(graph, pattern));
+    if (members.empty()) {
+      std::vector<std::string> modules = members_matching(graph, "*");
+      for (std::string& m : members_matching(graph, "*.*")) modules.push_back(std::move(m));
+      modules.resize(std::min<size_t>(modules.size(), 12));
+      user_error("recompute: there is no module or operator {}; there are {}, ...", pattern, fmt::join(modules, ", "));
+    }
     if (joined && !out.empty()) {
       out[0].insert(out[0].end(), members.begin(), members.end());
     } else if (joined) {

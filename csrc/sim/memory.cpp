@@ -131,7 +131,7 @@ struct Memory {
           const NodeId producer = p.graph.tensors[p.groups[g].tensor].producer;
           const bool inner = is_remade(static_cast<int>(g), u.coord_of[i], u.node);
           if (operand.saved) grow(inner ? again_end : backward_end, back->second);
-          if (p.regions[u.node] >= 0) grow(inner ? again_end : backward_end, again.at({u.node, chunk}));
+          if (p.regions[u.node] >= 0 && !inner) grow(backward_end, again.at({u.node, chunk}));
           if (!p.groups[g].grad) continue;
           const bool border = p.graph.nodes[producer].kind == NodeKind::kOp && p.regions[producer] != p.regions[u.node];
           const auto made = compute.find({producer, chunk}), made_back = compute_back.find({producer, chunk});

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_soap import _C
 from torch_soap.capture import capture
+from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime import Engine, ThreadComm
 from torch_soap.runtime.comm import ThreadWorld
@@ -144,7 +145,7 @@ def measured_peaks(make: Callable[[], tuple[nn.Module, torch.Tensor]], plan: str
         state_bytes = OPTIMIZER_COPIES * sum(t.numel() * t.element_size() for t in old)
         with LiveBytes([*stored.values(), *feeds.values(), *old]) as live:
             comm.live = live
-            state = engine.forward(feeds, stored, grad=True)
+            state = engine.forward(feeds, stored, grad=True, random=CounterState(1))
             old.clear()
             seeds = {n.name: torch.ones_like(engine.output(state, nodes[n.name])) for n in graph.nodes if n.kind == "return"}
             engine.backward(state, seeds)

@@ -17,8 +17,8 @@ from tests.unit.planning import graph_of, lowered, op_graph
 from torch_soap import _C, diff, manual_plan, verify
 from torch_soap.capture import Captured, capture
 from torch_soap.plan import as_plan, make_plan
-from torch_soap.planner import search_plan
-from torch_soap.runtime import Engine
+from torch_soap.random import CounterState
+from torch_soap.runtime import Engine, ThreadComm
 from torch_soap.runtime.comm import ThreadWorld
 from torch_soap.testing import random_plan_of
 from torch_soap.verify import RankResult, bits_equal, even_rows, run_rank
@@ -88,8 +88,8 @@ def trained(make: Callable[[], Model], text: str, world: int = 2) -> list[RankRe
     captured, total = captured_model(make)
     inputs = [captured.leaves[i] for i in captured.tensor_slots]
     graph = captured.instantiate(captured._signature_of(inputs))
-    strategy = _C.parse_plan(to_op := op_graph(captured), text, world)
-    program = _C.lower(to_op, strategy, even_rows(total, world))
+    strategy = _C.parse_plan(whole := op_graph(captured), text, world)
+    program = _C.lower(whole, strategy, even_rows(total, world))
     results: list[RankResult] = ThreadWorld(world).run(lambda comm: run_rank(captured, program, graph, inputs, 2, 7, comm))
     return results
 
@@ -119,7 +119,7 @@ BITS = [
     (convs, "recompute 0+1+2+3 4+5", "* n=fed"),
     (convs, "recompute 0+1 2+3+4", "* h=2"),
     (drifting, "recompute 0", "* n=fed"),
-    (recurrent, "recompute rnn head", "rnn t=2\n* n=fed"),
+    (recurrent, "recompute rnn head", "rnn/* t=2\n* n=fed"),
 ]
 
 
@@ -157,8 +157,8 @@ def test_text(line: str, regions: list[list[str]]) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("recompute", "name modules or operators"),
-        ("recompute blocks.9", "no module or operator blocks.9; there are blocks.0"),
+        ("recompute", "Name modules or operators"),
+        ("recompute blocks.9", "no module or operator blocks.9; there are tokens, positions, blocks"),
         ("recompute blocks.0 blocks.0.up", "blocks.0.up is in two regions, blocks.0 and blocks.0.up"),
         ("recompute blocks.0 blocks.0", "blocks.0 stands twice"),
     ],
@@ -238,7 +238,7 @@ def engine_of(text: str) -> tuple[Engine, dict[str, torch.Tensor], dict[str, tor
     inputs = [captured.leaves[i] for i in captured.tensor_slots]
     graph = captured.instantiate(captured._signature_of(inputs))
     program = lowered(op_graph(captured), text, [8])
-    engine = Engine(program, graph, 0, ThreadWorld(1).comms[0])
+    engine = Engine(program, graph, 0, ThreadComm(ThreadWorld(1), 0))
     feeds = {n.name: t.detach().clone() for n, t in zip([n for n in graph.nodes if n.kind == "feed"], inputs, strict=True)}
     return engine, feeds, {n: t.detach().clone() for n, t in captured.stored_tensors(graph).items()}
 
@@ -246,7 +246,7 @@ def engine_of(text: str) -> tuple[Engine, dict[str, torch.Tensor], dict[str, tor
 def test_changed_in_place_is_told() -> None:
     """Without recomputation autograd says so; with it, the new value would silently be used."""
     engine, feeds, stored = engine_of("recompute 0 1\n* n=1")
-    state = engine.forward(feeds, stored, grad=True)
+    state = engine.forward(feeds, stored, grad=True, random=CounterState(1))
     stored["param:0.up.bias"].add_(1.0)
     with pytest.raises(RuntimeError, match=r"param:0.up.bias was changed in place"):
         engine.backward(state, {})
@@ -256,9 +256,9 @@ def test_without_gradients_nothing_is_kept() -> None:
     held = []
     for grad in (True, False):
         engine, feeds, stored = engine_of("recompute 0 1\n* n=1")
-        held.append(set(engine.forward(feeds, stored, grad=grad).values))
+        held.append(set(engine.forward(feeds, stored, grad=grad, random=CounterState(1)).values))
     plain, feeds, stored = engine_of("* n=1")
-    assert held[1] == set(plain.forward(feeds, stored, grad=False).values)
+    assert held[1] == set(plain.forward(feeds, stored, grad=False, random=CounterState(1)).values)
     assert len(held[0]) > len(held[1])
 
 
@@ -305,28 +305,34 @@ def test_manual_plans() -> None:
 
 
 def test_where_memory_is_short_the_search_recomputes() -> None:
-    captured = capture(*gpt_model(), {}, loss=next_byte_loss, check=False)
-    inputs = [captured.leaves[i] for i in captured.tensor_slots]
-    fx = captured.instantiate(captured._signature_of(inputs))
-    graph = op_graph(captured)
+    graph = op_graph(capture(*gpt_model(), {}, loss=next_byte_loss, check=False))
+    cost = _C.CostModel(machine(2))
 
     def peak(name: str, regions: Sequence[Sequence[str]]) -> int:
         strategy = dict(_C.seeds(graph, 2))[name].copy()
         strategy.recompute = [list(r) for r in regions]
-        return max(_C.simulate(_C.lower(graph, strategy, [8, 8]), _C.CostModel(machine(2))).memory_bytes)
+        return max(_C.simulate(_C.lower(graph, strategy, [8, 8]), cost).memory_bytes)
 
     names = [n for n, _ in _C.seeds(graph, 2)]
     smallest = min(peak(n, []) for n in names)
     with_regions = min(peak(n, _C.usual_regions(graph)) for n in names)
     assert with_regions < smallest
     limit = (smallest + with_regions) // 2
-    plan = search_plan(graph, fx, [8, 8], comm=None, machine=machine(2), memory_limit=limit)
-    assert plan.strategy.recompute
-    assert max(plan.predicted["memory_bytes"]) <= limit
-    assert "without it the plan doesn't fit" in plan.explain()
-    roomy = search_plan(graph, fx, [8, 8], comm=None, machine=machine(2))
-    assert not roomy.strategy.recompute
-    assert roomy.predicted["step_time_ns"] <= plan.predicted["step_time_ns"]
+    options = _C.SearchOptions()
+    options.descent_simulations = options.mcmc_simulations = 20
+    roomy = _C.search(graph, [8, 8], cost, options)
+    assert not any(c.strategy.recompute for c in roomy.candidates)
+    options.memory_limit_bytes = limit
+    found = _C.search(graph, [8, 8], cost, options)
+    best = found.candidates[found.best]
+    assert best.strategy.recompute
+    assert best.fits
+    assert best.memory_bytes <= limit
+    assert best.step_ns >= roomy.candidates[roomy.best].step_ns
+    assert "without it the plan doesn't fit" in _C.explain_recompute(graph, best.strategy, [8, 8], cost, limit)
+    fewer = best.strategy.copy()
+    fewer.recompute = fewer.recompute[:-1]
+    assert max(_C.simulate(_C.lower(graph, fewer, [8, 8]), cost).memory_bytes) > limit, "no region too many"
 
 
 # -- planted bugs --------------------------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ class Engine:
             waits = state.deferred and position in self.param_fills
             if kind == kinds.segment:
                 segment = self.segment_of[position]
-                self._segment(state, segment, grad and self.differentiable[segment] and self.again[segment] is None)
+                self._segment(state, segment, grad and self.differentiable[segment])
             elif kind == kinds.segment_backward:
                 for segment in self.recomputes[position] if grad else []:
                     self._compute_again(state, segment)
@@ -318,7 +318,10 @@ class Engine:
             self._segment(state, segment, True, self.again[segment])
 
     def _segment(self, state: StepState, segment: int, record: bool, wanted: set[int] | None = None) -> None:
-        """Computes a segment, with a graph if `record` says so. `wanted`: the only outputs that become values; default all."""
+        """Computes a segment, with a graph if `record` says so. `wanted`, the second time: the only outputs that become values.
+
+        The first time a region's segment has its graph too, and drops it at the end: torch has other kernels where nothing records (LSTM's).
+        """
         arguments = []
         leaves = {}
         for value in self.inputs[segment]:
@@ -329,7 +332,7 @@ class Engine:
         with torch.set_grad_enabled(record):
             results = self.modules[segment](*arguments, state.random)
         outputs = dict(zip(self.outs[segment], results, strict=True))
-        if record:
+        if record and (self.again[segment] is None or wanted is not None):
             state.leaves[segment] = leaves
             # Not the tensors: what backward reads of them the graph has saved itself. A view of a leaf made under no_grad has no place in it.
             own = [id(t) for t in leaves.values()]
