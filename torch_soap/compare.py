@@ -64,7 +64,15 @@ def price(context: Context, strategy: _C.Strategy) -> Price:
     for name, config in strategy.nodes.items():
         name, text = original(name, known), _C.print_config(config) if name in known else f"{name} {_C.print_config(config)}"
         configurations[name] = f"{configurations[name]}; {text}" if name in configurations else text
-    return Price(simulation.step_ns, list(simulation.compute_ns), list(simulation.communication_ns), list(simulation.memory_bytes), times, configurations, recomputed(strategy))
+    return Price(
+        simulation.step_ns,
+        list(simulation.compute_ns),
+        list(simulation.communication_ns),
+        list(simulation.memory_bytes),
+        times,
+        configurations,
+        recomputed(strategy),
+    )
 
 
 def recomputed(strategy: _C.Strategy) -> str:

@@ -89,6 +89,7 @@ void bind_program(py::module_& m) {
       .def_readonly("moves", &Transfer::moves)
       .def_readonly("results", &Transfer::results)
       .def_readonly("elements", &Transfer::elements);
+  py::class_<Again>(m, "Again").def_readonly("segment", &Again::segment).def_readonly("fill", &Again::fill);
   py::enum_<InstructionKind>(m, "InstructionKind")
       .value("segment", InstructionKind::kSegment)
       .value("segment_backward", InstructionKind::kSegmentBackward)

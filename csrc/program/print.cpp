@@ -67,7 +67,7 @@ std::string to_string(const Program& p, const RankProgram& r) {
         break;
       case InstructionKind::kSegmentBackward:
         out += fmt::format("  backward {}", i.segment);
-        if (!i.recomputes.empty()) out += fmt::format(" after again {}", fmt::join(i.recomputes, ","));
+        for (const Again& a : i.recomputes) out += a.segment >= 0 ? fmt::format(" after again {}", a.segment) : fmt::format(" after refilling {}", a.fill);
         break;
       default:
         out += fmt::format("  {}:", i.kind == InstructionKind::kFill ? "fill" : i.kind == InstructionKind::kRefill ? "refill" : "grad_fill");

@@ -334,16 +334,27 @@ struct Projector {
     free_values();
   }
 
-  std::map<int, int> maker;           // value -> segment
-  std::vector<size_t> again_at;       // segment -> instruction before which it is computed again
-  std::map<int, size_t> kept, again;  // value -> last instruction that computes again on it: as forward left it; as it was made again
+  std::map<int, int> maker;                   // value -> segment
+  std::map<int, int> filler;                  // copy -> instruction that fills it without a movement
+  std::vector<char> done, filled;             // by segment, by instruction: computed again already
+  std::map<int, size_t> kept, again, remade;  // value -> last instruction that computes again on it: as forward left it; made again; the one that does
 
-  // Segments of regions are computed again before the first backward that needs them: their own, or that of a segment of the region which reads them.
+  // Segments of regions are computed again before the first backward that needs them: their own, or that of a segment of the region which reads
+  // what they made. Fills within a region that move nothing are done again too: where a gradient is summed over replicas, each reads a copy.
   void compute_again(const std::vector<std::set<int>>& made) {
     for (size_t s = 0; s < made.size(); ++s) {
       for (int v : made[s]) maker[v] = static_cast<int>(s);
     }
-    again_at.assign(out.segments.size(), 0);
+    for (size_t i = 0; i < out.instructions.size(); ++i) {
+      const Instruction& in = out.instructions[i];
+      if (in.kind != InstructionKind::kFill) continue;
+      if (std::any_of(in.transfers.begin(), in.transfers.end(), [](const Transfer& t) { return t.pattern != Pattern::kLocal; })) continue;
+      for (const Transfer& t : in.transfers) {
+        for (int v : t.results) filler[v] = static_cast<int>(i);
+      }
+    }
+    done.assign(out.segments.size(), 0);
+    filled.assign(out.instructions.size(), 0);
     for (size_t i = 0; i < out.instructions.size(); ++i) {
       if (out.instructions[i].kind == InstructionKind::kSegmentBackward) demand(out.instructions[i].segment, i);
     }
@@ -352,20 +363,40 @@ struct Projector {
 
   void demand(int segment, size_t at) {
     const Segment& seg = out.segments[segment];
-    if (seg.region < 0 || again_at[segment] > 0) return;
-    again_at[segment] = at;
-    for (int v : seg.inputs) {
-      const auto made = maker.find(v);
-      if (made == maker.end() || out.segments[made->second].region != seg.region) {
-        kept[v] = at;
-        continue;
-      }
+    if (seg.region < 0 || done[segment]) return;
+    done[segment] = 1;
+    for (int v : seg.inputs) demand_value(v, seg.region, at);
+    out.instructions[at].recomputes.push_back({.segment = segment});
+  }
+
+  // A value that a segment of the region reads when it is computed again.
+  void demand_value(int v, int region, size_t at) {
+    const auto made = maker.find(v), copied = filler.find(v);
+    const NodeId producer = p.graph.tensors[out.values[v].tensor].producer;
+    if (p.regions[producer] != region || (made == maker.end() && copied == filler.end())) {
+      kept[v] = at;
+      return;
+    }
+    again[v] = at;
+    if (made != maker.end()) {
       demand(made->second, at);
       std::vector<int>& wanted = out.segments[made->second].again;
       if (!std::count(wanted.begin(), wanted.end(), v)) wanted.push_back(v);
-      again[v] = at;
+      remade.emplace(v, at);
+      return;
     }
-    out.instructions[at].recomputes.push_back(segment);
+    if (filled[copied->second]) return;
+    filled[copied->second] = 1;
+    for (const Transfer& t : out.instructions[copied->second].transfers) {
+      for (const Move& m : t.moves) {
+        if (m.src >= 0) demand_value(m.src, region, at);
+      }
+      for (int result : t.results) {
+        again.emplace(result, at);
+        remade.emplace(result, at);
+      }
+    }
+    out.instructions[at].recomputes.push_back({.fill = copied->second});
   }
 
   void free_values() {
@@ -391,7 +422,7 @@ struct Projector {
       size_t end = i;
       if (const auto k = kept.find(v); k != kept.end()) end = std::max(end, k->second);
       if (const auto a = again.find(v); a != again.end()) {
-        if (end < again_at[maker.at(v)])
+        if (end < remade.at(v))
           out.instructions[a->second].frees.push_back(v);  // its second life
         else
           end = std::max(end, a->second);

@@ -64,6 +64,11 @@ struct Transfer {
   int64_t elements = 0;      // kAllReduce: size of the addend
 };
 
+// One part of what backward computes again: a segment, or a fill (an instruction) of copies on this rank alone.
+struct Again {
+  int segment = -1, fill = -1;
+};
+
 enum class InstructionKind { kSegment, kSegmentBackward, kFill, kGradFill, kRefill };
 
 struct Instruction {
@@ -71,10 +76,10 @@ struct Instruction {
   int step = -1;  // index in Program::steps: equal on every rank that takes part
   int segment = -1;
   std::vector<Transfer> transfers;
-  std::vector<int> ranks;       // of the step's exchange (union over kExchange transfers), empty if none
-  std::vector<int> recomputes;  // kSegmentBackward: segments to compute again first, in this order
-  std::vector<int> frees;       // values whose last use this is (what backward reads otherwise is held by autograd's graphs)
-  std::vector<int> kept;        // values whose last use in forward this is, but on which backward computes again
+  std::vector<int> ranks;         // of the step's exchange (union over kExchange transfers), empty if none
+  std::vector<Again> recomputes;  // kSegmentBackward: what to compute again first, in this order
+  std::vector<int> frees;         // values whose last use this is (what backward reads otherwise is held by autograd's graphs)
+  std::vector<int> kept;          // values whose last use in forward this is, but on which backward computes again
 };
 
 struct RankProgram {

@@ -4,10 +4,10 @@
 // A region is named by modules and operators: `h.3` is every operator of that module and of those in it, `h.3/add` one operator with what it
 // is expanded into. Operators are taken by name, so that those which follow, and have no configuration, belong to it too.
 //
-// [Note: what is computed again] Forward drops what a region's operators make when it has read it,
-// except what leaves the region. Kept are what enters it and the copies that movements inside it bring: nothing moves twice. Backward computes the
-// operators again on what was kept, with the same random numbers, just before it first needs them. Never computed again are operators
-// without a backward step (masks, indices) and opaque ones, whose code may have effects: what these make is kept as elsewhere.
+// [Note: what is computed again] What a region's operators make is gone when forward has read it, except what leaves the region. Kept are what
+// enters it and the copies that movements inside it bring: nothing moves twice. Backward computes the operators again on what was kept, with
+// the same random numbers, just before it first needs them. Never computed again are operators without a backward step (masks, indices)
+// and opaque ones, whose code may have effects: what these make is kept as elsewhere.
 #pragma once
 
 #include <string>

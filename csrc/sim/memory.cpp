@@ -10,7 +10,7 @@ namespace {
 using Key = std::pair<int, int>;  // (node, chunk) or (group, tag)
 
 // [Note: two lives] What backward computes again (Program::regions) lives twice: until forward has read it, and from the step that computes it
-// again. So does a copy that is a tile of its readers' own region; every other copy is kept.
+// again. So does a copy that is filled without a movement from its readers' own region; every other copy is kept.
 struct Life {
   int first = -1, second = -1;  // last steps
 };
@@ -46,8 +46,8 @@ struct Memory {
   std::map<Key, int> forward_end, backward_end, leaf_end, backward_begin;  // of a copy, by its readers
   std::map<Key, std::set<int>> sums;                                       // (group, coord) -> backward steps that add to its gradient
   std::map<Key, std::set<std::pair<int, int>>> views;                      // (group, tag) -> (coord, device) that are parts of tiles
-  std::map<Key, int> remade;                                               // (group, coord) that is a whole tile where it is -> the chunk that makes it
-  std::map<Key, int> again, again_end;                                     // (node, chunk): step that computes it again; (group, tag): ends what that begins
+  std::map<Key, int> again, filled_again;                                  // steps that make (node, chunk), (group, tag) again
+  std::map<Key, int> again_end;                                            // of a copy that is made again, by its readers
 
   void hold(int device, int64_t bytes, int from, const Life& until, int again_at) {
     if (again_at > until.first) {
@@ -148,7 +148,6 @@ struct Memory {
   }
 
   void find_views() {
-    std::map<Key, std::set<int>> whole;  // (group, coord) -> devices where it is a whole tile
     for (const auto& [key, step] : fill) {
       const CopyGroup& g = p.groups[key.first];
       if (refill.count(key)) continue;  // has memory of its own, to be given back
@@ -156,20 +155,16 @@ struct Memory {
       for (const Piece& x : pieces[step][item_of_fill.at(key)].pieces) arriving[{x.dst, x.to}].push_back(&x);
       for (const auto& [copy, list] : arriving) {
         const Piece& x = *list[0];
-        const Coord& tile = p.tiles[g.tensor].coords[x.src];
         if (list.size() > 1 || x.from != x.to || x.box != g.copies.coords[x.dst].box) continue;
-        if (!is_stretch(x.box, tile.box)) continue;
-        views[key].insert(copy);
-        if (x.box == tile.box) whole[{key.first, x.dst}].insert(x.to);
-        if (whole[{key.first, x.dst}].size() == g.copies.coords[x.dst].devices.size()) remade[{key.first, x.dst}] = tile.chunk;
+        if (is_stretch(x.box, p.tiles[g.tensor].coords[x.src].box)) views[key].insert(copy);
       }
     }
   }
 
-  // Whether a copy that `reader` reads is a tile that is computed again together with the reader.
+  // Whether a copy that `reader` reads is made again together with the reader: of their own region, without a movement.
   bool is_remade(int group, int coord, NodeId reader) const {
     const NodeId producer = p.graph.tensors[p.groups[group].tensor].producer;
-    return p.regions[reader] >= 0 && p.regions[producer] == p.regions[reader] && remade.count({group, coord});
+    return p.regions[reader] >= 0 && p.regions[producer] == p.regions[reader] && !moves({group, p.groups[group].copies.coords[coord].chunk});
   }
 
   // Before the first backward step that needs it: its own, or that of a reader of its region. Readers come later in the graph.
@@ -182,9 +177,15 @@ struct Memory {
           for (const Use& u : p.groups[g].uses) {
             const int chunks = p.tilings[u.node].chunks();
             for (size_t i = 0; i < u.coord_of.size(); ++i) {
-              if (u.coord_of[i] < 0 || !is_remade(g, u.coord_of[i], u.node)) continue;
-              int& mine = again.at({n->id, remade.at({g, u.coord_of[i]})});
-              mine = std::min(mine, again.at({u.node, static_cast<int>(i) % chunks}));
+              const int copy = u.coord_of[i];
+              if (copy < 0 || !is_remade(g, copy, u.node)) continue;
+              const Key key{g, p.groups[g].copies.coords[copy].chunk};
+              const int at = again.at({u.node, static_cast<int>(i) % chunks});
+              filled_again[key] = filled_again.count(key) ? std::min(filled_again[key], at) : at;
+              for (const Piece& x : pieces[fill.at(key)][item_of_fill.at(key)].pieces) {
+                int& mine = again.at({n->id, p.tiles[t].coords[x.src].chunk});
+                if (x.dst == copy) mine = std::min(mine, at);
+              }
             }
           }
         }
@@ -217,8 +218,7 @@ struct Memory {
               if (v == views.end() || !v->second.count({x.dst, x.to})) continue;
               const Life& life = lives.at(f->first);
               until.first = std::max(until.first, life.first);
-              int& end_again = remade.count({g, x.dst}) ? until.second : until.first;
-              end_again = std::max(end_again, life.second);
+              until.second = std::max(until.second, life.second);
             }
           }
         }
@@ -237,7 +237,7 @@ struct Memory {
         }
       }
     }
-    for (const auto& [key, until] : lives) copies(key, std::max(until.first, until.second));
+    for (const auto& [key, until] : lives) copies(key, until);
   }
 
   // What a view looks at lives as long as the view.
@@ -257,7 +257,7 @@ struct Memory {
     }
   }
 
-  void copies(const Key& key, int until) {
+  void copies(const Key& key, const Life& until) {
     const CopyGroup& g = p.groups[key.first];
     const Tensor& t = p.graph.tensors[g.tensor];
     const auto v = views.find(key);
@@ -270,10 +270,10 @@ struct Memory {
         const int64_t bytes = bytes_of(c.box, t);
         if (again >= 0 && at(forward_end, key) < again) {
           hold(d, bytes, made, at(forward_end, key));
-          hold(d, bytes, again, until);
+          hold(d, bytes, again, std::max(until.first, until.second));
           hold(d, bytes, again, again);  // gathered, then written into the old place
         } else {
-          hold(d, bytes, made, until);
+          hold(d, bytes, made, until, at(filled_again, key));
         }
       }
     }

@@ -61,7 +61,7 @@ class Engine:
         self.outs = [list(s.outputs) for s in self.segments]
         self.differentiable = [s.differentiable for s in self.segments]
         self.again = [set(s.again) if s.region >= 0 else None for s in self.segments]  # of segments computed again: outputs wanted then
-        self.recomputes = [list(i.recomputes) for i in self.instructions]
+        self.recomputes = [[(a.segment, a.fill) for a in i.recomputes] for i in self.instructions]
         self.frees = [list(i.frees) for i in self.instructions]
         self.kept = [list(i.kept) for i in self.instructions]
         self.kinds = [i.kind for i in self.instructions]
@@ -101,8 +101,11 @@ class Engine:
 
     def _recomputed_on(self) -> set[int]:
         """Values that forward leaves for what backward computes again: what enters regions."""
-        remade = {v for wanted in self.again if wanted for v in wanted}
-        return {v for inputs, wanted in zip(self.inputs, self.again, strict=True) if wanted is not None for v in inputs} - remade
+        again = [a for recomputes in self.recomputes for a in recomputes]
+        remade = {v for segment, _ in again if segment >= 0 for v in self.again[segment] or ()}
+        steps = [step for _, fill in again if fill >= 0 and (step := self.planned[fill]) is not None]
+        remade |= {v for step in steps for t in step.transfers for v, _ in t.results}
+        return {v for segment, _ in again if segment >= 0 for v in self.inputs[segment]} - remade
 
     def _is_written(self, store: int) -> bool:
         written = {self.names[n].removeprefix("write:") for n in self.writes}
@@ -284,8 +287,11 @@ class Engine:
                 segment = self.segment_of[position]
                 self._segment(state, segment, grad and self.differentiable[segment])
             elif kind == kinds.segment_backward:
-                for segment in self.recomputes[position] if grad else []:
-                    self._compute_again(state, segment)
+                for segment, fill in self.recomputes[position] if grad else []:
+                    if segment >= 0:
+                        self._compute_again(state, segment)
+                    else:
+                        self._fill(state, fill)
                 self._segment_backward(state, self.segment_of[position])
             elif kind == kinds.fill:
                 self._fill(state, position)
