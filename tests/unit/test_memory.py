@@ -163,7 +163,7 @@ def test_predicted_memory_is_what_the_engine_holds(make: Callable[[], tuple[nn.M
 
 def test_recomputation_saves_what_is_predicted() -> None:
     plain, again = measured_peaks(blocks, DDP), measured_peaks(blocks, REGIONS + DDP)
-    assert max(again[1]) < 0.6 * max(plain[1]), "four blocks' activations are more than their inputs and one block's"
+    assert max(again[1]) < 0.7 * max(plain[1]), "four blocks' activations are more than their inputs and one block's"
     saved = [max(plain[i]) - max(again[i]) for i in (0, 1)]
     assert saved[0] == pytest.approx(saved[1], rel=0.03)
 
