@@ -66,6 +66,11 @@ std::vector<Candidate> recomputed_candidates(const OpGraph& graph, const std::ve
   return out;
 }
 
+bool gathers_regions_again(const Strategy& strategy) {
+  const auto gathered_again = [](const auto& node) { return node.second.keep == Keep::kUse; };
+  return !strategy.recompute.empty() && std::any_of(strategy.nodes.begin(), strategy.nodes.end(), gathered_again);
+}
+
 Candidate without_spare_regions(Candidate plan, const Pricing& price) {
   if (plan.strategy.recompute.empty() || !plan.fits) return plan;
   Strategy s = plan.strategy;

@@ -20,6 +20,9 @@ Candidate with_recomputation(const Candidate& plan, const std::vector<Region>& r
 // The same for the fastest of the plans that are too large and that would be the best if they did fit; not more than `most`.
 std::vector<Candidate> recomputed_candidates(const OpGraph& graph, const std::vector<Candidate>& candidates, const Pricing& price, int most);
 
+// Whether each simulation of a change of this plan lowers all of it (sim/delta.h): regions beside parameters that are gathered again.
+bool gathers_regions_again(const Strategy& strategy);
+
 // A plan that fits without the regions that it no longer needs, taken out from the last.
 Candidate without_spare_regions(Candidate plan, const Pricing& price);
 

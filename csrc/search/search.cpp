@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kIllegal = -1;
 constexpr int kMemoryChecks = 32;       // of a walk
 constexpr int64_t kChunkedWork = 1000;  // nodes x devices
+constexpr int64_t kRegionsWork = 200;   // nodes x devices
 constexpr int kRecomputed = 6;          // plans that are too large and tried with recomputation
 
 struct Searcher {
@@ -279,17 +280,20 @@ struct Searcher {
       user_error("[plan] no plan keeps what is pinned and forbidden: {}", why_illegal(result.candidates[0].strategy));
     }
     SOAP_CHECK(result.candidates[best_so_far()].step_ns != kIllegal, "[search] no seed is legal");
+    const auto walks = [&](const Candidate& c) {
+      return !gathers_regions_again(c.strategy) || static_cast<int64_t>(graph.nodes.size()) * world() <= kRegionsWork;
+    };
     if (world() > 1) {
       std::vector<Candidate> starts{result.candidates[0]};
       if (best_so_far() != 0) starts.push_back(result.candidates[best_so_far()]);
       for (Candidate& s : starts) {
-        if (s.step_ns == kIllegal) continue;
+        if (s.step_ns == kIllegal || !walks(s)) continue;
         Candidate found = descend(s);
         if (better(found, s)) result.candidates.push_back(std::move(found));
       }
       Candidate found = result.candidates[best_so_far()];
       if (!found.fits) found = shrink(std::move(found));
-      if (found.fits) found = without_spare_regions(anneal(std::move(found)), pricing);
+      if (found.fits && walks(found)) found = without_spare_regions(anneal(std::move(found)), pricing);
       if (better(found, result.candidates[best_so_far()])) result.candidates.push_back(std::move(found));
     }
     result.best = static_cast<int>(best_so_far());
