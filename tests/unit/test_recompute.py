@@ -261,6 +261,16 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert len(held[0]) > len(held[1])
 
 
+@pytest.mark.parametrize("regions", ["", "recompute 0 1+2\n"])
+def test_an_interleaved_program_evaluates(regions: str) -> None:
+    outputs = []
+    for order in ("", "set order=1f1b\n"):
+        engine, feeds, stored = engine_of(f"{regions}{order}* n=2t")
+        state = engine.forward(feeds, stored, grad=False, random=CounterState(1))
+        outputs.append(engine.output(state, engine.returns[0]))
+    assert bits_equal(*outputs)
+
+
 # -- regions that are found ----------------------------------------------------------------------------------------------
 def test_repeated_blocks() -> None:
     assert _C.repeated_blocks(gpt_graph()) == [[f"blocks.{i}"] for i in range(4)]

@@ -80,6 +80,7 @@ class Engine:
         self.value_of_store = list(self.rank_program.params)
         self.value_of_return = list(self.rank_program.returns)
         backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
+        self.is_backward = [k in backward for k in self.kinds]
         self.trace: list[tuple[int, int, int]] | None = None  # when asked: (instruction, start, end) in ns of the monotonic clock
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
@@ -281,13 +282,15 @@ class Engine:
         kinds = _C.InstructionKind
         for position in range(state.position, end):
             kind = self.kinds[position]
+            if not grad and self.is_backward[position]:  # an interleaved program is evaluated
+                continue
             start_ns = time.perf_counter_ns() if self.trace is not None else 0
             waits = state.deferred and position in self.param_fills
             if kind == kinds.segment:
                 segment = self.segment_of[position]
                 self._segment(state, segment, grad and self.differentiable[segment])
             elif kind == kinds.segment_backward:
-                for segment, fill in self.recomputes[position] if grad else []:
+                for segment, fill in self.recomputes[position]:
                     if segment >= 0:
                         self._compute_again(state, segment)
                     else:
