@@ -42,6 +42,7 @@ class Price:
     memory_bytes: list[int]
     operators: dict[str, tuple[int, int]]
     configurations: dict[str, str]
+    recompute: str = ""
 
     @property
     def parts(self) -> dict[str, int]:
@@ -63,7 +64,19 @@ def price(context: Context, strategy: _C.Strategy) -> Price:
     for name, config in strategy.nodes.items():
         name, text = original(name, known), _C.print_config(config) if name in known else f"{name} {_C.print_config(config)}"
         configurations[name] = f"{configurations[name]}; {text}" if name in configurations else text
-    return Price(simulation.step_ns, list(simulation.compute_ns), list(simulation.communication_ns), list(simulation.memory_bytes), times, configurations)
+    return Price(
+        simulation.step_ns,
+        list(simulation.compute_ns),
+        list(simulation.communication_ns),
+        list(simulation.memory_bytes),
+        times,
+        configurations,
+        recomputed(strategy),
+    )
+
+
+def recomputed(strategy: _C.Strategy) -> str:
+    return " ".join("+".join(region) for region in strategy.recompute)
 
 
 def original(name: str, known: set[str]) -> str:
@@ -123,12 +136,12 @@ class Change:
 
 
 def changed(graph: _C.OpGraph, strategy: _C.Strategy, text: str) -> _C.Strategy:
-    """The strategy with lines of a plan's text written over it; `set` and `edge` lines too."""
+    """The strategy with lines of a plan's text written over it; `set`, `edge` and `recompute` lines too."""
     lines = text.splitlines()
-    whole = [line for line in lines if re.match(r"\s*(set|edge)\s", line)]
+    whole = [line for line in lines if re.match(r"\s*(set|edge|recompute)\b", line)]
     if whole:
         settings = [line for line in _C.print_plan(graph, strategy).splitlines() if not any(same_key(line, w) for w in whole)]
-        strategy = _C.parse_plan(graph, "\n".join([*whole, *settings]), strategy.world_size)
+        strategy = _C.parse_plan(graph, "\n".join([*settings, *whole]), strategy.world_size)
     else:
         strategy = strategy.copy()
     changes = _C.parse_changes(graph, "\n".join("" if line in whole else line for line in lines), strategy.world_size)
@@ -141,7 +154,9 @@ def changed(graph: _C.OpGraph, strategy: _C.Strategy, text: str) -> _C.Strategy:
 
 
 def same_key(a: str, b: str) -> bool:
-    """Whether two `set` or `edge` lines say the same thing's value."""
+    """Whether two `set` or `edge` lines say the same thing's value. `recompute` lines name regions, which add up."""
+    if a.split()[0] == "recompute":
+        return False
     return re.split(r"via=|=", " ".join(a.split()))[0] == re.split(r"via=|=", " ".join(b.split()))[0]
 
 
@@ -188,6 +203,8 @@ class Difference:
             yield f"{r.name:<{width}}  {r.configurations[0]:<{first}}  {change}   {r.configurations[1]}"
         if len(self.rows) > SHOWN:
             yield f"... and {len(self.rows) - SHOWN} more"
+        if self.a.recompute != self.b.recompute:
+            yield f"computed again in backward: {self.a.recompute or 'nothing'} -> {self.b.recompute or 'nothing'}"
         change = signed(self.b.step_ns - self.a.step_ns)
         yield f"step {self.a.step_ns / 1e6:.3f} ms -> {self.b.step_ns / 1e6:.3f} ms: {change} ({by_parts(self.a, self.b)})"
         if len(self.a.memory_bytes) == len(self.b.memory_bytes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -32,6 +32,7 @@ def manual_plan(
     zero: int = 0,
     zero_group: int | None = None,
     sequence: bool = False,
+    recompute: bool | str | Sequence[str] = False,
 ) -> Plan:
     """A plan with given degrees, priced on a machine; the module may be on the meta device.
 
@@ -49,6 +50,8 @@ def manual_plan(
         zero: parameters stored in parts over replicas: 1 gathered until the optimizer's step, 2 until backward, 3 for each use.
         zero_group: replicas that share the parts, a divisor of dp (HSDP); default: all.
         sequence: what the ranks of a tensor group would do alike (normalisations, residuals) is cut along dim 1, the sequence.
+        recompute: what backward computes again instead of keeping its activations: each repeated block (True), or modules by name or pattern as in
+            a plan's `recompute` line ("h.*", "features.0+features.1"), each a region.
 
     Raises:
         ValueError: a degree that this model or batch doesn't allow: names the operator and what would be legal.
@@ -63,9 +66,13 @@ def manual_plan(
     options.dp, options.tp, options.pp, options.micro_batches = dp, tp, pp, micro_batches
     options.order, options.zero, options.zero_group, options.sequence, options.strict = ORDERS[schedule], zero, zero_group or 0, sequence, True
     strategy = _C.manual_strategy(graph, world, options)
+    strategy.recompute = regions(graph, recompute)
     name = " x ".join(f"{k} {v}" for k, v in (("dp", dp), ("tp", tp), ("pp", pp)) if v > 1) or "one device"
-    name += (f", zero-{zero}" if zero else "") + (", sequence" if sequence else "")
+    name += (f", zero-{zero}" if zero else "") + (", sequence" if sequence else "") + (", recompute" if strategy.recompute else "")
     if machine is not None and is_large(graph, world):
+        if not isinstance(recompute, bool):
+            raise ValueError(f"[manual_plan] {world} devices are priced by their grid, where recompute is True (each repeated block) or False, not {recompute!r}")
+        options.recompute = recompute
         cost = _C.CostModel(machine)
         price = _C.grid_price(graph, world, cost, options)
         stats = {"seconds": time.perf_counter() - begin, "capture_seconds": seconds, "simulations": 1, "chains": 0, "measured_operators": 0}
@@ -81,3 +88,14 @@ def manual_plan(
         cost = _C.CostModel(machine)
     stats = {"seconds": time.perf_counter() - begin, "capture_seconds": seconds, "simulations": 1, "chains": 0, "measured_operators": measured}
     return described(Context(graph, rows, cost, [(name, strategy)]), strategy, stats, {"chosen": name, "seeds": {}, "table": ""})
+
+
+def regions(graph: _C.OpGraph, recompute: bool | str | Sequence[str]) -> list[list[str]]:
+    """The regions of `manual_plan`'s argument."""
+    if recompute is True:
+        blocks: list[list[str]] = _C.repeated_blocks(graph)
+        if not blocks:
+            raise ValueError("[manual_plan] recompute=True: no module has numbered children that are alike; name the modules, recompute=[...]")
+        return blocks
+    words = [recompute] if isinstance(recompute, str) else list(recompute or [])
+    return [region for word in words for region in _C.parse_regions(graph, word)]

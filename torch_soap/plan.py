@@ -235,7 +235,13 @@ def fitted(lines: Sequence[str], graph: _C.OpGraph, world_size: int, before: Seq
     known = set(names)
     for line in lines:
         words = line.split()
-        nodes = [words[1], words[3]] if words[0] == "edge" else [] if words[0] == "set" else [words[0]]
+        if words[0] == "recompute":
+            regions = {word: known_region(graph, word) for word in words[1:]}
+            gone += [word for word, there in regions.items() if not there]
+            line = " ".join(["recompute", *(word for word, there in regions.items() if there)])
+            if not any(regions.values()):
+                continue
+        nodes = [words[1], words[3]] if words[0] == "edge" else [] if words[0] in ("set", "recompute") else [words[0]]
         if any(n not in known and n.rpartition("/")[0] not in known for n in nodes):
             gone += [n for n in nodes if n not in known]
             continue
@@ -251,6 +257,14 @@ def fitted(lines: Sequence[str], graph: _C.OpGraph, world_size: int, before: Seq
     warnings.warn(f"[plan] the plan was made for another model: {len(kept)} of {len(lines)} lines still fit and are kept; {said}", stacklevel=3)
     text = "\n".join(kept)
     return make_plan(graph, _C.parse_plan(graph, text, world_size), source=text)
+
+
+def known_region(graph: _C.OpGraph, word: str) -> bool:
+    try:
+        _C.parse_regions(graph, word)
+    except ValueError:
+        return False
+    return True
 
 
 def some(names: Sequence[str]) -> str:

@@ -99,7 +99,8 @@ def described(context: Context, strategy: _C.Strategy, stats: dict[str, Any], fo
         "seeds": found["seeds"],
     }
     machine = context.cost.machine
-    explanation = _C.explain(program, simulation) + found["table"]
+    limit = machine.memory_bytes if context.memory_limit is None else context.memory_limit
+    explanation = _C.explain(program, simulation) + _C.explain_recompute(context.graph, strategy, context.rows, context.cost, limit) + found["table"]
     return make_plan(
         context.graph,
         strategy,

@@ -16,14 +16,15 @@ from torch_soap.verify import as_arguments, even_rows
 
 MAX_DRAWS = 50  # of one node, and of nodes refused in the whole graph
 
-__all__ = ["random_config", "random_plan", "random_plan_of", "random_storage"]
+__all__ = ["random_config", "random_plan", "random_plan_of", "random_regions", "random_storage"]
 
 
 def random_plan(module: nn.Module, example_inputs: Any, world_size: int, seed: int, *, loss: Callable[..., Any] | None = None) -> Plan:
     """A legal plan drawn from all of them: what `verify` must accept for any module.
 
     Uneven and empty parts, up to three factors of an operator at once, chunks on any factor, zigzag and mixed-radix cuts, any list of
-    devices (several tiles on one, some on none), replicas, parameters stored anywhere, operators that follow their producer, small buckets.
+    devices (several tiles on one, some on none), replicas, parameters stored anywhere, operators that follow their producer, small buckets, operators
+    that backward computes again.
 
     Args:
         example_inputs: the global batch, as for `verify`.
@@ -52,6 +53,8 @@ def random_plan_of(captured: Captured, world_size: int, seed: int, rows: Sequenc
         elif node.kind == _C.NodeKind.param and rng.random() >= stay:
             draw(graph, node, strategy, rng, random_storage)
     settle(graph, strategy, parts, rng)
+    if rng.random() < 0.5:
+        strategy.recompute = random_regions(graph, rng)
     return make_plan(graph, strategy)
 
 
@@ -132,6 +135,21 @@ def random_devices(tiles: int, replicas: int, world_size: int, rng: random.Rando
         return rng.sample(range(world_size), tiles * replicas) if rng.random() < 0.6 else []
     some = rng.sample(range(world_size), rng.randint(replicas, world_size))
     return [d for _ in range(tiles) for d in rng.sample(some, replicas)]
+
+
+def random_regions(graph: _C.OpGraph, rng: random.Random) -> list[list[str]]:
+    """Up to three regions: stretches of the graph, or any operators."""
+    names = [n.name for n in graph.nodes if n.kind == _C.NodeKind.op]
+    within = {p for n in names for p in (n[:i] for i, c in enumerate(n) if c in "./")}  # a name that is also a module's, with others in it
+    count = rng.randint(1, 3)
+    out: list[list[str]] = [[] for _ in range(count)]
+    stretches = rng.random() < 0.6
+    points = sorted(rng.randint(0, len(names)) for _ in range(count + 1))
+    for i, name in enumerate(names):
+        region = sum(p <= i for p in points) - 1 if stretches else rng.randint(-1, count - 1)
+        if name not in within and 0 <= region < count:
+            out[region].append(name)
+    return [r for r in out if r]
 
 
 def random_storage(rule: _C.Rule, world_size: int, rng: random.Random) -> _C.OpConfig:

@@ -169,6 +169,7 @@ def run_rank(captured: Captured, program: _C.Program, graph: Any, inputs: list[t
         random.next_call()
         state = engine.forward(local, stored, grad=True, random=random, seeds=seeds if program.interleaved else None)
         result.outputs.append({n: engine.output(state, nodes[n]).clone() for n in returns})
+        engine.write(state, stored)  # before backward, as in training
         if not program.interleaved:
             engine.backward(state, seeds)
         grads: dict[str, torch.Tensor | None] = {}
@@ -177,7 +178,6 @@ def run_rank(captured: Captured, program: _C.Program, graph: Any, inputs: list[t
             grads[name] = None if p.grad is None else p.grad.clone()
         result.grads.append(grads)
         result.input_grads.append({n: engine.gradient(state, nodes[n]) for n in feeds})
-        engine.write(state, stored)
         if optimizer is not None:
             optimizer.step()
         result.buffers.append({n: t.clone() for n, t in stored.items() if n.startswith("buffer:")})

@@ -44,6 +44,7 @@ void bind_program(py::module_& m) {
       .def_readonly("tiles", &Program::tiles)
       .def_readonly("groups", &Program::groups)
       .def_readonly("steps", &Program::steps)
+      .def_readonly("regions", &Program::regions)
       .def(
           "movement", [](const Program& p, StepKind kind, const StepItem& item) { return item_movement(p, kind, item, item_pieces(p, kind, item)); },
           py::arg("kind"), py::arg("item"))
@@ -69,7 +70,9 @@ void bind_program(py::module_& m) {
       .def_readonly("items", &Segment::items)
       .def_readonly("inputs", &Segment::inputs)
       .def_readonly("outputs", &Segment::outputs)
-      .def_readonly("differentiable", &Segment::differentiable);
+      .def_readonly("differentiable", &Segment::differentiable)
+      .def_readonly("region", &Segment::region)
+      .def_readonly("again", &Segment::again);
   py::class_<Move>(m, "Move")
       .def_readonly("peer", &Move::peer)
       .def_readonly("send", &Move::send)
@@ -86,6 +89,7 @@ void bind_program(py::module_& m) {
       .def_readonly("moves", &Transfer::moves)
       .def_readonly("results", &Transfer::results)
       .def_readonly("elements", &Transfer::elements);
+  py::class_<Again>(m, "Again").def_readonly("segment", &Again::segment).def_readonly("fill", &Again::fill);
   py::enum_<InstructionKind>(m, "InstructionKind")
       .value("segment", InstructionKind::kSegment)
       .value("segment_backward", InstructionKind::kSegmentBackward)
@@ -98,7 +102,9 @@ void bind_program(py::module_& m) {
       .def_readonly("segment", &Instruction::segment)
       .def_readonly("transfers", &Instruction::transfers)
       .def_readonly("ranks", &Instruction::ranks)
-      .def_readonly("frees", &Instruction::frees);
+      .def_readonly("recomputes", &Instruction::recomputes)
+      .def_readonly("frees", &Instruction::frees)
+      .def_readonly("kept", &Instruction::kept);
   bind_list<LocalValue>(m, "LocalValueList");
   bind_list<Segment>(m, "SegmentList");
   bind_list<Instruction>(m, "InstructionList");

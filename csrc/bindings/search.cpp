@@ -6,6 +6,7 @@
 #include "report/explain.h"
 #include "search/grid_search.h"
 #include "search/manual.h"
+#include "search/recompute.h"
 #include "sim/delta.h"
 
 namespace py = pybind11;
@@ -111,6 +112,8 @@ void bind_search(py::module_& m) {
   m.def("seeds", &seeds, py::arg("graph"), py::arg("world_size"));
   m.def("search", &search, py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options"), py::call_guard<py::gil_scoped_release>());
   m.def("explain", &explain, py::arg("program"), py::arg("simulation"));
+  m.def("explain_recompute", &explain_recompute, py::arg("graph"), py::arg("strategy"), py::arg("rows"), py::arg("cost"), py::arg("memory_limit_bytes"));
+  m.def("usual_regions", &usual_regions, py::arg("graph"));
   m.def("candidates_table", &candidates_table, py::arg("candidates"));
 }
 

@@ -104,6 +104,7 @@ void bind_sharding(py::module_& m) {
           },
           py::arg("name"), py::arg("sharding"))
       .def_readwrite("order", &Strategy::order)
+      .def_readwrite("recompute", &Strategy::recompute)
       .def_readwrite("bucket_bytes", &Strategy::bucket_bytes)
       .def(py::self == py::self);
   py::class_<FactorParts>(m, "FactorParts").def_readonly("factor", &FactorParts::factor).def_readonly("parts", &FactorParts::parts);

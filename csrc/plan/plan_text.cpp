@@ -5,7 +5,9 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/text.h"
 #include "fmt/ranges.h"
+#include "sharding/region.h"
 #include "sharding/tiling.h"
 
 namespace soap {
@@ -185,6 +187,28 @@ void apply_edge(const Line& line, const std::vector<std::string>& words, const O
   strategy.edges[{words[1], words[3]}] = words[4] == "via=exchange" ? Via::kExchange : Via::kAuto;
 }
 
+// `recompute h.* features.0+features.1`: a region for each word, of a pattern one for each that fits and is in none yet.
+void apply_recompute(const Line& line, const std::vector<std::string>& words, const OpGraph& graph, Strategy& strategy) {
+  if (words.size() < 2) fail(line, "recompute what? Name modules or operators: recompute h.0 h.1, or recompute h.*");
+  std::set<std::string> taken;
+  for (const Region& r : strategy.recompute) taken.insert(r.begin(), r.end());
+  try {
+    for (size_t i = 1; i < words.size(); ++i) {
+      const bool pattern = words[i].find_first_of("*?") != std::string::npos && words[i].find('+') == std::string::npos;
+      for (Region& r : parse_regions(graph, words[i])) {
+        if (pattern && taken.count(r[0])) continue;
+        taken.insert(r.begin(), r.end());
+        strategy.recompute.push_back(std::move(r));
+      }
+    }
+    named_regions(graph, strategy.recompute);  // no operator twice
+  } catch (const std::invalid_argument& e) {
+    std::string message = e.what();
+    if (message.starts_with("[plan] ")) message = message.substr(7);
+    fail(line, message);
+  }
+}
+
 // Parameters of an operator: those that it reads directly.
 std::vector<const Node*> parameters_of(const OpGraph& graph, const Node& node) {
   std::vector<const Node*> out;
@@ -266,15 +290,29 @@ std::string known_names(const OpGraph& graph, std::string_view pattern) {
 
 }  // namespace
 
-bool matches(std::string_view pattern, std::string_view name) {
-  if (pattern.empty()) return name.empty();
-  if (pattern[0] == '*') {
-    for (size_t i = 0; i <= name.size(); ++i) {
-      if (matches(pattern.substr(1), name.substr(i))) return true;
+std::vector<Region> parse_regions(const OpGraph& graph, std::string_view word) {
+  std::vector<Region> out;
+  const bool joined = word.find('+') != std::string_view::npos;
+  for (std::string_view rest = word; !rest.empty();) {
+    const size_t plus = std::min(rest.find('+'), rest.size());
+    const std::string_view pattern = rest.substr(0, plus);
+    rest.remove_prefix(std::min(plus + 1, rest.size()));
+    const std::vector<std::string> members = members_matching(graph, pattern);
+    if (members.empty()) {
+      std::vector<std::string> modules = members_matching(graph, "*");
+      for (std::string& m : members_matching(graph, "*.*")) modules.push_back(std::move(m));
+      modules.resize(std::min<size_t>(modules.size(), 12));
+      user_error("recompute: there is no module or operator {}; there are {}, ...", pattern, fmt::join(modules, ", "));
     }
-    return false;
+    if (joined && !out.empty()) {
+      out[0].insert(out[0].end(), members.begin(), members.end());
+    } else if (joined) {
+      out.push_back(members);
+    } else {
+      for (const std::string& m : members) out.push_back({m});
+    }
   }
-  return !name.empty() && (pattern[0] == '?' || pattern[0] == name[0]) && matches(pattern.substr(1), name.substr(1));
+  return out;
 }
 
 Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size) {
@@ -294,6 +332,8 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
       apply_setting({.number = count, .text = std::string(row)}, words, strategy);
     } else if (words[0] == "edge") {
       apply_edge({.number = count, .text = std::string(row)}, words, graph, strategy);
+    } else if (words[0] == "recompute") {
+      apply_recompute({.number = count, .text = std::string(row)}, words, graph, strategy);
     } else {
       lines.push_back(parse_line(count, row, world_size));
     }
@@ -370,7 +410,8 @@ std::map<std::string, std::optional<OpConfig>> parse_changes(const OpGraph& grap
     ++count;
     const auto words = words_of(row);
     if (words.empty()) continue;
-    if (words[0] == "set" || words[0] == "edge") fail({.number = count, .text = std::string(row)}, "only lines of operators and parameters fit here");
+    if (words[0] == "set" || words[0] == "edge" || words[0] == "recompute")
+      fail({.number = count, .text = std::string(row)}, "only lines of operators and parameters fit here");
     const Line line = parse_line(count, row, world_size);
     if (!line.store.empty() && !line.has_config && !line.has_devices) continue;
     for (const Node& n : graph.nodes) {
@@ -420,6 +461,11 @@ std::string print_plan(const OpGraph& graph, const Strategy& strategy) {
   std::string out;
   if (strategy.order == Order::kInterleaved) out += "set order=1f1b\n";
   if (strategy.bucket_bytes != Strategy{}.bucket_bytes) out += fmt::format("set bucket_bytes={}\n", strategy.bucket_bytes);
+  if (!strategy.recompute.empty()) {
+    out += "recompute";
+    for (const Region& r : strategy.recompute) out += " " + to_string(r);
+    out += "\n";
+  }
   size_t width = 0;
   for (const auto& [name, config] : strategy.nodes) width = std::max(width, name.size());
   std::set<std::string> printed;

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "sharding/rule.h"
 #include "sharding/strategy.h"
@@ -16,14 +17,15 @@ namespace soap {
 Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size);
 
 // The lines of a text as changes of another plan: the configuration that they give each node they fit, nullopt where it follows. A line that
-// only says how parameters are stored changes those alone. Throws as parse_plan does; `set` and `edge` lines are errors here.
+// only says how parameters are stored changes those alone. Throws as parse_plan does; `set`, `edge` and `recompute` lines are errors here.
 std::map<std::string, std::optional<OpConfig>> parse_changes(const OpGraph& graph, std::string_view text, int world_size);
 
 // One line per configured node, in graph order; parse_plan gives the same strategy back.
 std::string print_plan(const OpGraph& graph, const Strategy& strategy);
 std::string print_config(const OpConfig& config);
 
-// `*` and `?` as in a shell.
-bool matches(std::string_view pattern, std::string_view name);
+// One region written as in a `recompute` line ("h.3", "features.0+features.1"), or the regions of a pattern ("h.*").
+// Throws std::invalid_argument where nothing fits.
+std::vector<Region> parse_regions(const OpGraph& graph, std::string_view word);
 
 }  // namespace soap

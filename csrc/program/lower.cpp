@@ -12,6 +12,7 @@
 #include "fmt/ranges.h"
 #include "program/order.h"
 #include "sharding/expand.h"
+#include "sharding/region.h"
 
 namespace soap {
 
@@ -325,7 +326,8 @@ std::vector<Step> merged(const Program& p, const std::vector<Step>& steps) {
   return out;
 }
 
-// Inserts, before the first backward step that reads a copy kept for use only, the step that gathers it again.
+// Inserts, before the first backward step that reads a copy kept for use only, the step that gathers it again. A region's first backward step may
+// compute all of it again, so what any of its operators reads comes before it.
 std::vector<Step> with_refills(const Program& p, const std::vector<Step>& steps) {
   std::map<std::pair<int, int>, std::vector<StepItem>> wanted;  // (node, chunk) -> items
   std::set<std::pair<int, int>> done;
@@ -334,17 +336,28 @@ std::vector<Step> with_refills(const Program& p, const std::vector<Step>& steps)
     if (p.groups[g].keep != Keep::kUse) continue;
     for (const Use& u : p.groups[g].uses) reads[u.node].emplace_back(static_cast<int>(g), &u);
   }
+  std::map<int, std::vector<NodeId>> readers;  // region -> its operators that read any
+  for (const auto& [node, list] : reads) {
+    if (p.regions[node] >= 0) readers[p.regions[node]].push_back(node);
+  }
   std::vector<Step> out;
+  const auto gather = [&](NodeId node, int chunk) {  // chunk -1: of all its chunks
+    const int chunks = p.tilings[node].chunks();
+    for (const auto& [g, use] : reads[node]) {
+      for (size_t i = 0; i < use->coord_of.size(); ++i) {
+        if ((chunk >= 0 && static_cast<int>(i) % chunks != chunk) || use->coord_of[i] < 0) continue;
+        const StepItem item{g, p.groups[g].copies.coords[use->coord_of[i]].chunk};
+        if (done.insert({item.id, item.chunk}).second && crosses(p, StepKind::kRefill, item)) out.push_back({StepKind::kRefill, {item}});
+      }
+    }
+  };
   for (const Step& step : steps) {
     if (step.kind == StepKind::kComputeBackward) {
       const auto [node, chunk] = step.items[0];
-      const int chunks = p.tilings[node].chunks();
-      for (const auto& [g, use] : reads[node]) {
-        for (size_t i = 0; i < use->coord_of.size(); ++i) {
-          if (static_cast<int>(i) % chunks != chunk || use->coord_of[i] < 0) continue;
-          const StepItem item{g, p.groups[g].copies.coords[use->coord_of[i]].chunk};
-          if (done.insert({item.id, item.chunk}).second && crosses(p, StepKind::kRefill, item)) out.push_back({StepKind::kRefill, {item}});
-        }
+      gather(node, chunk);
+      if (const int region = p.regions[node]; region >= 0) {
+        for (NodeId other : readers[region]) gather(other, -1);
+        readers[region].clear();
       }
     }
     out.push_back(step);
@@ -442,6 +455,10 @@ Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& row
             .tilings = std::move(r.tilings),
             .fed = std::move(r.fed)};
   p.differentiable = differentiable_nodes(p.graph, p.rules);
+  p.regions = named_regions(p.graph, strategy.recompute);
+  for (const Node& n : p.graph.nodes) {
+    if (!p.differentiable[n.id] || !may_compute_again(n)) p.regions[n.id] = -1;
+  }
   build_layouts(p, strategy);
   check_partials(p);
   if (p.interleaved) {
@@ -470,50 +487,6 @@ Movement item_movement(const Program& p, StepKind kind, const StepItem& item, co
   const bool collectives = g.via == Via::kAuto;
   if (kind == StepKind::kGradFill) return recognise(pieces, g.copies, p.tiles[g.tensor], collectives ? Reduce::kSum : Reduce::kNone);
   return recognise(pieces, p.tiles[g.tensor], g.copies, collectives ? p.tiles[g.tensor].partial : Reduce::kNone);
-}
-
-std::string_view to_string(StepKind kind) {
-  switch (kind) {
-    case StepKind::kFill: return "fill";
-    case StepKind::kCompute: return "compute";
-    case StepKind::kGradFill: return "grad_fill";
-    case StepKind::kComputeBackward: return "compute_backward";
-    case StepKind::kRefill: return "refill";
-  }
-  return "?";
-}
-
-std::string to_string(const Program& p) {
-  std::string out;
-  for (const Node& n : p.graph.nodes) {
-    const Tiling& t = p.tilings[n.id];
-    out += fmt::format("{}  {}", n.name, to_string(p.rules[n.id]));
-    for (const FactorParts& c : t.cuts) {
-      out += fmt::format("  {}=", p.rules[n.id].factors[c.factor].name);
-      for (const auto& tile : c.parts) {
-        out += "{";
-        for (size_t i = 0; i < tile.size(); ++i) out += (i ? ";" : "") + to_string(tile[i]);
-        out += "}";
-      }
-    }
-    out += fmt::format(" x{} @ [{}]\n", t.replicas, fmt::join(t.devices, ","));
-  }
-  for (size_t i = 0; i < p.steps.size(); ++i) {
-    const Step& s = p.steps[i];
-    out += fmt::format("{:4} {}", i, to_string(s.kind));
-    for (const StepItem& item : s.items) {
-      if (s.kind == StepKind::kCompute || s.kind == StepKind::kComputeBackward) {
-        out += fmt::format(" {}#{}", p.graph.nodes[item.id].name, item.chunk);
-      } else {
-        const auto pieces = item_pieces(p, s.kind, item);
-        const Movement m = item_movement(p, s.kind, item, pieces);
-        const char* how = m.pattern == Pattern::kLocal ? "local" : m.pattern == Pattern::kAllReduce ? "all_reduce" : "exchange";
-        out += fmt::format(" {}#{}:{}({})", p.graph.nodes[p.graph.tensors[p.groups[item.id].tensor].producer].name, item.chunk, how, m.elements);
-      }
-    }
-    out += "\n";
-  }
-  return out;
 }
 
 }  // namespace soap

@@ -59,6 +59,7 @@ struct Program {
   std::vector<CopyGroup> groups;
   std::vector<std::vector<int>> groups_of;  // per tensor
   std::vector<char> differentiable;         // per node: has a backward step
+  std::vector<int> regions;                 // per node: of Strategy::recompute, where backward computes it again; else -1
   std::vector<Step> steps;                  // forward first unless interleaved
 };
 

@@ -5,7 +5,6 @@
 #include <set>
 
 #include "base/error.h"
-#include "fmt/ranges.h"
 
 namespace soap {
 namespace {
@@ -214,6 +213,7 @@ struct Projector {
     int forward = -1, backward = -1;  // index in `sequence`
     int step = -1, back_step = -1;
     bool differentiable = false;
+    int region = -1, chunk = 0;
     int segment = -1;
   };
 
@@ -242,7 +242,9 @@ struct Projector {
                 .replicated = p.tilings[node].replicas > 1,
                 .devices = p.tilings[node].devices,
                 .step = static_cast<int>(s),
-                .differentiable = p.differentiable[node] != 0};
+                .differentiable = p.differentiable[node] != 0,
+                .region = p.regions[node],
+                .chunk = chunk};
         if (e.items.empty()) continue;
         e.forward = static_cast<int>(sequence.size());
         event_of[{node, chunk}] = static_cast<int>(events.size());
@@ -261,7 +263,8 @@ struct Projector {
     }
     // Join neighbours.
     const auto joins = [&](const Event& a, const Event& b) {
-      if (a.replicated != b.replicated || a.differentiable != b.differentiable) return false;
+      if (a.replicated != b.replicated || a.differentiable != b.differentiable || a.region != b.region) return false;
+      if (a.region >= 0 && a.chunk != b.chunk) return false;  // one chunk's activations at a time
       if (b.forward != a.forward + 1) return false;
       if (a.differentiable && a.backward != b.backward + 1) return false;
       if (!a.replicated) return true;
@@ -272,7 +275,7 @@ struct Projector {
         events[e].segment = events[e - 1].segment;
       } else {
         events[e].segment = static_cast<int>(out.segments.size());
-        out.segments.push_back({.differentiable = events[e].differentiable});
+        out.segments.push_back({.differentiable = events[e].differentiable, .region = events[e].region});
       }
       auto& items = out.segments[events[e].segment].items;
       for (ComputeItem& item : events[e].items) items.push_back(std::move(item));
@@ -332,8 +335,77 @@ struct Projector {
         if (outside) seg.outputs.push_back(v);
       }
     }
-    // Last uses.
-    std::map<int, size_t> last;
+    compute_again(made);
+    free_values();
+  }
+
+  std::map<int, int> maker;                   // value -> segment
+  std::map<int, int> filler;                  // copy -> instruction that fills it without a movement
+  std::vector<char> done, filled;             // by segment, by instruction: computed again already
+  std::map<int, size_t> kept, again, remade;  // value -> last instruction that computes again on it: as forward left it; made again; the one that does
+
+  // Segments of regions are computed again before the first backward that needs them: their own, or that of a segment of the region which reads
+  // what they made. Fills within a region that move nothing are done again too: where a gradient is summed over replicas, each reads a copy.
+  void compute_again(const std::vector<std::set<int>>& made) {
+    for (size_t s = 0; s < made.size(); ++s) {
+      for (int v : made[s]) maker[v] = static_cast<int>(s);
+    }
+    for (size_t i = 0; i < out.instructions.size(); ++i) {
+      const Instruction& in = out.instructions[i];
+      if (in.kind != InstructionKind::kFill) continue;
+      if (std::any_of(in.transfers.begin(), in.transfers.end(), [](const Transfer& t) { return t.pattern != Pattern::kLocal; })) continue;
+      for (const Transfer& t : in.transfers) {
+        for (int v : t.results) filler[v] = static_cast<int>(i);
+      }
+    }
+    done.assign(out.segments.size(), 0);
+    filled.assign(out.instructions.size(), 0);
+    for (size_t i = 0; i < out.instructions.size(); ++i) {
+      if (out.instructions[i].kind == InstructionKind::kSegmentBackward) demand(out.instructions[i].segment, i);
+    }
+    for (Segment& s : out.segments) std::sort(s.again.begin(), s.again.end());
+  }
+
+  void demand(int segment, size_t at) {
+    const Segment& seg = out.segments[segment];
+    if (seg.region < 0 || done[segment]) return;
+    done[segment] = 1;
+    for (int v : seg.inputs) demand_value(v, seg.region, at);
+    out.instructions[at].recomputes.push_back({.segment = segment});
+  }
+
+  // A value that a segment of the region reads when it is computed again.
+  void demand_value(int v, int region, size_t at) {
+    const auto made = maker.find(v), copied = filler.find(v);
+    const NodeId producer = p.graph.tensors[out.values[v].tensor].producer;
+    if (p.regions[producer] != region || (made == maker.end() && copied == filler.end())) {
+      kept[v] = at;
+      return;
+    }
+    again[v] = at;
+    if (made != maker.end()) {
+      demand(made->second, at);
+      std::vector<int>& wanted = out.segments[made->second].again;
+      if (!std::count(wanted.begin(), wanted.end(), v)) wanted.push_back(v);
+      remade.emplace(v, at);
+      return;
+    }
+    if (filled[copied->second]) return;
+    filled[copied->second] = 1;
+    for (const Transfer& t : out.instructions[copied->second].transfers) {
+      for (const Move& m : t.moves) {
+        if (m.src >= 0) demand_value(m.src, region, at);
+      }
+      for (int result : t.results) {
+        again.emplace(result, at);
+        remade.emplace(result, at);
+      }
+    }
+    out.instructions[at].recomputes.push_back({.fill = copied->second});
+  }
+
+  void free_values() {
+    std::map<int, size_t> last;  // in forward
     for (size_t i = 0; i < out.instructions.size(); ++i) {
       const Instruction& in = out.instructions[i];
       if (in.kind == InstructionKind::kSegment) {
@@ -351,7 +423,17 @@ struct Projector {
     }
     const std::set<int> returned(out.returns.begin(), out.returns.end()), stored(out.params.begin(), out.params.end());
     for (const auto& [v, i] : last) {
-      if (!returned.count(v) && !stored.count(v)) out.instructions[i].frees.push_back(v);
+      if (returned.count(v) || stored.count(v)) continue;
+      size_t end = i;
+      if (const auto k = kept.find(v); k != kept.end()) end = std::max(end, k->second);
+      if (const auto a = again.find(v); a != again.end()) {
+        if (end < remade.at(v))
+          out.instructions[a->second].frees.push_back(v);  // its second life
+        else
+          end = std::max(end, a->second);
+      }
+      out.instructions[end].frees.push_back(v);
+      if (end > i) out.instructions[i].kept.push_back(v);
     }
   }
 
@@ -389,39 +471,6 @@ RankProgram project(const Program& program, int rank) {
   projector.out.rank = rank;
   projector.run();
   return std::move(projector.out);
-}
-
-std::string to_string(const Program& p, const RankProgram& r) {
-  const auto name = [&](int v) {
-    if (v < 0) return std::string("-");
-    const LocalValue& value = r.values[v];
-    const std::string& producer = p.graph.nodes[p.graph.tensors[value.tensor].producer].name;
-    return value.group < 0 ? fmt::format("{}.{}", producer, value.coord) : fmt::format("{}>{}.{}", producer, value.group, value.coord);
-  };
-  std::string out = fmt::format("rank {}\n", r.rank);
-  for (const Instruction& i : r.instructions) {
-    switch (i.kind) {
-      case InstructionKind::kSegment:
-        out += fmt::format("  segment {}:", i.segment);
-        for (const ComputeItem& item : r.segments[i.segment].items)
-          out += fmt::format(" {}#{}.{}{}", p.graph.nodes[item.node].name, item.chunk, item.tile, item.empty ? "(empty)" : "");
-        break;
-      case InstructionKind::kSegmentBackward: out += fmt::format("  backward {}", i.segment); break;
-      default:
-        out += fmt::format("  {}:", i.kind == InstructionKind::kFill ? "fill" : i.kind == InstructionKind::kRefill ? "refill" : "grad_fill");
-        for (const Transfer& t : i.transfers) {
-          out += t.pattern == Pattern::kAllReduce ? fmt::format(" all_reduce[{}]({})", fmt::join(t.ranks, ","), t.elements) : "";
-          for (const Move& m : t.moves) {
-            if (t.pattern == Pattern::kAllReduce && m.peer >= 0) continue;
-            out += m.send        ? fmt::format(" {}->@{}", name(m.src), m.peer)
-                   : m.peer >= 0 ? fmt::format(" @{}->{}", m.peer, name(m.dst))
-                                 : fmt::format(" {}->{}", name(m.src), name(m.dst));
-          }
-        }
-    }
-    out += "\n";
-  }
-  return out;
 }
 
 }  // namespace soap

@@ -5,8 +5,9 @@
 // segment. Other copies are values of their own, assembled by moves.
 //
 // [Note: segment] The longest run of compute items between movements, contiguous on this rank both forward and backward. It becomes one
-// fx.GraphModule with its own autograd graph. Items that several devices do alike (replicas) only join where the *global* order has no
-// movement between them, so that every replica adds its gradients in the same order and stays bitwise equal.
+// fx.GraphModule with its own autograd graph. Those of a region (sharding/region.h) hold one chunk of that region alone. Items that several devices do alike
+// (replicas) only join where the *global* order has no movement between them, so that every replica adds its gradients in the same order and stays bitwise
+// equal.
 #pragma once
 
 #include <string>
@@ -39,6 +40,8 @@ struct Segment {
   std::vector<int> inputs;   // values made outside
   std::vector<int> outputs;  // values used outside
   bool differentiable = false;
+  int region = -1;         // of Program::regions: forward runs it without a graph, backward computes it again
+  std::vector<int> again;  // outputs that others of its region read when they are computed again
 };
 
 // Part of a movement that concerns this rank. Boxes are positions within the values.
@@ -61,6 +64,11 @@ struct Transfer {
   int64_t elements = 0;      // kAllReduce: size of the addend
 };
 
+// One part of what backward computes again: a segment, or a fill (an instruction) of copies on this rank alone.
+struct Again {
+  int segment = -1, fill = -1;
+};
+
 enum class InstructionKind { kSegment, kSegmentBackward, kFill, kGradFill, kRefill };
 
 struct Instruction {
@@ -68,8 +76,10 @@ struct Instruction {
   int step = -1;  // index in Program::steps: equal on every rank that takes part
   int segment = -1;
   std::vector<Transfer> transfers;
-  std::vector<int> ranks;  // of the step's exchange (union over kExchange transfers), empty if none
-  std::vector<int> frees;  // values whose last use this is (forward values without use in backward are freed by autograd itself)
+  std::vector<int> ranks;         // of the step's exchange (union over kExchange transfers), empty if none
+  std::vector<Again> recomputes;  // kSegmentBackward: what to compute again first, in this order
+  std::vector<int> frees;         // values whose last use this is (what backward reads otherwise is held by autograd's graphs)
+  std::vector<int> kept;          // values whose last use in forward this is, but on which backward computes again
 };
 
 struct RankProgram {

@@ -6,8 +6,14 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "sharding/region.h"
 
 namespace soap {
+namespace {
+
+constexpr size_t kRegionsExplained = 8;
+
+}  // namespace
 
 std::string explain(const Program& p, const Simulation& sim) {
   size_t width = 8;
@@ -47,6 +53,39 @@ std::string explain(const Program& p, const Simulation& sim) {
     out += fmt::format("device {}: compute {:.2f} ms, communication {:.2f} ms, memory {:.1f} MiB\n", d, static_cast<double>(sim.compute_ns[d]) / 1e6,
                        static_cast<double>(sim.communication_ns[d]) / 1e6, static_cast<double>(sim.memory_bytes[d]) / (1 << 20));
   }
+  return out;
+}
+
+std::string explain_recompute(const OpGraph& graph, const Strategy& strategy, const FedRows& rows, const CostModel& cost, int64_t memory_limit_bytes) {
+  if (strategy.recompute.empty()) return "";
+  const auto largest = [](const Simulation& s) { return *std::max_element(s.memory_bytes.begin(), s.memory_bytes.end()); };
+  const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
+  const auto ms = [](int64_t ns) { return static_cast<double>(ns) / 1e6; };
+  const Program program = lower(graph, strategy, rows);
+  const Simulation with = simulate(program, cost);
+  Strategy other = strategy;
+  other.recompute.clear();
+  const Simulation without = simulate(lower(graph, other, rows), cost);
+  std::set<std::string> opaque;
+  const std::vector<int> named = named_regions(program.graph, strategy.recompute);
+  for (const Node& n : program.graph.nodes) {
+    if (named[n.id] >= 0 && !may_compute_again(n)) opaque.insert(n.name);
+  }
+  const auto count = std::count_if(program.regions.begin(), program.regions.end(), [](int r) { return r >= 0; });
+  std::string out = fmt::format("computed again in backward: {} operators of {} regions: the fullest device holds {:.1f} MiB instead of {:.1f} MiB, ", count,
+                                strategy.recompute.size(), mib(largest(with)), mib(largest(without)));
+  out += fmt::format("the step takes {:.2f} ms instead of {:.2f} ms", ms(with.step_ns), ms(without.step_ns));
+  if (largest(without) > memory_limit_bytes) out += fmt::format("; without it the plan doesn't fit in {:.1f} MiB", mib(memory_limit_bytes));
+  out += "\n";
+  for (size_t r = 0; r < std::min(strategy.recompute.size(), kRegionsExplained); ++r) {
+    other.recompute = strategy.recompute;
+    other.recompute.erase(other.recompute.begin() + static_cast<int64_t>(r));
+    const Simulation s = simulate(lower(graph, other, rows), cost);
+    out += fmt::format("  {}: saves {:.1f} MiB, takes {:.2f} ms\n", to_string(strategy.recompute[r]), mib(largest(s) - largest(with)),
+                       ms(with.step_ns - s.step_ns));
+  }
+  if (strategy.recompute.size() > kRegionsExplained) out += fmt::format("  and {} more\n", strategy.recompute.size() - kRegionsExplained);
+  if (!opaque.empty()) out += fmt::format("  kept, because opaque code may have effects: {}\n", fmt::join(opaque, ", "));
   return out;
 }
 

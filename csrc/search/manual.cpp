@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "fmt/ranges.h"
 #include "sharding/expand.h"
+#include "sharding/region.h"
 
 namespace soap {
 namespace {
@@ -483,6 +484,7 @@ Strategy ManualPlanner::make(const ManualOptions& options, const GroupConfigs& c
   for (const Node& n : graph_.nodes) {
     if (n.kind == NodeKind::kParam && options.zero > 0) m.store(n);
   }
+  if (options.recompute) m.s.recompute = repeated_blocks(graph_);
   return std::move(m.s);
 }
 

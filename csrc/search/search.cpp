@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "search/layouts.h"
 #include "search/optimize_layers.h"
+#include "search/recompute.h"
 #include "sim/delta.h"
 
 namespace soap {
@@ -17,6 +18,8 @@ namespace {
 constexpr int64_t kIllegal = -1;
 constexpr int kMemoryChecks = 32;       // of a walk
 constexpr int64_t kChunkedWork = 1000;  // nodes x devices
+constexpr int64_t kRegionsWork = 200;   // nodes x devices
+constexpr int kRecomputed = 6;          // plans that are too large and tried with recomputation
 
 struct Searcher {
   const OpGraph& graph;
@@ -264,6 +267,8 @@ struct Searcher {
       result.candidates.push_back(price(name, options.constraints.empty() ? strategy : adapted(graph, strategy, rows, options.constraints)));
     }
     if (options.starts.empty()) add_layer_wise();
+    const auto pricing = [&](std::string name, const Strategy& s) { return price(std::move(name), s); };
+    for (Candidate& c : recomputed_candidates(graph, result.candidates, pricing, kRecomputed)) result.candidates.push_back(std::move(c));
     const auto best_so_far = [&] {
       size_t best = 0;
       for (size_t i = 1; i < result.candidates.size(); ++i) {
@@ -275,17 +280,20 @@ struct Searcher {
       user_error("[plan] no plan keeps what is pinned and forbidden: {}", why_illegal(result.candidates[0].strategy));
     }
     SOAP_CHECK(result.candidates[best_so_far()].step_ns != kIllegal, "[search] no seed is legal");
+    const auto walks = [&](const Candidate& c) {
+      return !gathers_regions_again(c.strategy) || static_cast<int64_t>(graph.nodes.size()) * world() <= kRegionsWork;
+    };
     if (world() > 1) {
       std::vector<Candidate> starts{result.candidates[0]};
       if (best_so_far() != 0) starts.push_back(result.candidates[best_so_far()]);
       for (Candidate& s : starts) {
-        if (s.step_ns == kIllegal) continue;
+        if (s.step_ns == kIllegal || !walks(s)) continue;
         Candidate found = descend(s);
         if (better(found, s)) result.candidates.push_back(std::move(found));
       }
       Candidate found = result.candidates[best_so_far()];
       if (!found.fits) found = shrink(std::move(found));
-      if (found.fits) found = anneal(std::move(found));
+      if (found.fits && walks(found)) found = without_spare_regions(anneal(std::move(found)), pricing);
       if (better(found, result.candidates[best_so_far()])) result.candidates.push_back(std::move(found));
     }
     result.best = static_cast<int>(best_so_far());

@@ -4,6 +4,8 @@
 //    parts); Megatron; every grid of samples, channels and pipeline stages (search/manual.h); OWT (convolutions data parallel, linears by
 //    channel, Krizhevsky 2014); images by rows.
 // 2. OptCNN's dynamic program: the optimum of the layer-wise cost (search/optimize_layers.h), on up to 64 devices.
+//    Of those that are too large for the memory limit, the fastest are tried with regions computed again (search/recompute.h).
+//    What is simulated whole (chunks in time on large graphs, regions beside keep=use) stays as the seed is.
 // 3. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
 //    try (follow, fed, every factor cut over all devices). The hybrids come from here.
 // 4. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.

@@ -66,6 +66,9 @@ struct StoredPart {
   bool operator==(const StoredPart&) const = default;
 };
 
+// Modules and operators, by name, that backward computes again together: sharding/region.h.
+using Region = std::vector<std::string>;
+
 // Nodes without an entry follow the producer of their main operand; parameters are stored where they are used.
 struct Strategy {
   int world_size = 1;
@@ -75,6 +78,7 @@ struct Strategy {
   std::map<std::string, std::vector<StoredPart>, std::less<>> stored;
   // How the tensor from a producer reaches a consumer, {producer, consumer}; default kAuto.
   std::map<std::pair<std::string, std::string>, Via> edges;
+  std::vector<Region> recompute;  // their activations aren't kept for backward but computed again
   Order order = Order::kForwardThenBackward;
   int64_t bucket_bytes = 25 << 20;  // gradients of parameters travel together up to this size
   bool operator==(const Strategy&) const = default;

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "base/error.h"
+#include "sharding/region.h"
 
 namespace soap {
 
@@ -15,6 +16,7 @@ DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const 
   stale_.resize(graph_.tensors.size());
   consumers_.resize(graph_.tensors.size());
   updates_.resize(graph_.tensors.size());
+  regions_ = named_regions(graph_, start.recompute);
   stored_update_.assign(devices_, 0);
   for (const Node& n : graph_.nodes) {
     for (TensorId t : cache.distinct_inputs(n.id)) consumers_[t].push_back(n.id);
@@ -30,7 +32,10 @@ DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const 
 }
 
 bool DeltaSimulator::has_fast_path() const {
-  return num_chunked_ == 0 && strategy_.order == Order::kForwardThenBackward && strategy_.edges.empty() && strategy_.stored.empty();
+  // What a region gathers again comes before the first of its backward steps, not before its own reader's.
+  const auto gathered_again = [](const auto& node) { return node.second.keep == Keep::kUse; };
+  return num_chunked_ == 0 && strategy_.order == Order::kForwardThenBackward && strategy_.edges.empty() && strategy_.stored.empty() &&
+         (strategy_.recompute.empty() || std::none_of(strategy_.nodes.begin(), strategy_.nodes.end(), gathered_again));
 }
 
 int64_t DeltaSimulator::change(const std::vector<Change>& changes) {
@@ -281,7 +286,7 @@ void DeltaSimulator::rebuild_slots(NodeId n) {
   };
   const auto computing = [&](SlotKind kind, int op) {
     const FragmentOp& what = f.ops[op];
-    Slot slot{.kind = kind, .op = op, .spent = kind == SlotKind::kBackward ? &what.backward : &what.forward};
+    Slot slot{.kind = kind, .op = op, .spent = kind != SlotKind::kBackward ? &what.forward : regions_[n] >= 0 ? &what.again : &what.backward};
     if (!overlap_) return slot;
     for (int i = 0; i < static_cast<int>(what.reads.size()); ++i) slot.reads.push_back(group_of(op, i));
     for (const FragmentTensor& t : what.writes) {

@@ -8,7 +8,8 @@
 //
 // The order of steps is lowering's, in closed form: forward in the order of nodes, each after the fills that it is the first to need; backward
 // the reverse, where a tensor's gradient is brought home before its producer's backward and a parameter's when its last reader is done.
-// Strategies with chunks in time, the order 1f1b, chosen reshard paths or given storage are lowered whole; they cost what simulate costs.
+// Strategies with chunks in time, the order 1f1b, chosen reshard paths, given storage, or regions that are computed again beside parameters that are
+// gathered again are lowered whole; they cost what simulate costs.
 #pragma once
 
 #include <optional>
@@ -107,6 +108,7 @@ class DeltaSimulator {
   Strategy strategy_;
   FedRows rows_;
   bool overlap_;
+  std::vector<int> regions_;  // per node: the region that names it, -1 for none
   size_t devices_;
   std::vector<NodeState> nodes_;
   std::vector<TensorState> tensors_;

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "machine/collectives.h"
+#include "sharding/region.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -319,6 +320,8 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
           op.backward[d] += cost_.machine().at_speed(d, time.backward_ns);
         }
       }
+      op.again = op.backward;
+      for (size_t d = 0; d < rows_.size() && op.differentiable && may_compute_again(n); ++d) op.again[d] += op.forward[d];
     }
     out->ops.push_back(std::move(op));
   }

@@ -36,6 +36,7 @@ struct FragmentOp {
   bool computes = false;                   // false: a feed, return or store
   bool differentiable = false;             // has a backward step
   std::vector<int64_t> forward, backward;  // ns per device
+  std::vector<int64_t> again;              // backward that computes forward again
   std::vector<FragmentRead> reads;         // by operand
   std::vector<FragmentTensor> writes;      // by result
 };

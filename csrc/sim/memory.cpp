@@ -9,6 +9,12 @@ namespace {
 
 using Key = std::pair<int, int>;  // (node, chunk) or (group, tag)
 
+// [Note: two lives] What backward computes again (Program::regions) lives twice: until forward has read it, and from the step that computes it
+// again. So does a copy that is filled without a movement from its readers' own region; every other copy is kept.
+struct Life {
+  int first = -1, second = -1;  // last steps
+};
+
 int64_t bytes_of(const Box& box, const Tensor& t) {
   return volume(box) * t.element_bytes;
 }
@@ -40,6 +46,17 @@ struct Memory {
   std::map<Key, int> forward_end, backward_end, leaf_end, backward_begin;  // of a copy, by its readers
   std::map<Key, std::set<int>> sums;                                       // (group, coord) -> backward steps that add to its gradient
   std::map<Key, std::set<std::pair<int, int>>> views;                      // (group, tag) -> (coord, device) that are parts of tiles
+  std::map<Key, int> again, filled_again;                                  // steps that make (node, chunk), (group, tag) again
+  std::map<Key, int> again_end;                                            // of a copy that is made again, by its readers
+
+  void hold(int device, int64_t bytes, int from, const Life& until, int again_at) {
+    if (again_at > until.first) {
+      hold(device, bytes, from, until.first);
+      hold(device, bytes, again_at, until.second);
+    } else {
+      hold(device, bytes, from, std::max(until.first, until.second));
+    }
+  }
 
   void hold(int device, int64_t bytes, int from, int to) {
     if (bytes == 0 || to < from) return;
@@ -111,13 +128,16 @@ struct Memory {
           const auto back = compute_back.find({u.node, chunk});
           if (n.kind == NodeKind::kReturn && p.groups[g].grad) backward_begin.emplace(key, fill.at(key) + 1);
           if (back == compute_back.end()) continue;
-          if (operand.saved) grow(backward_end, back->second);
-          if (!p.groups[g].grad) continue;
           const NodeId producer = p.graph.tensors[p.groups[g].tensor].producer;
+          const bool inner = is_remade(static_cast<int>(g), u.coord_of[i], u.node);
+          if (operand.saved) grow(inner ? again_end : backward_end, back->second);
+          if (p.regions[u.node] >= 0 && !inner) grow(backward_end, again.at({u.node, chunk}));
+          if (!p.groups[g].grad) continue;
+          const bool border = p.graph.nodes[producer].kind == NodeKind::kOp && p.regions[producer] != p.regions[u.node];
           const auto made = compute.find({producer, chunk}), made_back = compute_back.find({producer, chunk});
           const bool apart = made != compute.end() && made_back != compute_back.end() &&
                              (moved_between(made->second, compute.at({u.node, chunk})) || moved_between(back->second, made_back->second));
-          if (apart || moves(key)) grow(leaf_end, back->second);
+          if (apart || border || moves(key)) grow(inner ? again_end : leaf_end, back->second);
           sums[{static_cast<int>(g), u.coord_of[i]}].insert(back->second);
           const int begin = back->second + (p.rules[u.node].view ? 1 : 0);  // a view's gradient is a view too
           const auto [it, fresh] = backward_begin.emplace(key, begin);
@@ -141,6 +161,38 @@ struct Memory {
     }
   }
 
+  // Whether a copy that `reader` reads is made again together with the reader: of their own region, without a movement.
+  bool is_remade(int group, int coord, NodeId reader) const {
+    const NodeId producer = p.graph.tensors[p.groups[group].tensor].producer;
+    return p.regions[reader] >= 0 && p.regions[producer] == p.regions[reader] && !moves({group, p.groups[group].copies.coords[coord].chunk});
+  }
+
+  // Before the first backward step that needs it: its own, or that of a reader of its region. Readers come later in the graph.
+  void find_again() {
+    for (auto n = p.graph.nodes.rbegin(); n != p.graph.nodes.rend(); ++n) {
+      if (p.regions[n->id] < 0) continue;
+      for (int c = 0; c < p.tilings[n->id].chunks(); ++c) again[{n->id, c}] = compute_back.at({n->id, c});
+      for (TensorId t : n->outputs) {
+        for (int g : p.groups_of[t]) {
+          for (const Use& u : p.groups[g].uses) {
+            const int chunks = p.tilings[u.node].chunks();
+            for (size_t i = 0; i < u.coord_of.size(); ++i) {
+              const int copy = u.coord_of[i];
+              if (copy < 0 || !is_remade(g, copy, u.node)) continue;
+              const Key key{g, p.groups[g].copies.coords[copy].chunk};
+              const int at = again.at({u.node, static_cast<int>(i) % chunks});
+              filled_again[key] = filled_again.count(key) ? std::min(filled_again[key], at) : at;
+              for (const Piece& x : pieces[fill.at(key)][item_of_fill.at(key)].pieces) {
+                int& mine = again.at({n->id, p.tiles[t].coords[x.src].chunk});
+                if (x.dst == copy) mine = std::min(mine, at);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
   bool moves(const Key& key) const { return pieces[fill.at(key)][item_of_fill.at(key)].movement.pattern != Pattern::kLocal; }
 
   static int at(const std::map<Key, int>& m, const Key& key) {
@@ -150,31 +202,36 @@ struct Memory {
 
   // From the last node to the first, so that all readers of a tensor are known before it.
   void values() {
-    std::map<Key, int> lives;  // copies: last step
-    for (const auto& [key, step] : fill) lives[key] = std::max({step, at(forward_end, key), at(backward_end, key), at(leaf_end, key)});
+    std::map<Key, Life> lives;  // of copies
+    for (const auto& [key, step] : fill) lives[key] = {std::max({step, at(forward_end, key), at(backward_end, key), at(leaf_end, key)}), at(again_end, key)};
     for (auto n = p.graph.nodes.rbegin(); n != p.graph.nodes.rend(); ++n) {
       const Rule& rule = p.rules[n->id];
       for (size_t r = 0; r < n->outputs.size(); ++r) {
         const Tensor& t = p.graph.tensors[n->outputs[r]];
-        std::map<int, int> last;  // chunk -> step
+        std::map<int, Life> last;  // by chunk
         for (int g : p.groups_of[t.id]) {
           for (auto f = fill.lower_bound({g, 0}); f != fill.end() && f->first.first == g; ++f) {
             for (const Piece& x : pieces[f->second][item_of_fill.at(f->first)].pieces) {
-              int& until = last[p.tiles[t.id].coords[x.src].chunk];
-              until = std::max(until, f->second);
+              Life& until = last[p.tiles[t.id].coords[x.src].chunk];
+              until.first = std::max(until.first, f->second);
               const auto v = views.find(f->first);
-              if (v != views.end() && v->second.count({x.dst, x.to})) until = std::max(until, lives.at(f->first));
+              if (v == views.end() || !v->second.count({x.dst, x.to})) continue;
+              const Life& life = lives.at(f->first);
+              until.first = std::max(until.first, life.first);
+              until.second = std::max(until.second, life.second);
             }
           }
         }
         if (n->kind != NodeKind::kOp) continue;
         for (const Coord& c : p.tiles[t.id].coords) {
           const int made = compute.at({n->id, c.chunk}), back = at(compute_back, {n->id, c.chunk});
-          int until = std::max(made, last.count(c.chunk) ? last.at(c.chunk) : -1);
-          if (rule.results[r].saved) until = std::max(until, back);
+          const int again_at = at(again, {n->id, c.chunk});
+          Life until = last.count(c.chunk) ? last.at(c.chunk) : Life{};
+          until.first = std::max(made, until.first);
+          if (rule.results[r].saved) until.second = std::max(until.second, back);
           for (int d : c.devices) {
-            if (!rule.view) hold(d, bytes_of(c.box, t), made, until);
-            hold(d, volume(c.box) * rule.results[r].saved_bytes_more, made, std::max(made, back));
+            if (!rule.view) hold(d, bytes_of(c.box, t), made, until, again_at);
+            hold(d, volume(c.box) * rule.results[r].saved_bytes_more, made, Life{made, back}, again_at);
           }
           if (rule.view && r == 0) keep_viewed(*n, c.chunk, until, lives);
         }
@@ -184,21 +241,23 @@ struct Memory {
   }
 
   // What a view looks at lives as long as the view.
-  void keep_viewed(const Node& view, int chunk, int until, std::map<Key, int>& lives) const {
+  void keep_viewed(const Node& view, int chunk, const Life& until, std::map<Key, Life>& lives) const {
     for (int g : p.groups_of[view.inputs[0]]) {
       for (const Use& u : p.groups[g].uses) {
         if (u.node != view.id || u.operand != 0) continue;
         const int chunks = p.tilings[view.id].chunks();
         for (size_t i = chunk; i < u.coord_of.size(); i += chunks) {
           if (u.coord_of[i] < 0) continue;
-          int& last = lives.at({g, p.groups[g].copies.coords[u.coord_of[i]].chunk});
-          last = std::max(last, until);
+          Life& last = lives.at({g, p.groups[g].copies.coords[u.coord_of[i]].chunk});
+          last.first = std::max(last.first, until.first);
+          int& end_again = is_remade(g, u.coord_of[i], view.id) ? last.second : last.first;
+          end_again = std::max(end_again, until.second);
         }
       }
     }
   }
 
-  void copies(const Key& key, int until) {
+  void copies(const Key& key, const Life& until) {
     const CopyGroup& g = p.groups[key.first];
     const Tensor& t = p.graph.tensors[g.tensor];
     const auto v = views.find(key);
@@ -211,10 +270,10 @@ struct Memory {
         const int64_t bytes = bytes_of(c.box, t);
         if (again >= 0 && at(forward_end, key) < again) {
           hold(d, bytes, made, at(forward_end, key));
-          hold(d, bytes, again, until);
+          hold(d, bytes, again, std::max(until.first, until.second));
           hold(d, bytes, again, again);  // gathered, then written into the old place
         } else {
-          hold(d, bytes, made, until);
+          hold(d, bytes, made, until, at(filled_again, key));
         }
       }
     }
@@ -307,8 +366,9 @@ std::vector<int64_t> peak_memory(const Program& program, const StepPieces& piece
   Memory m{.p = program, .pieces = pieces};
   m.index_steps();
   m.stored();
-  m.readers();
   m.find_views();
+  m.find_again();
+  m.readers();
   m.values();
   m.gradients();
   m.packed();

@@ -11,6 +11,9 @@
 //   gradient    of a copy from its first reader's backward until it is brought to the tiles; of a tile from then until its producer's backward,
 //               of a parameter to the end. Where a reader adds to it, the addend and the new sum are there besides
 //
+// Tiles that backward computes again (Program::regions): to the last that reads them in forward, and from the first backward step that needs them to
+// where the above ends. Copies that enter a region, or come by a movement within it, are kept until it is computed again.
+//
 // Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs isn't counted.
 #pragma once
 

@@ -79,11 +79,15 @@ struct Simulator {
     const Step& step = p.steps[s];
     const bool backward = step.kind == StepKind::kComputeBackward;
     const auto [node, chunk] = step.items[0];
+    const bool again = p.regions[node] >= 0;  // backward computes its forward again
     const Tiling& tiling = p.tilings[node];
     std::vector<int64_t> spent(devices());
     for (int tile = 0; tile < tiling.tiles(); ++tile) {
       const OpTime time = cost.time(p, node, tile, chunk);
-      for (int d : tiling.devices_of(tile)) spent[d] += machine.at_speed(d, backward ? time.backward_ns : time.forward_ns);
+      for (int d : tiling.devices_of(tile)) {
+        if (backward) spent[d] += machine.at_speed(d, time.backward_ns);
+        if (!backward || again) spent[d] += machine.at_speed(d, time.forward_ns);
+      }
     }
     const std::vector<int64_t> begin = ready(backward, node, chunk);
     for (size_t d = 0; d < devices(); ++d) {

@@ -7,6 +7,8 @@
 //                         C[r] = begin + price                M[r] = begin + price
 //   update on d           C[d] + cost                         max(C[d], M[d]) + cost: all gradients are there
 //
+// The backward step of an operator that backward computes again (Program::regions) takes its forward's time too.
+//
 // Parameters and inputs are there from the start; a parameter is gathered again (Keep::kUse) when forward has given its copy back. Times are
 // integer nanoseconds. Memory: sim/memory.h.
 #pragma once

@@ -9,7 +9,7 @@ import pytest
 from tests.property.sweep import CASES, captured_case
 from torch_soap import _C
 from torch_soap.rewrite.graph_import import to_op_graph
-from torch_soap.testing import random_config, random_storage
+from torch_soap.testing import random_config, random_regions, random_storage
 from torch_soap.verify import even_rows
 
 NAMES = sorted(CASES)
@@ -60,6 +60,8 @@ def test_delta_equals_full(index: int) -> None:
 
     strategy = rng.choice([s for _, s in _C.seeds(graph, world)])
     strategy.bucket_bytes = rng.choice([1, 1024, 25 << 20])
+    if rng.random() < 0.4:
+        strategy.recompute = random_regions(graph, rng)
     try:
         expected = full(strategy)
     except ValueError:  # a seed that this model doesn't allow

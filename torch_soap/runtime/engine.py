@@ -31,6 +31,8 @@ class StepState:
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
     copies: dict[int, torch.Tensor] = field(default_factory=dict)  # gathered parameters whose storage is given back until backward
     random: CounterState | None = None
+    autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)  # around the forward
+    versions: dict[int, int] = field(default_factory=dict)  # of the values that backward computes again on
     position: int = 0  # next instruction
     retain_graph: bool = False
     deferred: bool = False  # the gradient fills of parameters are left out
@@ -58,7 +60,10 @@ class Engine:
         self.inputs = [list(s.inputs) for s in self.segments]
         self.outs = [list(s.outputs) for s in self.segments]
         self.differentiable = [s.differentiable for s in self.segments]
+        self.again = [set(s.again) if s.region >= 0 else None for s in self.segments]  # of segments computed again: outputs wanted then
+        self.recomputes = [[(a.segment, a.fill) for a in i.recomputes] for i in self.instructions]
         self.frees = [list(i.frees) for i in self.instructions]
+        self.kept = [list(i.kept) for i in self.instructions]
         self.kinds = [i.kind for i in self.instructions]
         self.segment_of = [i.segment for i in self.instructions]
         self.planned: list[PlannedStep | None] = [plan_step(program, self.rank_program, i, DTYPES) if i.segment < 0 else None for i in self.instructions]
@@ -75,12 +80,16 @@ class Engine:
         self.value_of_store = list(self.rank_program.params)
         self.value_of_return = list(self.rank_program.returns)
         backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
+        self.is_backward = [k in backward for k in self.kinds]
         self.trace: list[tuple[int, int, int]] | None = None  # when asked: (instruction, start, end) in ns of the monotonic clock
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
             self.num_forward = len(self.kinds)
         self.boxes = stored_boxes(program, rank)
         self.released = self._released()
+        self.recomputed_on = self._recomputed_on()
+        read = {self.values[v].tensor for v in self.recomputed_on}
+        self.overwritten = [n for n in self.stores if self._is_written(n) and nodes[n].outputs[0] in read]
         self.param_fills, self.fill_sources, self.filled_params = self._param_fills()
         self.dropped = self._dropped()
         self.before: dict[frozenset[int], set[int]] = {}
@@ -90,6 +99,18 @@ class Engine:
         steps = [p for p in self.planned if p is not None]
         reductions = {tuple(t.ranks) for p in steps for t in p.transfers if t.all_reduce and self.comm.rank in t.ranks}
         return {tuple(p.ranks) for p in steps if p.ranks} | reductions
+
+    def _recomputed_on(self) -> set[int]:
+        """Values that forward leaves for what backward computes again: what enters regions."""
+        again = [a for recomputes in self.recomputes for a in recomputes]
+        remade = {v for segment, _ in again if segment >= 0 for v in self.again[segment] or ()}
+        steps = [step for _, fill in again if fill >= 0 and (step := self.planned[fill]) is not None]
+        remade |= {v for step in steps for t in step.transfers for v, _ in t.results}
+        return {v for segment, _ in again if segment >= 0 for v in self.inputs[segment]} - remade
+
+    def _is_written(self, store: int) -> bool:
+        written = {self.names[n].removeprefix("write:") for n in self.writes}
+        return self.names[store].split(":", 1)[-1] in written
 
     def _released(self) -> dict[int, list[int]]:
         """Instruction -> gathered copies (Keep.use) that forward has used for the last time there.
@@ -163,7 +184,9 @@ class Engine:
             seeds: interleaved programs: gradients of the returns, by node name.
             deferred: interleaved programs: leave the parameters' gradients unreduced.
         """
-        state = StepState(random=None if random is None else replace(random), deferred=deferred)  # what backward recomputes draws the same
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        # A copy of the counters: what backward computes again draws the same.
+        state = StepState(random=None if random is None else replace(random), deferred=deferred, autocast=autocast)
         for node in self.feeds:
             state.values[self.value_of_store[node]] = feeds[self.names[node]]
         for node in self.stores:
@@ -172,9 +195,15 @@ class Engine:
                 state.values[value] = stored[self.names[node]].detach()
                 if list(state.values[value].shape) != self.shapes[value]:
                     raise RuntimeError(f"[engine] {self.names[node]} has shape {list(state.values[value].shape)} here, the plan {self.shapes[value]}")
+        for node in self.overwritten if grad else []:  # what is computed again reads what forward read
+            value = self.value_of_store[node]
+            if value >= 0:
+                state.values[value] = state.values[value].clone()
         if seeds is not None:
             self.seed(state, seeds)
         self._run(state, self.num_forward, grad)
+        if grad:
+            state.versions = {v: state.values[v]._version for v in self.recomputed_on if v in state.values}
         return state
 
     def output(self, state: StepState, node: int) -> torch.Tensor:
@@ -211,6 +240,10 @@ class Engine:
         """
         if state.position != self.num_forward:
             raise RuntimeError("[engine] this state's backward has run already")
+        for value, version in state.versions.items():
+            if state.values[value]._version != version:
+                name = self.names[self.program.graph.tensors[self.values[value].tensor].producer]
+                raise RuntimeError(f"[engine] {name} was changed in place after the forward, and backward computes again on it (the plan's recompute)")
         self.seed(state, grads)
         state.retain_graph = retain_graph
         self._run(state, len(self.instructions), True)
@@ -249,11 +282,19 @@ class Engine:
         kinds = _C.InstructionKind
         for position in range(state.position, end):
             kind = self.kinds[position]
+            if not grad and self.is_backward[position]:  # an interleaved program is evaluated
+                continue
             start_ns = time.perf_counter_ns() if self.trace is not None else 0
             waits = state.deferred and position in self.param_fills
             if kind == kinds.segment:
-                self._segment(state, self.segment_of[position], grad)
+                segment = self.segment_of[position]
+                self._segment(state, segment, grad and self.differentiable[segment])
             elif kind == kinds.segment_backward:
+                for segment, fill in self.recomputes[position]:
+                    if segment >= 0:
+                        self._compute_again(state, segment)
+                    else:
+                        self._fill(state, fill)
                 self._segment_backward(state, self.segment_of[position])
             elif kind == kinds.fill:
                 self._fill(state, position)
@@ -263,6 +304,8 @@ class Engine:
             else:
                 self._refill(state, position)
             for value in self.frees[position]:
+                state.values.pop(value, None)
+            for value in self.kept[position] if not grad else []:
                 state.values.pop(value, None)
             if kind == kinds.segment and grad:
                 for value in self.released.get(position, []):
@@ -278,26 +321,36 @@ class Engine:
                 self.trace.append((position, start_ns, time.perf_counter_ns()))
         state.position = end
 
-    def _segment(self, state: StepState, segment: int, grad: bool) -> None:
-        record = grad and self.differentiable[segment]
+    def _compute_again(self, state: StepState, segment: int) -> None:
+        enabled, dtype = state.autocast
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            self._segment(state, segment, True, self.again[segment])
+
+    def _segment(self, state: StepState, segment: int, record: bool, wanted: set[int] | None = None) -> None:
+        """Computes a segment, with a graph if `record` says so. `wanted`, the second time: the only outputs that become values.
+
+        The first time a region's segment has its graph too, and drops it at the end: torch has other kernels where nothing records (LSTM's).
+        """
         arguments = []
         leaves = {}
         for value in self.inputs[segment]:
-            tensor = state.values[value].detach()
+            tensor = (state.values[value] if value in state.values else state.copies[value]).detach()
             if record and self.wants_grad[value]:
                 leaves[value] = tensor.requires_grad_()
             arguments.append(tensor)
         with torch.set_grad_enabled(record):
             results = self.modules[segment](*arguments, state.random)
         outputs = dict(zip(self.outs[segment], results, strict=True))
-        if record:
+        if record and (self.again[segment] is None or wanted is not None):
             state.leaves[segment] = leaves
             # Not the tensors: what backward reads of them the graph has saved itself. A view of a leaf made under no_grad has no place in it.
             own = [id(t) for t in leaves.values()]
             reached = {v: t for v, t in outputs.items() if t.grad_fn is not None or id(t) in own}
             state.outputs[segment] = {v: (get_gradient_edge(t), t.dtype) for v, t in reached.items()}
-        gathered = [state.values[v].untyped_storage().data_ptr() for v in self.inputs[segment] if v in self.refilled]
+        gathered = [state.values[v].untyped_storage().data_ptr() for v in self.inputs[segment] if v in self.refilled and v in state.values]
         for value, tensor in outputs.items():
+            if wanted is not None and value not in wanted:
+                continue
             view = bool(gathered) and tensor.untyped_storage().data_ptr() in gathered  # of a copy whose storage is given back
             state.values[value] = tensor.detach().clone() if view else tensor.detach()
 
