@@ -176,7 +176,7 @@ struct Memory {
             if (!rule.view) hold(d, bytes_of(c.box, t), made, until);
             hold(d, volume(c.box) * rule.results[r].saved_bytes_more, made, std::max(made, back));
           }
-          if (rule.view && r == 0) keep_viewed(*n, c.chunk, until, lives);
+          if (rule.view) keep_viewed(*n, c.chunk, until, lives);
         }
       }
     }
