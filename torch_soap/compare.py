@@ -137,7 +137,7 @@ def changed(graph: _C.OpGraph, strategy: _C.Strategy, text: str) -> _C.Strategy:
         _, substitution, *anchors = line.split("#")[0].split()
         rewrite = _C.Rewrite(substitution, anchors)
         after = _C.rewritten(now, [rewrite])
-        strategy, now = _C.transferred(now, strategy, rewrite, after), after
+        strategy, now = _C.transferred(now, strategy, [rewrite], after), after
     changes = _C.parse_changes(now, "\n".join("" if line in [*whole, *rewrites] else line for line in lines), strategy.world_size)
     for name, config in changes.items():
         if config is None:

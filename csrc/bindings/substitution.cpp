@@ -14,21 +14,14 @@ void bind_substitution(py::module_& m) {
   py::class_<Substitution>(m, "Substitution", "One entry of the table: what is equal to what.")
       .def_readonly("name", &Substitution::name)
       .def_readonly("bits", &Substitution::bits);
-  py::class_<SubstitutionTable>(m, "SubstitutionTable")
-      .def_property_readonly("names",
-                             [](const SubstitutionTable& t) {
-                               std::vector<std::string> out;
-                               for (const Substitution& s : t) out.push_back(s.name);
-                               return out;
-                             })
-      .def("find", [](const SubstitutionTable& t, const std::string& name) { return find_substitution(t, name); }, py::arg("name"));
+  m.def("find_substitution", &find_substitution, py::arg("table"), py::arg("name"));
   m.def("substitutions", [] { return substitutions(); }, "The table that plans and the search use.");
   m.def("substitutions_text", &substitutions_text);
   m.def("parse_substitutions", &parse_substitutions, py::arg("text"));
   m.def("find_rewrites", &find_rewrites, py::arg("graph"), py::arg("table") = substitutions());
   m.def("rewritten", &rewritten, py::arg("graph"), py::arg("rewrites"), py::arg("table") = substitutions());
   m.def("fitting", &fitting, py::arg("graph"), py::arg("rewrites"));
-  m.def("transferred", &transferred, py::arg("before"), py::arg("strategy"), py::arg("rewrite"), py::arg("after"));
+  m.def("transferred", &transferred, py::arg("before"), py::arg("strategy"), py::arg("rewrites"), py::arg("after"));
   py::class_<Sample>(m, "Sample", "A use of a substitution by itself, small.").def_readonly("source", &Sample::source).def_readonly("target", &Sample::target);
   m.def("sample_of", &sample_of, py::arg("graph"), py::arg("rewrite"), py::arg("table") = substitutions());
   m.def("signature", &signature, py::arg("graph"), py::arg("rewrite"), py::arg("table") = substitutions());

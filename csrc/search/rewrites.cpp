@@ -9,7 +9,7 @@
 namespace soap {
 namespace {
 
-constexpr int64_t kRewrittenNodes = 400'000;  // nodes of graphs that the groups of one round may make
+constexpr int64_t kLoweredWork = 400'000;  // nodes x devices that one round may lower to price its groups
 
 struct RewriteSearcher {
   const OpGraph& graph;
@@ -34,6 +34,7 @@ struct RewriteSearcher {
     const int first = static_cast<int>(out.search.candidates.size());
     for (Candidate& c : found.candidates) {
       c.strategy.rewrites = rewrites;
+      if (!rewrites.empty() && !c.name.starts_with("rewritten")) c.name = "rewritten, " + c.name;
       out.search.candidates.push_back(std::move(c));
     }
     if (best < 0 || better(out.search.candidates[first + found.best], out.search.candidates[best])) best = first + found.best;
@@ -86,16 +87,14 @@ struct RewriteSearcher {
   // All of a group, one after another, with the plan taken along.
   std::optional<Candidate> price(const OpGraph& before, const Strategy& strategy, const std::vector<Rewrite>& group, std::vector<Rewrite>& done) {
     OpGraph now = before;
-    Strategy taken = strategy;
-    for (const Rewrite& r : group) {
-      try {
-        OpGraph after = rewritten(now, {r});
-        taken = transferred(now, taken, r, after);
-        now = std::move(after);
-        done.push_back(r);
-      } catch (const std::invalid_argument&) {  // one of the group before has taken what it needs
-      }
+    try {
+      now = rewritten(before, group);
+      done = group;
+    } catch (const std::invalid_argument&) {  // one of the group has taken what another one needs
+      done = fitting(before, group);
+      now = rewritten(before, done);
     }
+    Strategy taken = transferred(before, strategy, done, now);
     if (done.empty()) return std::nullopt;
     ++out.search.simulations;
     ++out.priced;
@@ -126,10 +125,10 @@ struct RewriteSearcher {
     }
     std::optional<Candidate> chosen;
     std::vector<Rewrite> rewrites;
-    int64_t work = 0;
+    int64_t tried = 0;
+    const int64_t most = std::max<int64_t>(kLoweredWork / (static_cast<int64_t>(now.nodes.size()) * static_cast<int64_t>(rows.size())), 1);
     for (auto& [key, group] : groups) {
-      work += static_cast<int64_t>(now.nodes.size() * group.size());
-      if (work > kRewrittenNodes) break;
+      if (++tried > most) break;
       std::erase_if(group, [&](const Rewrite& r) { return touches_constraints(now, r); });
       if (group.empty() || !refusal(key, now, group[0]).empty()) continue;
       std::vector<Rewrite> done;

@@ -39,17 +39,21 @@ Shape shape_of(const std::string& target, const std::string& family, const std::
   return out;
 }
 
+// Uses of one substitution that don't touch one another are done to the graph together.
 struct Applier {
   const OpGraph& source;
   const Substitution& substitution;
-  const std::vector<std::string>& anchors;
-  Match m;
+
+  std::vector<std::string> anchors = {};  // of the use at hand
+  Match m = {};
+  NodeId place = -1;
 
   std::vector<Tensor> tensors = source.tensors;
-  std::vector<Node> made;
-  std::map<TensorId, TensorId> aliases;  // result that is gone -> what its readers read instead
-  std::set<std::string> taken;
-  std::set<NodeId> gone;
+  std::vector<std::pair<NodeId, Node>> made = {};  // with the place of the use in the old order
+  std::set<NodeId> inner = {};                     // what any use has matched
+  std::map<TensorId, TensorId> aliases = {};       // result that is gone -> what its readers read instead
+  std::set<std::string> taken = {};
+  std::set<NodeId> gone = {};
 
   std::string key(const Variable& v) const { return v.list ? v.name + "*" : v.name; }
 
@@ -71,6 +75,12 @@ struct Applier {
     for (int i = 1; source.find(name) || taken.count(name); ++i) name = fmt::format("{}.{}", wanted, i);
     taken.insert(name);
     return name;
+  }
+
+  static std::set<NodeId> matched(const Match& match) {
+    std::set<NodeId> out;
+    for (const auto& [label, nodes] : match.operators) out.insert(nodes.begin(), nodes.end());
+    return out;
   }
 
   // Whether an operator of the `from` lines is read by others too, and stays.
@@ -138,7 +148,7 @@ struct Applier {
     }
     n.inputs = std::move(inputs);
     n.outputs = std::move(outputs);
-    made.push_back(std::move(n));
+    made.emplace_back(place, std::move(n));
   }
 
   void check(const Shape& shape, const Shape& wanted, const std::string& name) const {
@@ -191,10 +201,21 @@ struct Applier {
     throw InternalError(fmt::format("[substitution] {}: no element begins at {}", substitution.name, start));
   }
 
-  OpGraph run() {
-    m = match(source, substitution, anchors);
+  // False where it touches what another use has, or names what isn't there yet.
+  bool add_use(const std::vector<std::string>& where) {
+    if (!made.empty() || !aliases.empty()) {
+      if (!std::all_of(where.begin(), where.end(), [&](const std::string& name) { return source.find(name).has_value(); })) return false;
+    }
+    Match found = match(source, substitution, where);
+    const std::set<NodeId> own = matched(found);
+    if (std::any_of(own.begin(), own.end(), [&](NodeId id) { return inner.count(id) > 0; })) return false;
+    anchors = where;
+    m = std::move(found);
+    inner.insert(own.begin(), own.end());
+    place = static_cast<NodeId>(source.nodes.size());
+    for (const std::string& a : anchors) place = std::min(place, *source.find(a));
     for (const OperatorPattern& p : substitution.to) line(p);
-    return sorted(remaining());
+    return true;
   }
 
   TensorId read(TensorId t) const {
@@ -204,18 +225,14 @@ struct Applier {
 
   // Nodes that stay, with what they read now, and the new ones; each with its place in the old order.
   std::vector<std::pair<NodeId, Node>> remaining() {
-    NodeId first = static_cast<NodeId>(source.nodes.size());
-    for (const std::string& a : anchors) first = std::min(first, *source.find(a));
     std::vector<std::pair<NodeId, Node>> all;
     for (const Node& n : source.nodes) {
       if (!gone.count(n.id)) all.emplace_back(n.id, n);
     }
-    for (Node& n : made) all.emplace_back(first, std::move(n));
+    for (auto& entry : made) all.push_back(std::move(entry));
     for (auto& [place, n] : all) {
       for (TensorId& t : n.inputs) t = read(t);
     }
-    std::set<NodeId> inner;
-    for (const auto& [label, nodes] : m.operators) inner.insert(nodes.begin(), nodes.end());
     for (bool changed = true; changed;) {  // what only the old operators read
       std::set<TensorId> used;
       for (const auto& [place, n] : all) used.insert(n.inputs.begin(), n.inputs.end());
@@ -270,9 +287,13 @@ struct Applier {
 
 OpGraph rewritten(const OpGraph& graph, const std::vector<Rewrite>& rewrites, const SubstitutionTable& table) {
   OpGraph out = graph;
-  for (const Rewrite& r : rewrites) {
+  for (size_t i = 0; i < rewrites.size();) {
     const OpGraph before = std::move(out);
-    out = Applier{.source = before, .substitution = find_substitution(table, r.substitution), .anchors = r.anchors}.run();
+    Applier applier{.source = before, .substitution = find_substitution(table, rewrites[i].substitution)};
+    const size_t first = i;
+    for (; i < rewrites.size() && rewrites[i].substitution == rewrites[first].substitution && applier.add_use(rewrites[i].anchors); ++i) {
+    }
+    out = applier.sorted(applier.remaining());
   }
   return out;
 }

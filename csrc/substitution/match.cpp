@@ -168,7 +168,10 @@ std::vector<std::vector<NodeId>> sibling_groups(const OpGraph& graph, const Subs
   const auto& attrs = s.from[0].attrs;
   const auto by = std::find_if(attrs.begin(), attrs.end(), [](const auto& a) { return a.second.back() == '*'; });
   const bool all_at_once = by != attrs.end();
+  size_t common = 0;  // an operand that they share
+  while (s.from[0].operands.at(common).list) ++common;
   std::vector<std::vector<NodeId>> groups;
+  std::map<TensorId, std::vector<size_t>> groups_of;  // by that operand
   for (const Node& n : graph.nodes) {
     if (n.kind != NodeKind::kOp || n.outputs.size() != 1 || !Matcher::is_target(s.from[0], graph, n)) continue;
     const auto joins = [&](const std::vector<NodeId>& group) {
@@ -180,11 +183,15 @@ std::vector<std::vector<NodeId>> sibling_groups(const OpGraph& graph, const Subs
       both.push_back(n.id);
       return matcher.fits(m, both).empty();
     };
-    const auto group = std::find_if(groups.begin(), groups.end(), joins);
-    if (group != groups.end())
-      group->push_back(n.id);
-    else
-      groups.push_back({n.id});
+    if (common >= n.inputs.size()) continue;
+    auto& near = groups_of[n.inputs[common]];
+    const auto group = std::find_if(near.begin(), near.end(), [&](size_t g) { return joins(groups[g]); });
+    if (group != near.end()) {
+      groups[*group].push_back(n.id);
+      continue;
+    }
+    near.push_back(groups.size());
+    groups.push_back({n.id});
   }
   if (all_at_once) {
     for (auto& group : groups) {

@@ -70,31 +70,40 @@ bool reads_stores_only(const OpGraph& graph, const Node& n) {
 
 }  // namespace
 
-Strategy transferred(const OpGraph& before, const Strategy& strategy, const Rewrite& rewrite, const OpGraph& after) {
+Strategy transferred(const OpGraph& before, const Strategy& strategy, const std::vector<Rewrite>& rewrites, const OpGraph& after) {
   Strategy out = strategy;
-  out.rewrites.push_back(rewrite);
-  const auto there = [&](const std::string& name) {
-    return after.find(name) || (name.find('/') != std::string::npos && after.find(name.substr(0, name.rfind('/'))));
+  out.rewrites.insert(out.rewrites.end(), rewrites.begin(), rewrites.end());
+  std::map<std::string_view, const Node*> old, now;
+  for (const Node& n : before.nodes) old[n.name] = &n;
+  for (const Node& n : after.nodes) now[n.name] = &n;
+  const auto parent = [](std::string_view name) { return name.substr(0, std::min(name.rfind('/'), name.size())); };
+  std::erase_if(out.nodes, [&](const auto& entry) { return !now.count(entry.first) && !now.count(parent(entry.first)); });
+  std::erase_if(out.edges, [&](const auto& entry) { return !now.count(entry.first.first) || !now.count(entry.first.second); });
+  std::map<std::string_view, const Rewrite*> by_anchor;
+  for (const Rewrite& r : rewrites) by_anchor[r.anchors[0]] = &r;
+  std::map<TensorId, std::pair<const Node*, size_t>> reader;  // the first, and which of its operands
+  for (const Node& n : after.nodes) {
+    for (size_t i = 0; n.kind == NodeKind::kOp && i < n.inputs.size(); ++i) reader.emplace(n.inputs[i], std::pair{&n, i});
+  }
+  const auto made_by = [&](const Node& n) -> const Rewrite* {
+    const auto it = by_anchor.find(parent(n.name));
+    return n.kind != NodeKind::kOp || old.count(n.name) || it == by_anchor.end() ? nullptr : it->second;
   };
-  std::erase_if(out.nodes, [&](const auto& entry) { return !there(entry.first); });
-  std::erase_if(out.edges, [&](const auto& entry) { return !after.find(entry.first.first) || !after.find(entry.first.second); });
-  const Node& first = before.nodes[*before.find(rewrite.anchors[0])];
-  const auto known = strategy.nodes.find(first.name);
   for (const Node& n : after.nodes) {  // made like an anchor
-    if (n.kind != NodeKind::kOp || before.find(n.name) || n.target != first.target || known == strategy.nodes.end()) continue;
-    const auto config = joined_config(known->second, make_rule(before, first, out.world_size), make_rule(after, n, out.world_size),
-                                      static_cast<int64_t>(rewrite.anchors.size()));
+    const Rewrite* rewrite = made_by(n);
+    const Node* first = rewrite && old.count(rewrite->anchors[0]) ? old.at(rewrite->anchors[0]) : nullptr;
+    const auto known = first ? strategy.nodes.find(first->name) : strategy.nodes.end();
+    if (known == strategy.nodes.end() || n.target != first->target) continue;
+    const auto config = joined_config(known->second, make_rule(before, *first, out.world_size), make_rule(after, n, out.world_size),
+                                      static_cast<int64_t>(rewrite->anchors.size()));
     if (config) out.nodes[n.name] = *config;
   }
-  for (const Node& n : after.nodes) {
-    if (n.kind != NodeKind::kOp || before.find(n.name) || !reads_stores_only(after, n)) continue;
-    for (const Node& reader : after.nodes) {
-      const auto at = std::find(reader.inputs.begin(), reader.inputs.end(), n.outputs[0]);
-      const auto config = out.nodes.find(reader.name);
-      if (reader.kind != NodeKind::kOp || at == reader.inputs.end() || config == out.nodes.end()) continue;
-      out.nodes[n.name] = read_config(config->second, make_rule(after, reader, out.world_size), static_cast<size_t>(at - reader.inputs.begin()));
-      break;
-    }
+  for (const Node& n : after.nodes) {  // made of stores only: where and as its reader needs it
+    const auto read = reader.find(n.outputs.empty() ? -1 : n.outputs[0]);
+    if (!made_by(n) || !reads_stores_only(after, n) || read == reader.end()) continue;
+    const auto& [node, operand] = read->second;
+    const auto config = out.nodes.find(node->name);
+    if (config != out.nodes.end()) out.nodes[n.name] = read_config(config->second, make_rule(after, *node, out.world_size), operand);
   }
   return out;
 }

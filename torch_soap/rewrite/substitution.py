@@ -9,6 +9,7 @@ import torch
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
+from torch_soap.rewrite.basic import own_part
 from torch_soap.rewrite.segment import DTYPES, build_item
 
 BOUND = 1e-10  # of a difference in float64, relative to the largest element
@@ -30,7 +31,9 @@ def computed(graph: _C.OpGraph, captured: Graph, feeds: dict[str, torch.Tensor])
             results.append(env[node.inputs[0]])
         else:
             module = build_item(program, node.id, 0, 0, captured)[0]
-            env.update(zip(node.outputs, module(*(env[t] for t in node.inputs)), strict=True))
+            boxes = _C.compute_item(program, node.id, 0, 0).operand_boxes
+            operands = [own_part(env[t], [list(s.runs) for s in box]) for t, box in zip(node.inputs, boxes, strict=True) if box is not None]
+            env.update(zip(node.outputs, module(*operands), strict=True))
     wanted = [t for t in feeds.values() if t.requires_grad]
     reached = [r for r in results if r.requires_grad]
     grads: Sequence[torch.Tensor | None] = [None] * len(wanted)
@@ -74,9 +77,9 @@ def difference(source: torch.Tensor | None, target: torch.Tensor | None, bits: b
     return f"they differ by {float((source - target).abs().nan_to_num().max()) / scale:.1e} of the largest element"
 
 
-def refusal(rewrite: _C.Rewrite, sample: _C.Sample, captured: Graph, table: _C.SubstitutionTable | None = None) -> str:
+def refusal(rewrite: _C.Rewrite, sample: _C.Sample, captured: Graph, table: list[_C.Substitution] | None = None) -> str:
     """Why a rewrite may not be used, "" where both sides compute the same on this sample."""
-    substitution = (table or _C.substitutions()).find(rewrite.substitution)
+    substitution = _C.find_substitution(table or _C.substitutions(), rewrite.substitution)
     elements = max((torch.Size(t.shape).numel() for t in sample.source.tensors), default=0)
     if elements > LARGEST:
         return f"[rewrite] {rewrite}: not used, it can't be checked: its smallest sample has tensors of {elements} elements"
@@ -95,7 +98,7 @@ def refusal(rewrite: _C.Rewrite, sample: _C.Sample, captured: Graph, table: _C.S
 class Checker:
     """What has been checked already, by signature."""
 
-    def __init__(self, captured: Graph, table: _C.SubstitutionTable | None = None) -> None:
+    def __init__(self, captured: Graph, table: list[_C.Substitution] | None = None) -> None:
         self.captured = captured
         self.table = table or _C.substitutions()
         self.known: dict[str, str] = {}
