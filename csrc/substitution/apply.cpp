@@ -201,12 +201,15 @@ struct Applier {
     throw InternalError(fmt::format("[substitution] {}: no element begins at {}", substitution.name, start));
   }
 
-  // False where it touches what another use has, or names what isn't there yet.
+  // False where it touches what another use has, or fits only what that one leaves.
   bool add_use(const std::vector<std::string>& where) {
-    if (!made.empty() || !aliases.empty()) {
-      if (!std::all_of(where.begin(), where.end(), [&](const std::string& name) { return source.find(name).has_value(); })) return false;
+    Match found;
+    try {
+      found = match(source, substitution, where);
+    } catch (const std::invalid_argument&) {
+      if (made.empty() && aliases.empty()) throw;
+      return false;
     }
-    Match found = match(source, substitution, where);
     const std::set<NodeId> own = matched(found);
     if (std::any_of(own.begin(), own.end(), [&](NodeId id) { return inner.count(id) > 0; })) return false;
     anchors = where;

@@ -156,7 +156,8 @@ Attr evaluated(const OpGraph& graph, const std::string& text, const Match& match
   const auto inside = [&](std::string_view head) { return std::string_view(text).substr(head.size(), text.size() - head.size() - 1); };
   if (text.starts_with("1-rank(")) {
     const auto it = match.tensors.find(inside("1-rank("));
-    if (it != match.tensors.end()) return 1 - static_cast<int64_t>(graph.tensors[it->second.at(0)].shape.size());
+    if (it != match.tensors.end() && it->second.at(0) < static_cast<TensorId>(graph.tensors.size()))
+      return 1 - static_cast<int64_t>(graph.tensors[it->second.at(0)].shape.size());
   }
   if (text.starts_with("compose(")) {
     const std::string_view pair = inside("compose(");
@@ -164,7 +165,7 @@ Attr evaluated(const OpGraph& graph, const std::string& text, const Match& match
     const auto first = match.attrs.find(pair.substr(0, comma)), second = match.attrs.find(pair.substr(pair.find_first_not_of(" ", comma + 1)));
     if (first != match.attrs.end() && second != match.attrs.end()) return composed(first->second[0], second->second[0]);
   }
-  throw InternalError(fmt::format("[substitution] {} is no value: a number, 1-rank(tensor), compose(p, q), or a name that a from line binds", text));
+  throw InternalError(fmt::format("[substitution] {} is no value: a number, 1-rank(tensor), compose(p, q), of tensors and names that a from line binds", text));
 }
 
 }  // namespace soap

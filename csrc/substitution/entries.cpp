@@ -20,7 +20,7 @@ fuse_convolutions: rounding
   to   weight = cat(weight*; dim=0)
   to   bias = cat(bias*; dim=0)
   to   joined = like y(x, weight, bias)
-  to   y* = split(joined; dim=1-rank(weight))
+  to   y* = split(joined; dim=1-rank(weight*))
 
 fuse_matmuls: rounding
   from y* = matmul|mm|bmm(x, weight*)

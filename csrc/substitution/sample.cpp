@@ -66,6 +66,21 @@ struct Shrinker {
     return it->second;
   }
 
+  // Tensors that a condition wants alike but for a dim.
+  void gather_alike(const Substitution& substitution, const Match& m) {
+    for (const Condition& c : substitution.conditions) {
+      if (c.name != "alike_but") continue;
+      std::vector<TensorId> all;
+      for (size_t i = 0; i + 1 < c.arguments.size(); ++i) all.insert(all.end(), m.tensors.at(c.arguments[i]).begin(), m.tensors.at(c.arguments[i]).end());
+      const auto free = static_cast<size_t>(wrapped(std::stoll(c.arguments.back()), graph.tensors[all.at(0)].shape.size()));
+      for (TensorId t : all) {
+        for (size_t d = 0; d < graph.tensors[t].shape.size(); ++d) {
+          if (d != free) classes.join(at(t, d), at(all[0], d));
+        }
+      }
+    }
+  }
+
   void gather() {
     std::vector<std::pair<int, int64_t>> positions;
     std::vector<int> kept;
@@ -140,6 +155,7 @@ struct Shrinker {
 Sample sample_of(const OpGraph& graph, const Rewrite& rewrite, const SubstitutionTable& table) {
   const Match m = match(graph, find_substitution(table, rewrite.substitution), rewrite.anchors);
   Shrinker s{.graph = graph, .ids = operators_of(m)};
+  s.gather_alike(find_substitution(table, rewrite.substitution), m);
   s.gather();
   s.choose();
   OpGraph out;

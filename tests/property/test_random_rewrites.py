@@ -15,7 +15,7 @@ from torch_soap.capture import capture
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.verify import verify_captured
 
-NUM_CASES = 24
+NUM_CASES = 16
 UNARY: list[Callable[[torch.Tensor], torch.Tensor]] = [torch.tanh, torch.sigmoid, torch.sin, lambda x: x * 0.5]
 
 
@@ -74,6 +74,6 @@ def test_random_rewrites(seed: int) -> None:
         plan = testing.random_plan_of(captured, world, seed, rewrites=4)
         assert plan.strategy.rewrites, "nothing to rewrite: the draw is too poor"
         graph = to_op_graph(captured.instantiate(captured._signature_of(captured.inputs)))
-        assert _C.parse_plan(graph, plan.text, world) == plan.strategy
+        assert _C.parse_plan(graph, plan.text, world).rewrites == plan.strategy.rewrites
         report = verify_captured(captured, plan, steps=2, dtype=torch.float64)
         assert report.ok, f"{plan}\n{report}"

@@ -1,4 +1,4 @@
-"""What graph rewrites bring: predicted and measured step times with and without, in turns in one run. `pytest benchmarks/test_rewrites.py`.
+"""What graph rewrites bring: predicted and measured step times with and without, in turns in one run. `pytest benchmarks/test_rewrite_gain.py`.
 
 Writes benchmarks/results/rewrites.md and .json. Asserts only that the plans ran and which of them rewrite.
 """
@@ -35,7 +35,7 @@ def test_write_table(measured: dict[str, dict[str, dict]], capsys: pytest.Captur
     lines = [
         "# Graph rewrites: step times with and without",
         "",
-        f"`pytest benchmarks/test_rewrites.py`: 2 processes of one thread, {ROWS} rows each, gloo; median [quartiles] of {STEPS - WARM_UP} steps, all plans in "
+        f"`pytest benchmarks/test_rewrite_gain.py`: 2 processes of one thread, {ROWS} rows each, gloo; median [quartiles] of {STEPS - WARM_UP} steps, all plans in "
         f"turns in one run. Revision {revision()}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
     ]
     for name, runs in measured.items():
