@@ -226,7 +226,9 @@ def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None =
 
 def fitted(lines: Sequence[str], graph: _C.OpGraph, world_size: int, before: Sequence[str]) -> Plan:
     """The plan of a model that has changed: lines that are legal for this graph, one by one. A warning names the others and what is new."""
-    kept, gone, illegal = [], [], []
+    kept: list[str] = []
+    gone: list[str] = []
+    illegal: list[str] = []
     names = names_of(graph)
     rewrites: list[_C.Rewrite] = []
     for line in lines:

@@ -37,7 +37,9 @@ class Tangle(nn.Module):
                 self.layers.append(nn.ModuleList(nn.Linear(width, n, bias=bias) for n in sizes))
             elif kind == "convolutions":
                 padding, kernel = rng.choice([(0, 1), (1, 3)])
-                self.layers.append(nn.ModuleList(nn.Conv1d(6, n, kernel, padding=padding, bias=rng.random() < 0.5) for n in rng.choice([[3, 3], [2, 4], [1, 2, 3]])))
+                self.layers.append(
+                    nn.ModuleList(nn.Conv1d(6, n, kernel, padding=padding, bias=rng.random() < 0.5) for n in rng.choice([[3, 3], [2, 4], [1, 2, 3]]))
+                )
             elif kind == "shared":
                 self.layers.append(nn.Linear(width, width))
             else:

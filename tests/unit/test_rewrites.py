@@ -48,7 +48,9 @@ class Attention(nn.Module):
 class GPT(nn.Module):
     def __init__(self, layers: int = 2, width: int = 16, kv: int = 16, bias: bool = True) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleList([nn.LayerNorm(width), Attention(width, kv, bias), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)]) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(width), Attention(width, kv, bias), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)]) for _ in range(layers)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for norm, attention, up, down in self.blocks:
@@ -90,7 +92,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "fuse_linears": (Attention, (4, 6, 16)),
     "fuse_convolutions": (InceptionBlock, (4, 6, 8, 8)),
     "fuse_matmuls": (lambda: Small(lambda x, v, w: (x @ v).tanh().sum(-1) + (x @ w).sum(-1), (8, 4), (8, 6)), (4, 6, 8)),
-    "fuse_addmms": (lambda: Small(lambda x, v, w, b, c: torch.addmm(b, x, v).tanh().sum(-1) + torch.addmm(c, x, w).sum(-1), (8, 4), (8, 6), (4,), (6,)), (4, 8)),
+    "fuse_addmms": (lambda: Small(lambda x, v, w, b, c: torch.addmm(b, x, v).sin().sum(-1) + torch.addmm(c, x, w).sum(1), (8, 4), (8, 6), (4,), (6,)), (4, 8)),
     "fuse_uses_of_a_weight": (lambda: Small(lambda x, w, b: F.linear(x.tanh(), w, b).sin() + F.linear(x.exp(), w, b), (6, 8), (6,)), (4, 6, 8)),
     "join_summed_linears": (lambda: Small(lambda x, v, w, b: F.linear(x.tanh(), v, b) + F.linear(x, w), (6, 8), (6, 8), (6,)), (4, 8)),
     "scale_after_linear": (lambda: Small(lambda x, w: F.linear(x * 0.25, w), (2, 8)), (4, 8)),

@@ -61,7 +61,7 @@ def feeds_of(graph: _C.OpGraph) -> dict[str, torch.Tensor]:
 
 
 def difference(source: torch.Tensor | None, target: torch.Tensor | None, bits: bool) -> str:
-    """"" where two tensors are the same, else what differs."""
+    """ "" where two tensors are the same, else what differs."""
     if source is None or target is None:
         other = target if source is None else source
         return "" if other is None or not bool((other != 0).any()) else "only one side has it"
@@ -122,4 +122,3 @@ class Checker:
             if self.known[key]:
                 raise ValueError(self.known[key])
             graph = _C.rewritten(graph, [rewrite], self.table)
-
