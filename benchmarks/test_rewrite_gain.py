@@ -18,7 +18,7 @@ from benchmarks.worker_rewrites import MODELS, ROWS
 from tests.dist.launch import revision, torchrun
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, WARM_UP = 33, 3
+STEPS, WARM_UP = 23, 3
 
 
 @pytest.fixture(scope="module")

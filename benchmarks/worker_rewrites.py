@@ -81,7 +81,6 @@ def main(name: str, steps: int) -> None:
     models, cost = {}, None
     for label in ("data parallel", *(f"data parallel, {g}" for g in GROUPS[name]), "searched without rewrites", "searched"):
         module, batch = MODELS[name]()
-        torch.manual_seed(rank)
         x = batch(ROWS)
         plan = None
         if label.startswith("data parallel"):
