@@ -165,7 +165,7 @@ def settled(graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.
     if "starts" in found:  # rank 0
         names = {name for name, _ in found["starts"]}
         options.starts = [*found["starts"], *((name, strategy) for name, strategy in _C.seeds(graph, len(rows)) if name not in names)]
-    return {**searched(graph, rows, cost, options, comm, no_rewrites()), "rewrites": found["rewrites"]}
+    return {**searched(graph, rows, cost, options, comm, no_rewrites()), "rewrites": found.get("rewrites", [])}
 
 
 def no_rewrites() -> _C.RewriteOptions:
