@@ -90,6 +90,7 @@ def parallelize(
     machine: Any = None,
     memory_limit: int | None = None,
     sample_dims: Sequence[int | None] | None = None,
+    rewrites: bool = True,
 ) -> nn.Module:
     """Trains `module` on all processes of the job with the results of one process on the concatenated batch.
 
@@ -105,6 +106,7 @@ def parallelize(
         memory_limit: bytes per device.
         sample_dims: of each input tensor the dim that holds the rows, None where it has none. Default: found by size and replay, dim 0
             where that fits; name them for inputs whose rows are in another dim (time first).
+        rewrites: the search may rewrite the graph (docs/rewrites.md); a plan's own rewrites are used either way.
 
     Raises:
         ValueError: the plan's text is not legal for this module; nothing has been changed.
@@ -139,14 +141,14 @@ def parallelize(
     comm = TorchComm()
     if plan is not None and not isinstance(plan, Plan):
         plan = text_of(plan)
-    others = {"loss": getattr(loss, "__qualname__", type(loss).__name__), "sample_dims": sample_dims, "memory_limit": memory_limit}
+    others = {"loss": getattr(loss, "__qualname__", type(loss).__name__), "sample_dims": sample_dims, "memory_limit": memory_limit, "rewrites": rewrites}
     same_module(comm, module, plan, {**others, "example_inputs": "none" if example_inputs is None else "given"})
     broadcast_state(comm, module)
 
     def planner(graph: _C.OpGraph, captured: Graph, rows: list[int]) -> Plan:
         if plan is not None:
             return as_plan(plan, graph, world)
-        return search_plan(graph, captured, rows, comm=comm, machine=machine, memory_limit=memory_limit)
+        return search_plan(graph, captured, rows, comm=comm, machine=machine, memory_limit=memory_limit, rewrites=rewrites)
 
     parallel = Parallel(module, comm, loss=loss, planner=planner)
     seeds = comm.gather_objects(parallel.random.seed)
@@ -236,6 +238,7 @@ def plan(
     memory_limit: int | None = None,
     pin: Pin | None = None,
     forbid: Forbid | None = None,
+    rewrites: bool = True,
 ) -> Plan:
     """Searches a plan without a process group, also for a machine one doesn't have; the module may be on the meta device.
 
@@ -244,12 +247,13 @@ def plan(
         world_size: devices; default: the machine's, or 1.
         pin: configurations that are fixed, by pattern, as in a plan's text: {"classifier.*": "o=2"}.
         forbid: factors that may not be cut, by pattern: {"features.*": "h"}; or "devices" (no device list of its own), "chunks" (no cuts in time).
+        rewrites: the search may rewrite the graph (docs/rewrites.md).
     """
     world = world_size or getattr(machine, "num_devices", None) or 1
     begin = time.perf_counter()
     graph, captured, rows = graph_for(module, example_inputs, loss, world)
     seconds = time.perf_counter() - begin
-    found = search_plan(graph, captured, rows, comm=None, machine=machine, memory_limit=memory_limit, pin=pin, forbid=forbid)
+    found = search_plan(graph, captured, rows, comm=None, machine=machine, memory_limit=memory_limit, pin=pin, forbid=forbid, rewrites=rewrites)
     found.stats["capture_seconds"] = seconds
     return found
 

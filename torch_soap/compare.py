@@ -55,7 +55,7 @@ def price(context: Context, strategy: _C.Strategy) -> Price:
     """Simulates one step. Raises ValueError where the strategy isn't legal."""
     program = _C.lower(context.graph, strategy, context.rows)
     simulation = _C.simulate(program, context.cost)
-    known = {n.name for n in context.graph.nodes}
+    known = {n.name for n in _C.rewritten(context.graph, strategy.rewrites).nodes}
     times = dict.fromkeys(known, (0, 0))
     for node, ns, moved in zip(program.graph.nodes, simulation.node_ns, simulation.moved_bytes, strict=True):
         name = original(node.name, known)
@@ -136,15 +136,22 @@ class Change:
 
 
 def changed(graph: _C.OpGraph, strategy: _C.Strategy, text: str) -> _C.Strategy:
-    """The strategy with lines of a plan's text written over it; `set`, `edge` and `recompute` lines too."""
+    """The strategy with lines of a plan's text written over it; `set`, `edge` and `recompute` lines too. A `rewrite` line takes the strategy along."""
     lines = text.splitlines()
     whole = [line for line in lines if re.match(r"\s*(set|edge|recompute)\b", line)]
+    rewrites = [line for line in lines if re.match(r"\s*rewrite\s", line)]
     if whole:
         settings = [line for line in _C.print_plan(graph, strategy).splitlines() if not any(same_key(line, w) for w in whole)]
         strategy = _C.parse_plan(graph, "\n".join([*settings, *whole]), strategy.world_size)
     else:
         strategy = strategy.copy()
-    changes = _C.parse_changes(graph, "\n".join("" if line in whole else line for line in lines), strategy.world_size)
+    now = _C.rewritten(graph, strategy.rewrites)
+    for line in rewrites:
+        _, substitution, *anchors = line.split("#")[0].split()
+        rewrite = _C.Rewrite(substitution, anchors)
+        after = _C.rewritten(now, [rewrite])
+        strategy, now = _C.transferred(now, strategy, [rewrite], after), after
+    changes = _C.parse_changes(now, "\n".join("" if line in [*whole, *rewrites] else line for line in lines), strategy.world_size)
     for name, config in changes.items():
         if config is None:
             strategy.remove(name)

@@ -230,9 +230,18 @@ def as_plan(plan: Plan | str | Path, graph: _C.OpGraph, world_size: int | None =
 
 def fitted(lines: Sequence[str], graph: _C.OpGraph, world_size: int, before: Sequence[str]) -> Plan:
     """The plan of a model that has changed: lines that are legal for this graph, one by one. A warning names the others and what is new."""
-    kept, gone, illegal = [], [], []
+    kept: list[str] = []
+    gone: list[str] = []
+    illegal: list[str] = []
     names = names_of(graph)
-    known = set(names)
+    rewrites: list[_C.Rewrite] = []
+    for line in lines:
+        if words := line.split() if line.startswith("rewrite ") else []:
+            rewrites = _C.fitting(graph, [*rewrites, _C.Rewrite(words[1], words[2:])])
+            (kept if rewrites and str(rewrites[-1]) == " ".join(words[1:]) else illegal).append(line)
+    after = _C.rewritten(graph, rewrites)
+    known = set(names_of(after))
+    total, lines = len(lines), [line for line in lines if not line.startswith("rewrite ")]
     for line in lines:
         words = line.split()
         if words[0] == "recompute":
@@ -246,7 +255,7 @@ def fitted(lines: Sequence[str], graph: _C.OpGraph, world_size: int, before: Seq
             gone += [n for n in nodes if n not in known]
             continue
         try:
-            _C.parse_plan(graph, line, world_size)
+            _C.parse_plan(after, line, world_size)
         except ValueError as error:
             illegal.append(str(error).removeprefix("plan line 1: ").removeprefix("[plan] ").splitlines()[0])
         else:
@@ -254,7 +263,7 @@ def fitted(lines: Sequence[str], graph: _C.OpGraph, world_size: int, before: Seq
     new = [n for n in names if n not in set(before)] if before else []
     unfit = {"no longer there": list(dict.fromkeys(gone)), "no longer legal": illegal, "new, follow their input": new}
     said = "; ".join(f"{what}: {some(of)}" for what, of in unfit.items() if of) or "sizes or operators differ"
-    warnings.warn(f"[plan] the plan was made for another model: {len(kept)} of {len(lines)} lines still fit and are kept; {said}", stacklevel=3)
+    warnings.warn(f"[plan] the plan was made for another model: {len(kept)} of {total} lines still fit and are kept; {said}", stacklevel=3)
     text = "\n".join(kept)
     return make_plan(graph, _C.parse_plan(graph, text, world_size), source=text)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch_soap import _C, calibrate
@@ -14,10 +15,12 @@ from torch_soap.constraints import Forbid, Pin, constraints
 from torch_soap.grids import is_large, plan_grids
 from torch_soap.plan import Plan, make_plan
 from torch_soap.rewrite.graph_import import to_op_graph
+from torch_soap.rewrite.substitution import Checker
 from torch_soap.runtime.comm import Comm
 from torch_soap.verify import as_arguments, even_rows
 
 MEASURED_SEEDS = ("ddp", "zero-3", "megatron", "owt")
+LEAST_GAIN = {True: 0.01, False: 0.002}  # of a step, that a rewrite must save: where operators are measured, and where nothing is
 ROUNDS = 2  # searches; after each, what its best candidate needs is measured
 STARTS = 8  # candidates that a plan remembers
 
@@ -43,6 +46,7 @@ def search_plan(
     pin: Pin | None = None,
     forbid: Forbid | None = None,
     seed: int = 0,
+    rewrites: bool = True,
 ) -> Plan:
     """The fastest plan found, by simulation on this machine (measured now, with all ranks) or on the one given (roofline).
 
@@ -65,6 +69,7 @@ def search_plan(
     options.descent_simulations = options.mcmc_simulations = max(200, min(4000, 600_000 // max(num_operators, 1)))
     if memory_limit is not None:
         options.memory_limit_bytes = memory_limit
+    rewriting = rewrite_options(captured, known if measuring else None) if rewrites else None
     measured = simulations = 0
     if measuring:  # these seeds' operators first, so that no search runs on guesses alone; what it finds is measured after it
         for name, strategy in _C.seeds(graph, world):
@@ -72,7 +77,7 @@ def search_plan(
                 measured += measure(cost, graph, captured, strategy, rows, comm, known)
     found: dict[str, Any] = {}
     for turn in range(ROUNDS + STARTS):
-        found = searched(graph, rows, cost, options, comm) if turn < ROUNDS else settled(graph, found, rows, cost, options, comm)
+        found = searched(graph, rows, cost, options, comm, rewriting) if turn < ROUNDS else settled(graph, found, rows, cost, options, comm)
         strategy = _C.parse_plan(graph, found["plan"], world)
         simulations += found["simulations"]
         fresh = measure(cost, graph, captured, strategy, rows, comm, known) if measuring else 0
@@ -84,6 +89,15 @@ def search_plan(
     stats = {"seconds": time.perf_counter() - begin, "simulations": simulations, "illegal_proposals": found["illegal"], "measured_operators": measured}
     starts = found.get("starts") or [(found["chosen"], strategy)]
     return described(Context(graph, rows, cost, starts, memory_limit), strategy, stats, found)
+
+
+def rewrite_options(captured: Graph, known: dict[str, Any] | None) -> _C.RewriteOptions:
+    """Rewrites are checked before they are priced, and stay where they save more than the noise of the figures that price them."""
+    options = _C.RewriteOptions()
+    options.refusal = Checker(captured)
+    spreads = [spread for name, (spread, _, _) in known["marks"].items() if name.startswith("operators/")] if known else []
+    options.least_gain = max(LEAST_GAIN[known is not None], statistics.median(spreads) if spreads else 0.0)
+    return options
 
 
 def described(context: Context, strategy: _C.Strategy, stats: dict[str, Any], found: dict[str, Any]) -> Plan:
@@ -98,9 +112,13 @@ def described(context: Context, strategy: _C.Strategy, stats: dict[str, Any], fo
         "chosen": found["chosen"],
         "seeds": found["seeds"],
     }
+    if strategy.rewrites:
+        predicted["rewrites"] = found.get("rewrites", [])
+        predicted["without_rewrites_ns"] = found.get("without_rewrites_ns", -1)
     machine = context.cost.machine
     limit = machine.memory_bytes if context.memory_limit is None else context.memory_limit
-    explanation = _C.explain(program, simulation) + _C.explain_recompute(context.graph, strategy, context.rows, context.cost, limit) + found["table"]
+    explanation = _C.explain(program, simulation) + rewrites_table(strategy, predicted)
+    explanation += _C.explain_recompute(context.graph, strategy, context.rows, context.cost, limit) + found["table"]
     return make_plan(
         context.graph,
         strategy,
@@ -110,6 +128,22 @@ def described(context: Context, strategy: _C.Strategy, stats: dict[str, Any], fo
         machine={"name": machine.name, "devices": machine.num_devices},
         context=context,
     )
+
+
+def rewrites_table(strategy: _C.Strategy, predicted: dict[str, Any]) -> str:
+    """A line for each group of rewrites that a plan uses, with what it was chosen for; "" without any."""
+    if not strategy.rewrites:
+        return ""
+    lines = [f"{len(strategy.rewrites)} rewrites"]
+    without = predicted["without_rewrites_ns"]
+    if without >= 0:
+        lines[0] += f": {(predicted['step_time_ns'] - without) / 1e6:+.3f} ms to the best plan without"
+    for group in predicted["rewrites"]:
+        first, more = group["rewrites"][0], len(group["rewrites"]) - 1
+        lines.append(f"  {first}{f' and {more} more alike' if more else ''}: {-group['gain_ns'] / 1e6:+.3f} ms when it was chosen")
+    if not predicted["rewrites"]:
+        lines += [f"  {r}" for r in strategy.rewrites]
+    return "\n".join(lines) + "\n"
 
 
 def resolved(plan: Plan, context: Context, pin: Pin | None, forbid: Forbid | None, simulations: int, seed: int) -> Plan:
@@ -122,7 +156,7 @@ def resolved(plan: Plan, context: Context, pin: Pin | None, forbid: Forbid | Non
     if context.memory_limit is not None:
         options.memory_limit_bytes = context.memory_limit
     options.starts = [(n, s) for n, s in [("before", plan.strategy), *context.starts] if n == "before" or s != plan.strategy]
-    found = searched(context.graph, context.rows, context.cost, options, None)
+    found = searched(context.graph, context.rows, context.cost, options, None, no_rewrites())
     stats = {"seconds": time.perf_counter() - begin, "simulations": found["simulations"], "illegal_proposals": found["illegal"], "measured_operators": 0}
     strategy = _C.parse_plan(context.graph, found["plan"], plan.world_size)
     # The next one begins from here and from all that was known: what a constraint ruled out may come back.
@@ -136,7 +170,14 @@ def settled(graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.
     if "starts" in found:  # rank 0
         names = {name for name, _ in found["starts"]}
         options.starts = [*found["starts"], *((name, strategy) for name, strategy in _C.seeds(graph, len(rows)) if name not in names)]
-    return searched(graph, rows, cost, options, comm)
+    return {**searched(graph, rows, cost, options, comm, no_rewrites()), "rewrites": found.get("rewrites", [])}
+
+
+def no_rewrites() -> _C.RewriteOptions:
+    """Starts keep the rewrites that they have; no more are tried."""
+    options = _C.RewriteOptions()
+    options.rounds = 0
+    return options
 
 
 def measure(cost: _C.CostModel, graph: _C.OpGraph, captured: Graph, strategy: _C.Strategy, rows: list[int], comm: Comm | None, known: dict[str, Any]) -> int:
@@ -149,11 +190,14 @@ def measure(cost: _C.CostModel, graph: _C.OpGraph, captured: Graph, strategy: _C
     return calibrate.measure_operators(cost, program, captured, comm, known)
 
 
-def searched(graph: _C.OpGraph, rows: list[int], cost: _C.CostModel, options: _C.SearchOptions, comm: Comm | None) -> dict[str, Any]:
+def searched(
+    graph: _C.OpGraph, rows: list[int], cost: _C.CostModel, options: _C.SearchOptions, comm: Comm | None, rewriting: _C.RewriteOptions | None
+) -> dict[str, Any]:
     """Rank 0 searches; everyone gets the best strategy, the table of candidates and the counts."""
     found: dict[str, Any] = {}
     if comm is None or comm.rank == 0:
-        result = _C.search(graph, rows, cost, options)
+        with_rewrites = _C.search_with_rewrites(graph, rows, cost, options, rewriting or no_rewrites())
+        result = with_rewrites.search
         best = result.candidates[result.best]
         found = {
             "plan": _C.print_plan(graph, best.strategy),
@@ -162,9 +206,19 @@ def searched(graph: _C.OpGraph, rows: list[int], cost: _C.CostModel, options: _C
             "table": _C.candidates_table(result.candidates),
             "simulations": result.simulations,
             "illegal": result.illegal,
+            "rewrites": [{"rewrites": [str(r) for r in u.rewrites], "gain_ns": u.gain_ns} for u in with_rewrites.used],
+            "without_rewrites_ns": min((c.step_ns for c in result.candidates if c.step_ns >= 0 and c.fits and not c.strategy.rewrites), default=-1),
         }
     everywhere = found if comm is None else dict(comm.gather_objects(found)[0])
     if found:  # only where the search was: they are as large as the plan, each
         legal = sorted((c for c in result.candidates if c.step_ns >= 0), key=lambda c: (not c.fits, c.step_ns))
-        everywhere["starts"] = [(c.name, c.strategy) for c in legal[:STARTS]]
+        everywhere["starts"] = [(c.name, c.strategy) for c in starts_of(legal)]
     return everywhere
+
+
+def starts_of(legal: Sequence[_C.Candidate]) -> list[_C.Candidate]:
+    """The best of them, the best without rewrites included."""
+    plain = next((c for c in legal[STARTS:] if not c.strategy.rewrites), None)
+    if plain is None or any(not c.strategy.rewrites for c in legal[:STARTS]):
+        return list(legal[:STARTS])
+    return [*legal[: STARTS - 1], plain]

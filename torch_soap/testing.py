@@ -16,7 +16,7 @@ from torch_soap.verify import as_arguments, even_rows
 
 MAX_DRAWS = 50  # of one node, and of nodes refused in the whole graph
 
-__all__ = ["random_config", "random_plan", "random_plan_of", "random_regions", "random_storage"]
+__all__ = ["random_config", "random_plan", "random_plan_of", "random_regions", "random_rewrites", "random_storage"]
 
 
 def random_plan(module: nn.Module, example_inputs: Any, world_size: int, seed: int, *, loss: Callable[..., Any] | None = None) -> Plan:
@@ -33,10 +33,12 @@ def random_plan(module: nn.Module, example_inputs: Any, world_size: int, seed: i
     return random_plan_of(capture(module, args, kwargs, loss=loss), world_size, seed)
 
 
-def random_plan_of(captured: Captured, world_size: int, seed: int, rows: Sequence[int] | None = None) -> Plan:
-    """`random_plan` of a module that is captured already; `rows`: what each process will feed."""
+def random_plan_of(captured: Captured, world_size: int, seed: int, rows: Sequence[int] | None = None, *, rewrites: int = 0) -> Plan:
+    """`random_plan` of a module that is captured already; `rows`: what each process will feed; `rewrites`: how many are drawn first, at most."""
     inputs = [captured.leaves[i] for i in captured.tensor_slots]
-    graph = to_op_graph(captured.instantiate(captured._signature_of(inputs)))
+    original = to_op_graph(captured.instantiate(captured._signature_of(inputs)))
+    drawn = random_rewrites(original, rewrites, seed)
+    graph = _C.rewritten(original, drawn)
     total = next((t.shape[d] for t, d in zip(inputs, captured.batch_dims, strict=True) if d is not None), world_size)
     parts = list(rows) if rows is not None else even_rows(total, world_size)
     rng = random.Random(seed)
@@ -55,7 +57,22 @@ def random_plan_of(captured: Captured, world_size: int, seed: int, rows: Sequenc
     settle(graph, strategy, parts, rng)
     if rng.random() < 0.5:
         strategy.recompute = random_regions(graph, rng)
-    return make_plan(graph, strategy)
+    strategy.rewrites = drawn
+    return make_plan(original, strategy)
+
+
+def random_rewrites(graph: _C.OpGraph, most: int, seed: int) -> list[_C.Rewrite]:
+    """Rewrites of a graph, each of what the ones before leave."""
+    rng = random.Random(seed)
+    drawn: list[_C.Rewrite] = []
+    for _ in range(most):
+        known = _C.find_rewrites(graph)
+        if not known:
+            break
+        name = rng.choice(sorted({r.substitution for r in known}))
+        drawn.append(rng.choice([r for r in known if r.substitution == name]))
+        graph = _C.rewritten(graph, drawn[-1:])
+    return drawn
 
 
 def draw(graph: _C.OpGraph, node: _C.Node, strategy: _C.Strategy, rng: random.Random, how: Callable[..., _C.OpConfig]) -> None:

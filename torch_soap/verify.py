@@ -19,6 +19,7 @@ from torch_soap.plan import Plan, as_plan, lower
 from torch_soap.random import CounterState
 from torch_soap.random_ops import counter_rng
 from torch_soap.rewrite.graph_import import to_op_graph
+from torch_soap.rewrite.substitution import Checker
 from torch_soap.runtime import Engine, ThreadComm
 from torch_soap.runtime.comm import ThreadWorld
 from torch_soap.runtime.copies import plain_copy
@@ -239,6 +240,7 @@ def verify_captured(
     graph = captured.instantiate(captured._signature_of(inputs))
     op_graph = to_op_graph(graph)
     plan = as_plan(plan, op_graph, world_size)
+    Checker(graph).check(op_graph, plan.strategy.rewrites)
     dims = [d for d in captured.batch_dims if d is not None]
     total = next((t.shape[d] for t, d in zip(inputs, captured.batch_dims, strict=True) if d is not None), 0)
     parts = list(rows) if rows is not None else even_rows(total if dims else plan.world_size, plan.world_size)

@@ -43,10 +43,12 @@ void bind_list(pybind11::module_& m, const char* name) {
 void bind_base(pybind11::module_& m);
 void bind_graph(pybind11::module_& m);
 void bind_sharding(pybind11::module_& m);
+void bind_substitution(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
 void bind_plan(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
 void bind_search(pybind11::module_& m);
+void bind_rewrite_search(pybind11::module_& m);
 void bind_layers(pybind11::module_& m);
 
 }  // namespace soap

@@ -5,6 +5,7 @@
 #include "sharding/expand.h"
 #include "sharding/rule.h"
 #include "sharding/tiling.h"
+#include "substitution/match.h"
 
 namespace py = pybind11;
 
@@ -80,6 +81,14 @@ void bind_sharding(py::module_& m) {
       .def_readwrite("keep", &OpConfig::keep)
       .def(py::self == py::self);
   py::enum_<Order>(m, "Order").value("forward_then_backward", Order::kForwardThenBackward).value("interleaved", Order::kInterleaved);
+  py::class_<Rewrite>(m, "Rewrite", "A substitution at one place of a graph.")
+      .def(py::init([](std::string substitution, std::vector<std::string> anchors) { return Rewrite{std::move(substitution), std::move(anchors)}; }),
+           py::arg("substitution"), py::arg("anchors"))
+      .def_readonly("substitution", &Rewrite::substitution)
+      .def_readonly("anchors", &Rewrite::anchors)
+      .def("__str__", [](const Rewrite& r) { return to_string(r); })
+      .def("__hash__", [](const Rewrite& r) { return py::hash(py::str(to_string(r))); })
+      .def(py::self == py::self);
   py::class_<Strategy>(m, "Strategy")
       .def(py::init([](int world_size) { return Strategy{.world_size = world_size}; }), py::arg("world_size") = 1)
       .def("copy", [](const Strategy& s) { return s; })
@@ -92,6 +101,7 @@ void bind_sharding(py::module_& m) {
                                return out;
                              })
       .def_readwrite("world_size", &Strategy::world_size)
+      .def_readwrite("rewrites", &Strategy::rewrites)
       .def_readwrite("nodes", &Strategy::nodes)
       .def(
           "set", [](Strategy& s, const std::string& name, OpConfig c) { s.nodes[name] = std::move(c); }, py::arg("name"), py::arg("config"))

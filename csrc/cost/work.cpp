@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <utility>
 
 namespace soap {
 namespace {
@@ -129,7 +130,7 @@ Work work_of(const Program& p, NodeId node, int tile, int chunk) {
   const auto it = entries().find(n.target);
   Work out{.family = family_of(n), .dtype = p.graph.output(n, 0).dtype};
   if (!n.inputs.empty() && is_float(p.graph.input(n, 0))) out.dtype = p.graph.input(n, 0).dtype;
-  if (t.rule.view) return out;
+  if (t.rule.view && n.target != "split") return out;
   const int table = out.family == "embedding" ? std::max(n.operand("weight"), 0) : -1;
   for (size_t i = 0; i < n.inputs.size(); ++i) {
     const auto operand = static_cast<int>(i);
@@ -140,6 +141,9 @@ Work work_of(const Program& p, NodeId node, int tile, int chunk) {
     const auto result = static_cast<int>(r);
     out.bytes += static_cast<double>(volume(t.result(result)) * p.graph.output(n, result).element_bytes);
   }
+  // The gradient of a concatenation is parts of one tensor, which are views; that of parts is a concatenation.
+  if (n.target == "cat") out.backward_bytes = 0;
+  if (n.target == "split") out.backward_bytes = std::exchange(out.bytes, 0);
   out.flops = it == entries().end() ? products(t) : it->second.flops(t);
   return out;
 }

@@ -11,6 +11,7 @@
 //   views                         none, and no bytes
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -23,6 +24,8 @@ struct Work {
   std::string dtype;        // that it computes in, torch's name
   double flops = 0;         // a multiplication and an addition are two
   double bytes = 0;         // operands read and results written once
+  // Backward, where it isn't twice the forward: bytes that it reads and writes.
+  std::optional<double> backward_bytes = {};
 };
 
 // The family of an operator: by its target, "pointwise" by the graph's own mark, else "other".

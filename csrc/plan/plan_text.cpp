@@ -9,6 +9,7 @@
 #include "fmt/ranges.h"
 #include "sharding/region.h"
 #include "sharding/tiling.h"
+#include "substitution/match.h"
 
 namespace soap {
 namespace {
@@ -315,8 +316,28 @@ std::vector<Region> parse_regions(const OpGraph& graph, std::string_view word) {
   return out;
 }
 
-Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size) {
-  if (world_size < 1) user_error("[plan] world size {}", world_size);
+namespace {
+
+// `rewrite substitution anchors...`, done to the graph line by line; the other lines are about what they leave.
+void apply_rewrites(std::string_view text, OpGraph& graph, std::vector<Rewrite>& rewrites) {
+  for (int count = 1; !text.empty(); ++count) {
+    const std::string_view row = text.substr(0, text.find('\n'));
+    text.remove_prefix(std::min(row.size() + 1, text.size()));
+    auto words = words_of(row.substr(0, row.find('#')));
+    if (words.empty() || words[0] != "rewrite") continue;
+    const Line line{.number = count, .text = std::string(row)};
+    if (words.size() < 3) fail(line, "a rewrite is written: rewrite substitution operator ...");
+    Rewrite r{.substitution = words[1], .anchors = {words.begin() + 2, words.end()}};
+    try {
+      graph = rewritten(graph, {r});
+    } catch (const std::invalid_argument& e) {
+      fail(line, e.what());
+    }
+    rewrites.push_back(std::move(r));
+  }
+}
+
+Strategy parse_lines(const OpGraph& graph, std::string_view text, int world_size) {
   Strategy strategy{.world_size = world_size};
   std::vector<Line> lines;
   int count = 0;
@@ -327,7 +348,7 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
     ++count;
     row = row.substr(0, std::min(row.find('#'), row.size()));
     const auto words = words_of(row);
-    if (words.empty()) continue;
+    if (words.empty() || words[0] == "rewrite") continue;
     if (words[0] == "set") {
       apply_setting({.number = count, .text = std::string(row)}, words, strategy);
     } else if (words[0] == "edge") {
@@ -398,6 +419,19 @@ Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size)
   return strategy;
 }
 
+}  // namespace
+
+Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size) {
+  if (world_size < 1) user_error("[plan] world size {}", world_size);
+  if (text.find("rewrite ") == std::string_view::npos) return parse_lines(graph, text, world_size);
+  OpGraph now = graph;
+  std::vector<Rewrite> rewrites;
+  apply_rewrites(text, now, rewrites);
+  Strategy strategy = parse_lines(now, text, world_size);
+  strategy.rewrites = std::move(rewrites);
+  return strategy;
+}
+
 std::map<std::string, std::optional<OpConfig>> parse_changes(const OpGraph& graph, std::string_view text, int world_size) {
   const Strategy parsed = parse_plan(graph, text, world_size);
   std::map<std::string, std::optional<OpConfig>> out;
@@ -410,7 +444,7 @@ std::map<std::string, std::optional<OpConfig>> parse_changes(const OpGraph& grap
     ++count;
     const auto words = words_of(row);
     if (words.empty()) continue;
-    if (words[0] == "set" || words[0] == "edge" || words[0] == "recompute")
+    if (words[0] == "set" || words[0] == "edge" || words[0] == "recompute" || words[0] == "rewrite")
       fail({.number = count, .text = std::string(row)}, "only lines of operators and parameters fit here");
     const Line line = parse_line(count, row, world_size);
     if (!line.store.empty() && !line.has_config && !line.has_devices) continue;
@@ -459,6 +493,7 @@ std::string print_config(const OpConfig& config) {
 
 std::string print_plan(const OpGraph& graph, const Strategy& strategy) {
   std::string out;
+  for (const Rewrite& r : strategy.rewrites) out += fmt::format("rewrite {}\n", to_string(r));
   if (strategy.order == Order::kInterleaved) out += "set order=1f1b\n";
   if (strategy.bucket_bytes != Strategy{}.bucket_bytes) out += fmt::format("set bucket_bytes={}\n", strategy.bucket_bytes);
   if (!strategy.recompute.empty()) {
@@ -473,7 +508,8 @@ std::string print_plan(const OpGraph& graph, const Strategy& strategy) {
     out += fmt::format("{:<{}}  {}\n", name, width, print_config(config));
     printed.insert(name);
   };
-  for (const Node& node : graph.nodes) {
+  const OpGraph now = rewritten(graph, strategy.rewrites);
+  for (const Node& node : now.nodes) {
     const auto it = strategy.nodes.find(node.name);
     if (it != strategy.nodes.end()) line(it->first, it->second);
   }

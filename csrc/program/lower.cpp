@@ -1,5 +1,4 @@
-// lower: Strategy -> Program.
-//
+// lower: Strategy -> Program, on the graph that the strategy's rewrites leave.
 // 1. resolve: configurations become tilings, operators that cut a coupling factor are expanded.
 // 2. Layouts: tiles of each tensor, copies that each consumer needs; parameters are stored where they are used unless told.
 // 3. Tasks: fill, compute and their duals, per chunk; a task waits for exactly the tasks whose values it reads.
@@ -10,6 +9,7 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "program/lower_rewritten.h"
 #include "program/order.h"
 #include "sharding/expand.h"
 #include "sharding/region.h"
@@ -443,9 +443,9 @@ std::vector<char> differentiable_nodes(const OpGraph& graph, const std::vector<R
 }
 
 Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& rows) {
-  if (static_cast<int>(rows.size()) != strategy.world_size) {
+  if (!strategy.rewrites.empty()) return lower_rewritten(graph, strategy, rows);
+  if (static_cast<int>(rows.size()) != strategy.world_size)
     user_error("[lower] {} processes feed rows, the plan is for {} devices", rows.size(), strategy.world_size);
-  }
   Resolved r = resolve(graph, strategy, rows);
   Program p{.graph = std::move(r.graph),
             .world_size = strategy.world_size,

@@ -69,9 +69,19 @@ struct StoredPart {
 // Modules and operators, by name, that backward computes again together: sharding/region.h.
 using Region = std::vector<std::string>;
 
+// A substitution of the graph (substitution/table.h) at one place: its name there and the operators that it is anchored at.
+struct Rewrite {
+  std::string substitution;
+  std::vector<std::string> anchors;
+  bool operator==(const Rewrite&) const = default;
+  auto operator<=>(const Rewrite&) const = default;
+};
+
 // Nodes without an entry follow the producer of their main operand; parameters are stored where they are used.
 struct Strategy {
   int world_size = 1;
+  // Done to the graph in this order before anything else; everything below is about what they leave.
+  std::vector<Rewrite> rewrites;
   std::map<std::string, OpConfig, std::less<>> nodes;
   // Where parameters already are (by node name), when a model that runs is lowered again for another batch size or mode. Overrides what
   // their configuration or use says. Not part of a plan's text.

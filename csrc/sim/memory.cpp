@@ -233,7 +233,7 @@ struct Memory {
             if (!rule.view) hold(d, bytes_of(c.box, t), made, until, again_at);
             hold(d, volume(c.box) * rule.results[r].saved_bytes_more, made, Life{made, back}, again_at);
           }
-          if (rule.view && r == 0) keep_viewed(*n, c.chunk, until, lives);
+          if (rule.view) keep_viewed(*n, c.chunk, until, lives);
         }
       }
     }

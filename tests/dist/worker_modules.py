@@ -170,7 +170,53 @@ def drawing_modules() -> float:
     return 0.0
 
 
-CHECKS: dict[str, Callable[[], float]] = {f.__name__: f for f in (parametrized_parts, tables, sparse_adam, ragged_bags, bfloat16, shaped_buffers, drawing_modules)}
+class Siblings(nn.Module):
+    """Three products of one input, and parts of a tensor; dropout makes another graph of eval."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.q, self.k, self.v, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 4)
+        self.drop = nn.Dropout(0.0)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.drop(torch.softmax(self.q(x) * self.k(x), 1) * self.v(x)).split([2, 6], 1)
+        return self.head(torch.cat([torch.tanh(a), torch.tanh(b)], 1))
+
+
+SIBLINGS = """
+rewrite fuse_linears q k v
+rewrite unary_after_cat /cat
+q/joined o=2:3.8.1
+q/weight d0=2:3.8.1
+q/bias   d0=2:3.8.1
+head     i=2 store=i
+*        n=fed
+"""
+
+
+def rewritten_graphs() -> float:
+    """A plan with rewrites from its file: training, eval, and its state_dict in the plain module. Parameters are the module's own."""
+    worst = 0.0
+    for text in (SIBLINGS, "rewrite fuse_linears q k v\nparam:k.weight d0=2 keep=use\n* n=fed"):
+        reference, module = Siblings(), Siblings()
+        named = {n: id(p) for n, p in module.named_parameters()}
+        model = torch_soap.parallelize(module, plan=text)
+        for m, cut in ((reference, whole), (model, own)):
+            train(m, torch.optim.AdamW(m.parameters(), lr=0.01), cut)
+        assert {n: id(p) for n, p in model.named_parameters()} == named
+        assert model.plan.text.startswith("rewrite fuse_linears q k v"), model.plan.text
+        worst = max(worst, difference(dict(model.state_dict()), dict(reference.state_dict())))
+        x, _ = batch()
+        reference.eval(), model.eval()
+        worst = max(worst, float((model(own(x)) - own(reference(x))).detach().abs().amax()))
+    return worst
+
+
+CHECKS: dict[str, Callable[[], float]] = {
+    f.__name__: f for f in (parametrized_parts, tables, sparse_adam, ragged_bags, bfloat16, shaped_buffers, drawing_modules, rewritten_graphs)
+}
 
 if __name__ == "__main__":
     run(CHECKS, sys.argv[1:])

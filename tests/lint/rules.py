@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # csrc: what a folder may include besides itself (docs/concept.md has the picture).
-PLANNING = ["base", "graph", "sharding", "reshard", "program"]
+PLANNING = ["base", "graph", "sharding", "substitution", "reshard", "program"]
 LAYERS: dict[str, set[str]] = {layer: set(PLANNING[:i]) for i, layer in enumerate(PLANNING)}
 LAYERS["machine"] = {"base"}
 LAYERS["cost"] = {*PLANNING, "machine"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -38,6 +40,19 @@ def moved(e: Emit, call: Call) -> fx.Node:
 @local("cat")
 def cat(e: Emit, call: Call) -> fx.Node:
     return e(torch.cat, list(call.operands), int(call.attr("dim", 0)))
+
+
+@local("split")
+def split(e: Emit, call: Call) -> list[fx.Node]:
+    """All parts of one call: its gradient is one concatenation."""
+    dim = int(call.attr("dim", 0))
+    parts = e(torch.split, first(call), [shape[dim] for shape in call.shapes], dim)
+    return [e(operator.getitem, parts, i) for i in range(len(call.shapes))]
+
+
+@local("permute")
+def permute(e: Emit, call: Call) -> fx.Node:
+    return e(torch.permute, first(call), list(call.attr("dims")))
 
 
 @local("full")

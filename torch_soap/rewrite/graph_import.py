@@ -51,6 +51,8 @@ def to_op_graph(graph: Graph) -> _C.OpGraph:
         out.add_tensor(list(value.shape), str(value.dtype).removeprefix("torch."), value.dtype.itemsize, value.requires_grad)
     for index, node in enumerate(graph.nodes):
         names, attrs = split_arguments(node)
+        if node.autocast is not None:  # part of what an operator is: two that differ in it aren't alike
+            attrs["autocast"] = " ".join(map(str, node.autocast))
         out.add_node(
             kind=KINDS[node.kind],
             name=node.name,

@@ -25,6 +25,7 @@ from torch_soap.capture.graph import Graph
 from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
+from torch_soap.rewrite.substitution import Checker
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.copies import plain_copy, with_memory
 from torch_soap.runtime.deferred import Deferred
@@ -155,13 +156,15 @@ class Parallel:
         op_graph = to_op_graph(graph)
         if self.plan is None:
             self.plan = self.planner(op_graph, graph, list(rows))
-            self.planned = {n.name for n in op_graph.nodes}
+            Checker(graph).check(op_graph, self.plan.strategy.rewrites)
+            self.planned = {n.name for n in _C.rewritten(op_graph, self.plan.strategy.rewrites).nodes}
             self.plan.exact = captured.exact
             if not captured.exact:
                 warnings.warn("[torch_soap] results may differ from one process: " + "; ".join(captured.reasons), stacklevel=2)
         strategy = self.plan.strategy.copy()
         if self.storage:
-            names = {n.name for n in op_graph.nodes}
+            strategy.rewrites = _C.fitting(op_graph, strategy.rewrites)
+            names = {n.name for n in _C.rewritten(op_graph, strategy.rewrites).nodes}
             for name in self.planned - names:  # operators that this mode doesn't have
                 strategy.remove(name)
             for name, sharding in self.storage.items():

@@ -1,4 +1,4 @@
-// Moves within dims: narrow, slice, cat, expand, flip, pad, repeat_interleave; and creation.
+// Moves within dims: narrow, slice, split, cat, expand, flip, pad, repeat_interleave; and creation.
 #include "base/error.h"
 #include "sharding/rules/families.h"
 
@@ -26,6 +26,21 @@ Rule narrow(const OpGraph& graph, const Node& node) {
   const auto names = result_factors(r, y);
   const IndexMap map{.kind = IndexMap::Kind::kStride, .stride = node.attr<int64_t>("step", 1), .offset = node.attr<int64_t>("start", 0)};
   return r.operand(0, names).map(static_cast<int>(dim), names[dim], map).result(names).view().build();
+}
+
+// All parts of a dim at once, sizes as its results have them. Made by substitutions only: capture writes each part as a narrow.
+Rule split(const OpGraph& graph, const Node& node) {
+  RuleSpec r(graph, node);
+  const auto& x = graph.input(node, 0).shape;
+  const int64_t dim = wrap(node.attr<int64_t>("dim", 0), x.size());
+  const auto names = result_factors(r, x);
+  r.operand(0, names);
+  int64_t before = 0;
+  for (size_t i = 0; i < node.outputs.size(); ++i) {
+    r.result(names).map(static_cast<int>(dim), names[dim], {.kind = IndexMap::Kind::kShift, .offset = -before});
+    before += graph.output(node, static_cast<int>(i)).shape[dim];
+  }
+  return r.saves({}).view().build();
 }
 
 Rule cat(const OpGraph& graph, const Node& node) {
@@ -100,6 +115,7 @@ Rule created(const OpGraph& graph, const Node& node) {
 void register_move(RuleRegistry& rules) {
   rules.add({"narrow", "slice"}, narrow);
   rules.add({"cat"}, cat);
+  rules.add({"split"}, split);
   rules.add({"expand"}, expand);
   rules.add({"flip"}, flip);
   rules.add({"pad", "constant_pad_nd"}, pad);
