@@ -17,6 +17,12 @@ void ProgressWatch::simulated() {
   }
 }
 
+void ProgressWatch::enter(std::string phase) {
+  now_.phase = std::move(phase);
+  now_.simulations = simulations();
+  if (now_.best_ns >= 0) points_.push_back(now_);
+}
+
 void ProgressWatch::priced(int64_t step_ns) {
   if (now_.best_ns >= 0 && step_ns >= now_.best_ns) return;
   now_.best_ns = step_ns;

@@ -28,14 +28,14 @@ class ProgressWatch {
   explicit ProgressWatch(Observer observer) : observer_(std::move(observer)) {}
 
   void set_budget(int simulations) { now_.budget = simulations; }
-  void enter(std::string phase) { now_.phase = std::move(phase); }
+  void enter(std::string phase);
   // One more simulation.
   void simulated();
   // A plan that fits was priced; recorded where it is the fastest so far.
   void priced(int64_t step_ns);
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
   int simulations() const { return simulations_.load(std::memory_order_relaxed); }
-  // Where the best step time changed, and the end: at most kMostPoints + 1, thinned evenly.
+  // Where the best step time or the phase changed, and the end: at most kMostPoints + 1, thinned evenly.
   std::vector<Progress> points() const;
 
   static constexpr size_t kMostPoints = 256;

@@ -49,7 +49,7 @@ struct SearchResult {
   int best = 0;
   int simulations = 0;
   int illegal = 0;                 // proposals that lowering refused
-  std::vector<Progress> progress;  // where the best step time changed, and the end
+  std::vector<Progress> progress;  // where the best step time or the phase changed, and the end
   bool interrupted = false;        // the observer ended the search
 };
 

@@ -30,16 +30,18 @@ def alternatives(context: Context, strategy: _C.Strategy, now: Price, seconds: f
             break
         out[node.name] = [timed(context, delta, node, words, said, world) for words, said in configurations(context, node, world, mine.get(node.name, ""))]
     limit = context.memory_limit if context.memory_limit is not None else context.cost.machine.memory_bytes
-    whole = 0
-    for name, choices in out.items():
-        if time.perf_counter() > end:
-            left_out.append(f"memory and parts of the alternatives of {len(out) - whole} of {len(out)} operators: only their times are known")
-            break
-        for choice in choices:
-            if "reason" not in choice:
-                choice.update(priced(context, strategy, now, name, choice["words"], limit))
+    for choices in out.values():
         choices.sort(key=lambda c: c.get("ns", float("inf")))
-        whole += 1
+    # The best alternative of each operator first: it is what the plan is compared with.
+    legal = [(place, name, choice) for name, choices in out.items() for place, choice in enumerate(choices) if "ns" in choice]
+    legal.sort(key=lambda entry: entry[0] > 0)
+    for number, (_, name, choice) in enumerate(legal):
+        if time.perf_counter() > end:
+            left_out.append(f"memory and parts of {len(legal) - number} of {len(legal)} alternatives: only their times are known")
+            break
+        choice.update(priced(context, strategy, now, name, choice["words"], limit))
+        if "reason" in choice:
+            del choice["ns"]
     return out
 
 

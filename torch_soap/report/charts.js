@@ -1,6 +1,6 @@
 // The candidates with their gain, predicted against measured, how the search went, and what else there is to know.
 function drawCandidates() {
-  const mine = data.candidates[0], worst = Math.max(...data.candidates.filter((c) => c.fits).map((c) => c.step_ns), mine.step_ns);
+  const mine = data.candidates[0], worst = Math.min(4 * mine.step_ns, Math.max(...data.candidates.filter((c) => c.fits).map((c) => c.step_ns), mine.step_ns));
   const row = (c) => {
     const percent = (100 * (c.step_ns - mine.step_ns)) / mine.step_ns;
     const gauge = element("div", {class: "gauge"}, element("i", {style: `width:${Math.min(100, (100 * c.step_ns) / worst).toFixed(1)}%`}));
@@ -20,13 +20,12 @@ function drawCandidates() {
 }
 
 function drawMeasured() {
-  if (!data.measured.length) {
-    byId("measured").append(element("p", {class: "quiet"}, "Nothing was measured: this plan was not run, or the report was written without its step times."));
-    return;
-  }
-  byId("measured").append(table(["", {number: "predicted"}, {number: "measured"}, {number: "off by"}], data.measured.map((r) => {
+  const ran = data.measured.some((r) => r.measured !== null), headings = ["", {number: "predicted"}, ...(ran ? [{number: "measured"}, {number: "prediction is"}] : [])];
+  if (!ran) byId("measured").append(element("p", {class: "quiet"}, "Nothing was measured: the plan was not run, or the report was written without its step times."));
+  byId("measured").append(table(headings, data.measured.map((r) => {
     const percent = r.measured ? (100 * (r.predicted - r.measured)) / r.measured : null;
-    return [r.what, {number: ms(r.predicted)}, {number: ms(r.measured)}, {number: percent === null ? "–" : `${signed(Math.abs(percent).toFixed(1), percent)} %`}];
+    const off = percent === null ? "–" : Math.abs(percent) < 0.05 ? "right" : `${Math.abs(percent).toFixed(1)} % ${percent > 0 ? "high" : "low"}`;
+    return [r.what, {number: ms(r.predicted)}, ...(ran ? [{number: r.measured === null ? "–" : ms(r.measured)}, {number: off}] : [])];
   })));
 }
 
@@ -56,8 +55,9 @@ function drawProgress() {
     if (i < points.length - 1 || points.length === 1) out.push(svg("circle", {cx: x(p[0]), cy: y(p[1]), r: 2.8, fill: "var(--accent)"}, svg("title", {}, `${p[2]}: ${ms(p[1], 4)} after ${count(p[0])}`)));
     if (p[2] === phase) return;
     phase = p[2];
-    const at = Math.max(x(p[0]) + 5, free);
-    out.push(svg("text", {class: "axis", x: at, y: y(p[1]) - 7}, phase));
+    const at = Math.min(Math.max(x(p[0]) + 5, free), width - right - phase.length * 6.5);
+    out.push(svg("line", {x1: x(p[0]), x2: x(p[0]), y1: top, y2: height - foot, stroke: "var(--line)", "stroke-dasharray": "3 4"}));
+    out.push(svg("text", {class: "axis", x: at, y: top + 2}, phase));
     free = at + phase.length * 6.5 + 8;
   });
   stage.replaceChildren(...out);

@@ -27,11 +27,12 @@ def report_data(
     context = plan.known_context("report")
     simulation = _C.simulate(program, context.cost, record=True)
     left_out: list[str] = []
-    nodes, index = graph_nodes(context, plan, program, simulation)
+    nodes, index = graph_nodes(context, plan, program, simulation, left_out)
     devices = shown_devices(plan.world_size, left_out)
     now = price(context, plan.strategy)
     for name, choices in alternatives(context, plan.strategy, now, seconds, left_out).items():
-        nodes[index[name]]["alternatives"] = choices
+        if name in index:
+            nodes[index[name]]["alternatives"] = choices
     machine = context.cost.machine
     return {
         "title": title,
@@ -54,7 +55,7 @@ def report_data(
         "candidates": candidates(context, plan, now, seconds, left_out),
         "progress": plan.stats.get("progress", []),
         "stats": {k: v for k, v in plan.stats.items() if k != "progress"},
-        "measured": measured(now, timeline, step_seconds or plan.measured.get("step_seconds", ())),
+        "measured": measured(now, devices, timeline, step_seconds or plan.measured.get("step_seconds", ())),
         "left_out": left_out,
     }
 
@@ -72,7 +73,9 @@ def machine_facts(machine: _C.Machine) -> dict[str, Any]:
     }
 
 
-def graph_nodes(context: Context, plan: Plan, program: _C.Program, simulation: _C.Simulation) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def graph_nodes(
+    context: Context, plan: Plan, program: _C.Program, simulation: _C.Simulation, left_out: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The captured graph's operators, feeds and returns with what the plan does with them, and their places by name; parameters stand with who reads them."""
     graph = context.graph
     known = {n.name for n in graph.nodes}
@@ -81,7 +84,11 @@ def graph_nodes(context: Context, plan: Plan, program: _C.Program, simulation: _
         members.setdefault(original(n.name, known), []).append(n)
     configured = {name: _C.print_config(config) for name, config in plan.strategy.nodes.items()}
     lowered = {n.name: n for n in program.graph.nodes}
-    shown = [n for n in graph.nodes if n.kind in SHOWN_KINDS]
+    aside = bookkeeping(graph)
+    num_aside = sum(n.kind == _C.NodeKind.op and n.id in aside for n in graph.nodes)
+    if num_aside:
+        left_out.append(f"{num_aside} operators that read and write buffers only are not drawn")
+    shown = [n for n in graph.nodes if n.kind in SHOWN_KINDS and n.id not in aside]
     index = {n.name: i for i, n in enumerate(shown)}
     out = []
     for n in shown:
@@ -117,6 +124,23 @@ def graph_nodes(context: Context, plan: Plan, program: _C.Program, simulation: _
             }
         )
     return out, index
+
+
+def bookkeeping(graph: _C.OpGraph) -> set[int]:
+    """Writes of buffers, and operators between buffers alone (counters of batches): nobody reads a graph for them."""
+    from_stores: set[int] = set()  # nodes that nothing but stores goes into
+    for n in graph.nodes:
+        if n.kind not in SHOWN_KINDS or (n.inputs and n.kind == _C.NodeKind.op and all(graph.tensors[t].producer in from_stores for t in n.inputs)):
+            from_stores.add(n.id)
+    readers: dict[int, list[_C.Node]] = {}
+    for n in graph.nodes:
+        for t in n.inputs:
+            readers.setdefault(graph.tensors[t].producer, []).append(n)
+    aside = {n.id for n in graph.nodes if n.target == "buffer_write"}
+    for n in reversed(list(graph.nodes)):
+        if n.kind == _C.NodeKind.op and n.id in from_stores and all(r.id in aside for r in readers.get(n.id, [])):
+            aside.add(n.id)
+    return aside
 
 
 def parameter(program: _C.Program, simulation: _C.Simulation, node: _C.Node, config: str | None) -> dict[str, Any]:
@@ -197,18 +221,17 @@ def candidates(context: Context, plan: Plan, now: Price, seconds: float, left_ou
                 continue
             most = max(its.memory_bytes)
             out.append({"name": name, "step_ns": its.step_ns, "memory": most, "fits": most <= limit, "mine": False})
+    out = [c for c in out if (c["name"], c["step_ns"]) != (plan.predicted.get("chosen"), now.step_ns)]  # itself
     return [mine, *sorted(out, key=lambda c: (not c["fits"], c["step_ns"]))]
 
 
-def measured(now: Price, real: Sequence[Event], step_seconds: Sequence[float]) -> list[dict[str, Any]]:
-    """Rows of predicted against measured ns; empty where nothing ran."""
-    rows = []
-    if step_seconds:
-        what = f"step, median of {len(step_seconds)}" if len(step_seconds) > 1 else "step"
-        rows.append({"what": what, "predicted": now.step_ns, "measured": statistics.median(step_seconds) * 1e9})
-    for device in sorted({e.device for e in real}):
+def measured(now: Price, devices: list[int], real: Sequence[Event], step_seconds: Sequence[float]) -> list[dict[str, Any]]:
+    """Rows of predicted against measured ns, None where nothing was measured."""
+    what = f"step, median of {len(step_seconds)}" if len(step_seconds) > 1 else "step"
+    rows: list[dict[str, Any]] = [{"what": what, "predicted": now.step_ns, "measured": statistics.median(step_seconds) * 1e9 if step_seconds else None}]
+    for device in devices:
         for stream, predicted in (("compute", now.compute_ns[device]), ("communication", now.communication_ns[device])):
-            spent = sum(e.duration_ns for e in real if e.device == device and e.stream == stream)
+            spent = sum(e.duration_ns for e in real if e.device == device and e.stream == stream) if real else None
             if spent or predicted:
                 rows.append({"what": f"device {device}: {stream}", "predicted": predicted, "measured": spent})
     return rows

@@ -14,7 +14,7 @@ const groups = new Map();
 for (const n of nodes) {
   if (n.kind !== "op") continue;
   const slash = n.name.indexOf("/");
-  const words = (slash >= 0 ? n.name.slice(0, slash) : n.name.split(".").slice(0, -1).join(".")).split(".").filter((w) => w);
+  const words = (slash >= 0 ? n.name.slice(0, slash) : n.name).split(".").filter((w) => w);
   n.path = words.join(".");
   for (let depth = 1; depth <= words.length; ++depth) {
     const path = words.slice(0, depth).join(".");
@@ -36,7 +36,8 @@ function convex(group) {
   return true;
 }
 for (const [path, group] of groups) {
-  if (group.members.length < 2 || group.members.length === nodes.filter((n) => n.kind === "op").length || !convex(group)) groups.delete(path);
+  const outer = groups.get(path.split(".").slice(0, -1).join("."));
+  if (group.members.length < 2 || (outer && outer.members.length === group.members.length) || group.members.length === nodes.filter((n) => n.kind === "op").length || !convex(group)) groups.delete(path);
 }
 for (const n of nodes) {
   n.groups = [...groups.values()].filter((g) => n.path !== undefined && (n.path === g.path || n.path.startsWith(g.path + "."))).sort((a, b) => a.depth - b.depth);

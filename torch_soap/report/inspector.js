@@ -1,6 +1,6 @@
 // The panel beside the graph: what an operator does, what it costs, and why it isn't cut otherwise.
-function link(n) {
-  return element("button", {class: "link mono", onclick: () => choose({node: n}, true)}, n.name);
+function link(n, text) {
+  return element("button", {class: "link mono", title: n.name, onclick: () => choose({node: n}, true)}, text || n.name);
 }
 function chips(n) {
   const [samples, attributes, parameters] = n.degrees, degree = {S: samples, A: attributes, P: parameters};
@@ -27,7 +27,7 @@ function aboutNode(n) {
     out.push(element("p", {class: "quiet"}, feed ? "An input: each process feeds its own rows." : "An output: each process takes its own rows."), facts([["shape", n.shape]]));
     return [...out, ...neighbours(n)];
   }
-  out.push(element("div", {class: "quiet"}, n.target, n.source ? element("div", {class: "mono"}, n.source) : null));
+  out.push(element("div", {class: "quiet"}, n.target, n.source ? element("span", {class: "mono", title: n.source}, ", " + where(n.source)) : null));
   out.push(element("div", {class: "chips"}, chips(n)));
   const follows = n.config === null;
   out.push(facts([
@@ -51,6 +51,11 @@ function aboutNode(n) {
   return [...out, ...neighbours(n)];
 }
 
+// The file's last folders and the line.
+function where(source) {
+  const found = /File "([^"]+)", line (\d+)/.exec(source);
+  return found ? `${found[1].split("/").slice(-3).join("/")}:${found[2]}` : source;
+}
 const facts = (rows) => table([], rows.filter((r) => r).map(([name, value]) => [element("span", {class: "quiet"}, name), value]));
 
 function neighbours(n) {
@@ -95,7 +100,7 @@ function aboutGroup(group) {
     ]),
     element("h3", {}, "Its operators, the slowest first"),
     table(["", "cut", {number: "time"}], [...group.members].sort((a, b) => b.ns - a.ns).map((n) => [
-      [element("i", {class: "swatch", style: `background:${colour(letters(n)[0])}`}), link(n)], element("span", {class: "mono"}, n.cuts || "whole"), {number: ms(n.ns)},
+      [element("i", {class: "swatch", style: `background:${colour(letters(n)[0])}`}), link(n, n.name.slice(group.path.length).replace(/^[./]/, ""))], element("span", {class: "mono whole-word"}, n.cuts || "whole"), {number: ms(n.ns)},
     ])),
   ];
 }

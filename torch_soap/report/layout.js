@@ -7,10 +7,10 @@ function layered(boxes, edges, aspect) {
   const cells = boxes.map((b) => ({box: b, w: b.w, h: b.h, up: [], down: [], layer: 0}));
   const links = edges.map(([a, b]) => [at.get(a), at.get(b)]).filter(([a, b]) => a < b); // what points back is drawn, not ranked
   for (const [a, b] of links) cells[b].layer = Math.max(cells[b].layer, cells[a].layer + 1);
-  // The links come in the order of their targets, so sources are done. What nothing feeds stands right above its first reader.
+  // The links come in the order of their targets, so sources are done. Then each box goes down to its first reader: labels stand beside the loss.
   for (let i = cells.length - 1; i >= 0; --i) {
     const readers = links.filter(([a]) => a === i).map(([, b]) => cells[b].layer);
-    if (readers.length && !links.some(([, b]) => b === i)) cells[i].layer = Math.min(...readers) - 1;
+    if (readers.length) cells[i].layer = Math.min(...readers) - 1;
   }
   const routes = links.map(([a, b]) => {
     const route = [cells[a]];

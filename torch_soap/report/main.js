@@ -4,19 +4,22 @@ function drawHeader() {
   const others = data.candidates.slice(1), manual = others.filter((c) => c.fits && !["optcnn", "descent", "mcmc", "before"].includes(c.name));
   const ddp = others.find((c) => c.name === "ddp"), best = manual.sort((a, b) => a.step_ns - b.step_ns)[0];
   const against = (c, name) => {
-    const times = c.step_ns / data.step_ns;
-    return Math.abs(times - 1) < 0.005 ? `as fast as ${name}` : times > 1 ? `${times.toFixed(2)} times as fast as ${name}` : `${(100 * (1 / times - 1)).toFixed(1)} % slower than ${name}`;
+    const times = c.step_ns / data.step_ns, percent = 100 * (times - 1);
+    if (Math.abs(percent) < 0.05) return `as fast as ${name}`;
+    return times >= 1.05 ? `${times.toFixed(2)} times as fast as ${name}` : `${Math.abs(percent).toFixed(1)} % ${percent > 0 ? "faster" : "slower"} than ${name}`;
   };
-  const words = [];
+  const words = [], own = ["optcnn", "descent", "mcmc", "before", ""].includes(data.chosen) ? "" : data.chosen;
   if (ddp) words.push(against(ddp, "data parallelism") + (ddp.fits ? "" : ", which doesn't fit"));
-  if (best && best.name !== "ddp") words.push(`${against(best, `the best plan that a person would write (${best.name})`)}`);
+  if (best && best.name !== "ddp" && !own) words.push(`${against(best, `the best plan that a person would write (${best.name})`)}`);
+  if (own && data.progress.length) words.push(`nothing found is faster than what a person would write (${own})`);
   const headline = `A step is predicted to take ${ms(data.step_ns)}${words.length ? `: ${words.join(", and ")}` : ""}.`;
   byId("headline").append(headline, data.exact ? "" : " Results may differ from one process (plan.exact is False).");
   const memory = Math.max(...data.device_totals.map((d) => d.memory)), tile = (value, text) => element("div", {class: "tile"}, element("b", {}, value), element("span", {}, text));
   const tiles = [tile(ms(data.step_ns), "predicted step")];
-  const step = data.measured.find((r) => r.what.startsWith("step"));
+  const step = data.measured.find((r) => r.what.startsWith("step") && r.measured !== null);
   if (step) tiles.push(tile(ms(step.measured), "measured step"));
-  Object.entries(data.parts).forEach(([name, ns]) => tiles.push(tile(`${((100 * ns) / data.step_ns).toFixed(0)} %`, name)));
+  const {compute, communication} = data.parts, share = (ns) => `${((100 * ns) / data.step_ns).toFixed(0)} %`;
+  tiles.push(tile(share(compute), "of it compute"), tile(share(communication), m.overlap ? "communication, beside it" : "communication"));
   tiles.push(tile(bytes(memory), `fullest device, of ${bytes(data.memory_limit)}`));
   tiles.push(tile(m.name, m.hosts > 1 ? `${m.hosts} hosts, ${m.host_of.length} devices` : "one host"));
   byId("tiles").append(...tiles);

@@ -129,7 +129,7 @@ byId("timeline-fit").addEventListener("click", () => {
 });
 byId("timeline-hint").textContent = "drag to zoom, click for the operator; lighter is backward" + (recorded ? "; grey is what ran" : "");
 
-const HELD = [["stored", "parameters, optimizer state, inputs"], ["tiles", "results"], ["copies", "copies that moved"], ["gradients", "gradients"], ["moving", "in messages"]];
+const HELD = [["stored", "parameters, optimizer state, inputs"], ["tiles", "results"], ["copies", "copies that are read"], ["gradients", "gradients"], ["moving", "in messages"]];
 const devicePicker = byId("memory-device");
 data.devices.forEach((d) => devicePicker.append(element("option", {value: d}, `${d}`)));
 const fullest = data.devices.reduce((a, b) => (data.device_totals[b].memory > data.device_totals[a].memory ? b : a), data.devices[0]);
