@@ -229,9 +229,11 @@ def measured(now: Price, devices: list[int], real: Sequence[Event], step_seconds
     """Rows of predicted against measured ns, None where nothing was measured."""
     what = f"step, median of {len(step_seconds)}" if len(step_seconds) > 1 else "step"
     rows: list[dict[str, Any]] = [{"what": what, "predicted": now.step_ns, "measured": statistics.median(step_seconds) * 1e9 if step_seconds else None}]
+    if not real:
+        return rows + [{"what": f"of it the busiest device: {part}", "predicted": ns, "measured": None} for part, ns in now.parts.items() if ns > 0]
     for device in devices:
         for stream, predicted in (("compute", now.compute_ns[device]), ("communication", now.communication_ns[device])):
-            spent = sum(e.duration_ns for e in real if e.device == device and e.stream == stream) if real else None
+            spent = sum(e.duration_ns for e in real if e.device == device and e.stream == stream)
             if spent or predicted:
                 rows.append({"what": f"device {device}: {stream}", "predicted": predicted, "measured": spent})
     return rows

@@ -1,6 +1,6 @@
 // The graph: modules that may be collapsed, boxes coloured by SOAP letters, pan and zoom, and what is chosen.
 const SIZES = {op: [176, 46], edge: [130, 26], group: [190, 54]};
-const SHOWN = 72; // boxes at first: smaller modules are collapsed until no more are there
+const SHOWN = 48; // boxes at first: smaller modules are collapsed until no more are there
 
 const nodes = data.nodes;
 nodes.forEach((n, i) => {
