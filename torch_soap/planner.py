@@ -204,7 +204,11 @@ def searched(
         candidates, simulations, illegal = list(result.candidates), result.simulations, result.illegal
         if result.interrupted and before:
             two = _C.SearchOptions()
-            two.memory_limit_bytes, two.constraints, two.starts = options.memory_limit_bytes, options.constraints, [*before["starts"][:1], (best.name, best.strategy)]
+            two.memory_limit_bytes, two.constraints, two.starts = (
+                options.memory_limit_bytes,
+                options.constraints,
+                [*before["starts"][:1], (best.name, best.strategy)],
+            )
             two.descent_simulations = two.mcmc_simulations = 0
             again = _C.search(graph, rows, cost, two)
             best = again.candidates[again.best]

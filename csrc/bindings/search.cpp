@@ -122,7 +122,9 @@ void bind_search(py::module_& m) {
       .def_readonly("devices", &NodeDescription::devices)
       .def_readonly("cuts", &NodeDescription::cuts)
       .def_readonly("result_bytes", &NodeDescription::result_bytes);
-  py::class_<MemoryPoint>(m, "MemoryPoint").def_readonly("time_ns", &MemoryPoint::time_ns).def_readonly("bytes", &MemoryPoint::bytes);
+  py::class_<MemoryPoint>(m, "MemoryPoint").def_readonly("time_ns", &MemoryPoint::time_ns).def_property_readonly("bytes", [](const MemoryPoint& p) {
+    return std::vector<int64_t>(p.bytes.begin(), p.bytes.end());
+  });
   m.def("describe", &describe, py::arg("program"), py::arg("node"));
   m.def("memory_over_time", &memory_over_time, py::arg("program"), py::arg("simulation"), py::arg("most_points"),
         "Per device: stored, tiles, copies, gradients and moving bytes over a recorded step.");

@@ -73,7 +73,7 @@ def operators(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_operators_have_what_the_simulator_says(plan: Plan, data: dict[str, Any]) -> None:
-    program, simulation = lowered(plan)
+    _, simulation = lowered(plan)
     assert data["step_ns"] == simulation.step_ns
     of_operators = sum(simulation.node_ns)
     assert sum(n["ns"] for n in data["nodes"]) == of_operators > 0
@@ -178,7 +178,9 @@ def shown(tab: browser.Page, data: dict[str, Any], path: Path) -> None:
 
 def click(tab: browser.Page, selector: str) -> None:
     tab.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-    x, y = tab.value(f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
+    x, y = tab.value(
+        f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()"
+    )
     tab.click(x, y)
 
 
@@ -189,6 +191,13 @@ OVERLAPS = """(() => {
   }));
   return bad;
 })()""".replace("visible()", "(draw(true), [...new Set(nodes.map((n) => n.box))])")
+
+
+FIRST_EVENT = """(() => {
+  byId("timeline").scrollIntoView({block: "center"});
+  const box = byId("timeline").getBoundingClientRect(), lane = lanes[0], event = lane.events[0];
+  return [box.x + toX((event[3] + event[4]) / 2), box.y + lane.y + 5];
+})()"""
 
 
 def test_a_browser_shows_it(tab: browser.Page, data: dict[str, Any], tmp_path: Path) -> None:
@@ -204,7 +213,9 @@ def test_a_browser_shows_it(tab: browser.Page, data: dict[str, Any], tmp_path: P
     assert tab.value("document.querySelectorAll('#memory .area').length") == 5
     assert tab.value("document.querySelectorAll('#candidates tr').length") >= 10
     assert "3.00 ms" in tab.value("document.querySelector('#measured').textContent")
-    pixels = "(() => { const c = byId('timeline'); return new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size; })()"
+    pixels = (
+        "(() => { const c = byId('timeline'); return new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size; })()"
+    )
     assert tab.value(pixels) > 20
     assert tab.errors == []
 
@@ -217,8 +228,8 @@ def test_a_click_shows_why(tab: browser.Page, data: dict[str, Any], tmp_path: Pa
         assert text.splitlines()[0] == name and "Why not otherwise?" in text
         rows = tab.value("document.querySelectorAll('#inspector .why tr').length")
         assert rows == 1 + len(operators(data)[name]["alternatives"])
-    assert "Attribute × 4" in text and "cut k (channels) over 4 devices" in text
-    x, y = tab.value("(() => { byId('timeline').scrollIntoView({block: 'center'}); const b = byId('timeline').getBoundingClientRect(), l = lanes[0], e = l.events[0]; return [b.x + toX((e[3] + e[4]) / 2), b.y + l.y + 5]; })()")
+    assert "Attribute \u00d7 4" in text and "cut k (channels) over 4 devices" in text
+    x, y = tab.value(FIRST_EVENT)
     tab.click(x, y)
     first = tab.value("nodes[data.timeline.steps[lanes[0].events[0][0]][1]].name")
     assert tab.value("byId('inspector').innerText").splitlines()[0] == first

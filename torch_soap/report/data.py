@@ -20,9 +20,7 @@ MEMORY_POINTS = 400  # of a device
 SHOWN_KINDS = (_C.NodeKind.op, _C.NodeKind.feed, _C.NodeKind.return_)
 
 
-def report_data(
-    plan: Plan, program: _C.Program, *, title: str, timeline: Sequence[Event], step_seconds: Sequence[float], seconds: float
-) -> dict[str, Any]:
+def report_data(plan: Plan, program: _C.Program, *, title: str, timeline: Sequence[Event], step_seconds: Sequence[float], seconds: float) -> dict[str, Any]:
     """All of it. `left_out` has a sentence for whatever was too much to show or to compute in `seconds`."""
     context = plan.known_context("report")
     simulation = _C.simulate(program, context.cost, record=True)
@@ -61,7 +59,9 @@ def report_data(
 
 
 def machine_facts(machine: _C.Machine) -> dict[str, Any]:
-    links = {name: {"latency_us": link.latency_ns / 1e3, "gb_per_s": link.bytes_per_s / 1e9} for name, link in (("intra", machine.intra), ("inter", machine.inter))}
+    links = {
+        name: {"latency_us": link.latency_ns / 1e3, "gb_per_s": link.bytes_per_s / 1e9} for name, link in (("intra", machine.intra), ("inter", machine.inter))
+    }
     return {
         "name": machine.name,
         "hosts": len(set(machine.host_of)),
@@ -156,7 +156,7 @@ def parameter(program: _C.Program, simulation: _C.Simulation, node: _C.Node, con
 
 
 def shape_text(tensor: _C.Tensor) -> str:
-    return f"{' × '.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype}"
+    return f"{' x '.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype}"
 
 
 def shown_devices(world: int, left_out: list[str]) -> list[int]:

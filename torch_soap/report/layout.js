@@ -1,5 +1,5 @@
 // Where boxes lie: layers by the longest path, order by barycentres, long edges through place holders, and layers wrapped into columns like text.
-const GAP = {x: 26, y: 24, column: 64};
+const GAP = {x: 26, y: 30, column: 64};
 
 // boxes: [{key, w, h, order}], in topological order; edges: [[from key, to key]]. Sets x, y (centres), column of each box; gives the routes and the size.
 function layered(boxes, edges, aspect) {
