@@ -20,6 +20,7 @@ from torch_soap import _C, Plan, cli
 from torch_soap.compare import price
 from torch_soap.plan import as_plan
 from torch_soap.planner import graph_for
+from torch_soap.report.alternatives import alternatives
 from torch_soap.report.data import report_data
 from torch_soap.report.page import page
 from torch_soap.trace import Event, simulated_events
@@ -86,6 +87,7 @@ def test_operators_have_what_the_simulator_says(plan: Plan, data: dict[str, Any]
     stored = {p["name"]: p for p in ops["head.0"]["parameters"]}["head.0.weight"]
     assert stored["bytes"] == 64 * 512 * 4 == 4 * stored["stored"]
     assert [data["nodes"][i]["name"] for i in ops["head.1"]["inputs"]] == ["head.0"]
+    assert (ops["head.0"]["bytes"], ops["head.0"]["shape"]) == (8 * 64 * 4 // 4, "8 x 64 float32")
 
 
 def test_memory_goes_up_to_the_peak(plan: Plan, data: dict[str, Any]) -> None:
@@ -116,6 +118,16 @@ def test_alternatives_are_what_why_not_says(plan: Plan, data: dict[str, Any]) ->
             legal += 1
     assert legal >= 15
     assert ops["head.2"]["alternatives"][0]["said"] and "@ [1]" not in [c["words"] for c in ops["head.2"]["alternatives"]]
+
+
+def test_times_alone_are_those_of_the_whole_simulation(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What delta simulation says before memory and parts are known."""
+    monkeypatch.setattr("torch_soap.report.alternatives.priced", lambda *_: {})
+    assert plan.context is not None
+    found = alternatives(plan.context, plan.strategy, price(plan.context, plan.strategy), 30, [])
+    compared = [(name, c["words"], c["ns"]) for name in list(found)[:4] for c in found[name] if "ns" in c]
+    assert len(compared) >= 12 and all("memory" not in c for choices in found.values() for c in choices)
+    assert [(name, words, plan.why_not(name, words).step_ns) for name, words, _ in compared] == compared
 
 
 def test_what_there_was_no_time_for_is_said(plan: Plan) -> None:
