@@ -39,6 +39,7 @@ test: lint test-cpp test-python
 
 test-python: build
 	@[ "$$(id -u)" != 0 ] || { $(call needs,command -v ip,iproute2); }  # hosts as network namespaces; not root: that test is skipped
+	@[ "$$(id -u)" != 0 ] || { $(call needs,command -v chromium,chromium); }  # looks at the report; not root and none there: that test is skipped
 	$(PYTEST) tests/tiny tests/unit tests/golden tests/lint tests/property tests/dist
 
 test-cpp: env

@@ -1,7 +1,7 @@
 """The main job on real input: AlexNet on handwritten digits and a GPT on Python's own sources, each over 2 processes.
 
 For each model: trains on the plan that torch_soap searched, the same model under DDP in turns with it, and afterwards in one
-process; prints the plan, the step times and the differences, and writes out/<model>/{plan.json,trace.json,loss.png}.
+process; prints the plan, the step times and the differences, and writes out/<model>/{plan.json,report.html,trace.json,loss.png}.
 
     python examples/demo.py [--models alexnet,gpt] [--steps N] [--processes 2] [--out out]
 """
@@ -206,13 +206,18 @@ def finish(
     out.mkdir(parents=True, exist_ok=True)
     plan.save(out / "plan.json")
     (out / "trace.json").write_text(chrome_trace({"simulated": simulated, "measured": measured}))
+    report = ""
+    if plan.context is not None:  # a plan that was given was not priced here
+        _, trace = plan.report(out / "report.html", title=name, timeline=measured, step_seconds=ours.seconds[WARM_UP:])
+        trace.unlink()  # trace.json is the same
+        report = "report.html (open in a browser), "
     predicted_ms = plan.predicted.get("step_time_ns", 0) / 1e6
     of_loss = max(abs(a - b) for a, b in zip(ours.losses, single.losses, strict=True))
     say(f"\nstep time, median of {len(ours.seconds) - WARM_UP}: {ours.median_ms:.0f} ms measured, {predicted_ms:.0f} ms predicted")
     say(f"DDP in the same run: {ddp.median_ms:.0f} ms ({ddp.median_ms / ours.median_ms:.2f} times ours); one process: {single.median_ms:.0f} ms")
     say(f"largest difference to one process after {len(ours.losses)} steps: loss {of_loss:.1e}, parameters {worst[0]:.1e} ({worst[1]})")
     plot(name, out / "loss.png", {"torch_soap": ours.losses, "DDP (its own random numbers)": ddp.losses, "one process": single.losses})
-    say(f"wrote {out}/plan.json, trace.json (open in ui.perfetto.dev), loss.png", flush=True)
+    say(f"wrote {out}/plan.json, {report}trace.json (open in ui.perfetto.dev), loss.png", flush=True)
 
 
 def plot(title: str, path: Path, curves: dict[str, list[float]]) -> None:

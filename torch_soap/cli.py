@@ -1,4 +1,4 @@
-"""`python -m torch_soap plan|explain|why-not|diff|verify|trace|calibrate|info`: the planner and the exactness check from the command line.
+"""`python -m torch_soap plan|explain|why-not|diff|report|verify|trace|calibrate|info`: the planner and the exactness check from the command line.
 
 A module is named `package.module:factory`; the factory returns (module, example_inputs) or (module, example_inputs, loss) for
 the global batch. A machine is `preset:<name>:<hosts>x<devices per host>` (preset:h100:8x8) or the path of a file that
@@ -97,6 +97,13 @@ def run_diff(arguments: argparse.Namespace) -> str:
     return str(torch_soap.diff(a, b))
 
 
+def run_report(arguments: argparse.Namespace) -> str:
+    plan, graph, rows = chosen(arguments)
+    plan.context = plan.context or Context(graph, rows, _C.CostModel(machine(arguments)))
+    page, trace = plan.report(arguments.out or Path("report.html"), title=arguments.module.partition(":")[2], seconds=arguments.seconds)
+    return f"wrote {page} and {trace}: open the one in a browser, the other in ui.perfetto.dev"
+
+
 def run_verify(arguments: argparse.Namespace) -> str:
     module, inputs, loss = load(arguments.module)
     plan = arguments.plan if arguments.plan is not None else chosen(arguments)[0]
@@ -147,6 +154,7 @@ COMMANDS = {
     "explain": run_explain,
     "why-not": run_why_not,
     "diff": run_diff,
+    "report": run_report,
     "verify": run_verify,
     "trace": run_trace,
     "calibrate": run_calibrate,
@@ -178,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--link-gbps", type=float, help="rate of every link in Gb/s; default: this version's guess for one host")
         command.add_argument("--plan", help="path or text of a plan; default: searched")
         command.add_argument("--out", type=Path, help="file to write")
+        command.add_argument("--seconds", type=float, default=10.0, help="report: for pricing alternatives")
         command.add_argument("--steps", type=int, default=3, help="verify: steps of SGD")
     arguments = parser.parse_args(argv)
     try:

@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch_soap import _C
 from torch_soap.compare import Change, Context, price_change
 from torch_soap.constraints import Forbid, Pin
+
+if TYPE_CHECKING:
+    from torch_soap.trace import Event
 
 FORMAT = 2  # of the saved file; 1 had no "nodes"
 READABLE = (1, 2)
@@ -33,6 +36,7 @@ class Plan:
         predicted: step time in ns and its parts, memory in bytes per device; empty for a plan that nobody has priced.
         stats: seconds of capture and search, number of simulations.
         nodes: operators and parameters of the graph that it was made for.
+        measured: what was measured of it where it ran: "step_seconds", a list.
         context: what it was priced with, in the process that planned; None for a plan that was loaded or written until `bind`.
         exact: False only where the whole model is opaque and trains as DDP would.
     """
@@ -47,6 +51,7 @@ class Plan:
     explanation: str = ""
     source: str = ""  # the text that a person wrote, for errors that only lowering finds
     nodes: list[str] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
     context: Context | None = None
 
     @property
@@ -108,6 +113,22 @@ class Plan:
         from torch_soap.planner import resolved
 
         return resolved(self, self.known_context("resolve"), pin, forbid, simulations, seed)
+
+    def report(
+        self, path: str | Path, *, title: str = "", timeline: Sequence[Event] = (), step_seconds: Sequence[float] = (), seconds: float = 10.0
+    ) -> list[Path]:
+        """Writes one HTML file that needs no network, and beside it `<name>.trace.json` for Perfetto; returns both paths. Not collective.
+
+        Args:
+            title: of the page; default: the file's name.
+            timeline: a recorded step (`torch_soap.trace.measured_events`), shown under the simulated one.
+            step_seconds: of measured steps; default: `measured["step_seconds"]`.
+            seconds: for pricing alternatives, the most expensive operators first, and for pricing the seeds of a plan that was not searched. The page
+                says what was left out.
+        """
+        from torch_soap.report import write_report
+
+        return write_report(self, path, title=title, timeline=timeline, step_seconds=step_seconds, seconds=seconds)
 
     def to_json(self) -> str:
         return json.dumps(

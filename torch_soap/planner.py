@@ -14,6 +14,7 @@ from torch_soap.compare import Context
 from torch_soap.constraints import Forbid, Pin, constraints
 from torch_soap.grids import is_large, plan_grids
 from torch_soap.plan import Plan, make_plan
+from torch_soap.progress import SearchProgress
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.rewrite.substitution import Checker
 from torch_soap.runtime.comm import Comm
@@ -70,23 +71,33 @@ def search_plan(
     if memory_limit is not None:
         options.memory_limit_bytes = memory_limit
     rewriting = rewrite_options(captured, known if measuring else None) if rewrites else None
-    measured = simulations = 0
-    if measuring:  # these seeds' operators first, so that no search runs on guesses alone; what it finds is measured after it
-        for name, strategy in _C.seeds(graph, world):
-            if name in MEASURED_SEEDS:
-                measured += measure(cost, graph, captured, strategy, rows, comm, known)
     found: dict[str, Any] = {}
-    for turn in range(ROUNDS + STARTS):
-        found = searched(graph, rows, cost, options, comm, rewriting) if turn < ROUNDS else settled(graph, found, rows, cost, options, comm)
-        strategy = _C.parse_plan(graph, found["plan"], world)
-        simulations += found["simulations"]
-        fresh = measure(cost, graph, captured, strategy, rows, comm, known) if measuring else 0
-        measured += fresh
-        if not fresh:  # nothing of it was guessed
-            break
+    measured = 0
+    spent: dict[str, Any] = {"search_seconds": 0.0, "simulations": 0, "illegal_proposals": 0, "progress": []}
+    with SearchProgress(comm) as progress:
+        if measuring:  # these seeds' operators first, so that no search runs on guesses alone; what it finds is measured after it
+            progress.doing("measuring")
+            for name, strategy in _C.seeds(graph, world):
+                if name in MEASURED_SEEDS:
+                    measured += measure(cost, graph, captured, strategy, rows, comm, known, progress)
+        for turn in range(ROUNDS + STARTS):
+            if turn < ROUNDS:
+                found = searched(graph, rows, cost, options, comm, progress, found, rewriting)
+            else:
+                found = settled(graph, rows, cost, options, comm, progress, found)
+            add_to(spent, found)
+            strategy = _C.parse_plan(graph, found["plan"], world)
+            progress.doing("measuring")
+            fresh = measure(cost, graph, captured, strategy, rows, comm, known, progress) if measuring else 0
+            measured += fresh
+            if not fresh:  # nothing of it was guessed, or it was interrupted
+                break
+        interrupted = progress.agreed()
+        if interrupted:
+            progress.say_interrupted(spent["simulations"], found["step_ns"], found["chosen"])
     if measured:
         calibrate.save(world, known, host_of)
-    stats = {"seconds": time.perf_counter() - begin, "simulations": simulations, "illegal_proposals": found["illegal"], "measured_operators": measured}
+    stats = {"seconds": time.perf_counter() - begin, **spent, "chains": 1, "measured_operators": measured, "interrupted": interrupted}
     starts = found.get("starts") or [(found["chosen"], strategy)]
     return described(Context(graph, rows, cost, starts, memory_limit), strategy, stats, found)
 
@@ -98,6 +109,13 @@ def rewrite_options(captured: Graph, known: dict[str, Any] | None) -> _C.Rewrite
     spreads = [spread for name, (spread, _, _) in known["marks"].items() if name.startswith("operators/")] if known else []
     options.least_gain = max(LEAST_GAIN[known is not None], statistics.median(spreads) if spreads else 0.0)
     return options
+def add_to(spent: dict[str, Any], found: dict[str, Any]) -> None:
+    """One more search: its figures are added, its progress goes on where the last one's ended."""
+    before = spent["simulations"]
+    spent["search_seconds"] += found["seconds"]
+    spent["simulations"] += found["simulations"]
+    spent["illegal_proposals"] += found["illegal"]
+    spent["progress"] += [[before + simulations, step_ns, phase] for simulations, step_ns, phase in found["progress"]]
 
 
 def described(context: Context, strategy: _C.Strategy, stats: dict[str, Any], found: dict[str, Any]) -> Plan:
@@ -156,21 +174,28 @@ def resolved(plan: Plan, context: Context, pin: Pin | None, forbid: Forbid | Non
     if context.memory_limit is not None:
         options.memory_limit_bytes = context.memory_limit
     options.starts = [(n, s) for n, s in [("before", plan.strategy), *context.starts] if n == "before" or s != plan.strategy]
-    found = searched(context.graph, context.rows, context.cost, options, None, no_rewrites())
-    stats = {"seconds": time.perf_counter() - begin, "simulations": found["simulations"], "illegal_proposals": found["illegal"], "measured_operators": 0}
+    spent: dict[str, Any] = {"search_seconds": 0.0, "simulations": 0, "illegal_proposals": 0, "progress": []}
+    with SearchProgress(None) as progress:
+        found = searched(context.graph, context.rows, context.cost, options, None, progress)
+        if progress.interrupted:
+            progress.say_interrupted(found["simulations"], found["step_ns"], found["chosen"])
+    add_to(spent, found)
+    stats = {"seconds": time.perf_counter() - begin, **spent, "chains": 1, "measured_operators": 0, "interrupted": progress.interrupted}
     strategy = _C.parse_plan(context.graph, found["plan"], plan.world_size)
     # The next one begins from here and from all that was known: what a constraint ruled out may come back.
     starts = [*found["starts"], *context.starts][: 2 * STARTS]
     return described(Context(context.graph, context.rows, context.cost, starts, context.memory_limit), strategy, stats, found)
 
 
-def settled(graph: _C.OpGraph, found: dict[str, Any], rows: list[int], cost: _C.CostModel, options: _C.SearchOptions, comm: Comm | None) -> dict[str, Any]:
+def settled(
+    graph: _C.OpGraph, rows: list[int], cost: _C.CostModel, options: _C.SearchOptions, comm: Comm | None, progress: SearchProgress, found: dict[str, Any]
+) -> dict[str, Any]:
     """What `searched` found, priced again now that its operators are measured, beside all that it beat: a guess may have won."""
     options.descent_simulations = options.mcmc_simulations = 0
     if "starts" in found:  # rank 0
         names = {name for name, _ in found["starts"]}
         options.starts = [*found["starts"], *((name, strategy) for name, strategy in _C.seeds(graph, len(rows)) if name not in names)]
-    return {**searched(graph, rows, cost, options, comm, no_rewrites()), "rewrites": found.get("rewrites", [])}
+    return {**searched(graph, rows, cost, options, comm, progress, found), "rewrites": found.get("rewrites", [])}
 
 
 def no_rewrites() -> _C.RewriteOptions:
@@ -180,38 +205,79 @@ def no_rewrites() -> _C.RewriteOptions:
     return options
 
 
-def measure(cost: _C.CostModel, graph: _C.OpGraph, captured: Graph, strategy: _C.Strategy, rows: list[int], comm: Comm | None, known: dict[str, Any]) -> int:
-    """Times a strategy's operators on all ranks at once."""
+def measure(
+    cost: _C.CostModel,
+    graph: _C.OpGraph,
+    captured: Graph,
+    strategy: _C.Strategy,
+    rows: list[int],
+    comm: Comm | None,
+    known: dict[str, Any],
+    progress: SearchProgress | None = None,
+) -> int:
+    """Times a strategy's operators on all ranks at once; nothing once a rank was interrupted."""
     try:
         program = _C.lower(graph, strategy, rows)
     except ValueError:  # a seed that this model doesn't allow
         return 0
-    calibrate.barrier(comm)
+    if progress is None:
+        calibrate.barrier(comm)
+    elif progress.agreed():
+        return 0
     return calibrate.measure_operators(cost, program, captured, comm, known)
 
 
 def searched(
-    graph: _C.OpGraph, rows: list[int], cost: _C.CostModel, options: _C.SearchOptions, comm: Comm | None, rewriting: _C.RewriteOptions | None
+    graph: _C.OpGraph,
+    rows: list[int],
+    cost: _C.CostModel,
+    options: _C.SearchOptions,
+    comm: Comm | None,
+    progress: SearchProgress,
+    before: dict[str, Any] | None = None,
+    rewriting: _C.RewriteOptions | None = None,
 ) -> dict[str, Any]:
-    """Rank 0 searches; everyone gets the best strategy, the table of candidates and the counts."""
+    """Rank 0 searches; everyone gets the best strategy, the table of candidates and the counts.
+
+    Args:
+        before: what an earlier search found. Where this one is interrupted the better of the two is taken, at today's prices.
+        rewriting: how graph rewrites are tried; default: not at all.
+    """
     found: dict[str, Any] = {}
     if comm is None or comm.rank == 0:
-        with_rewrites = _C.search_with_rewrites(graph, rows, cost, options, rewriting or no_rewrites())
+        begin = time.perf_counter()
+        with_rewrites = _C.search_with_rewrites(graph, rows, cost, options, rewriting or no_rewrites(), progress)
         result = with_rewrites.search
         best = result.candidates[result.best]
+        candidates, simulations, illegal = list(result.candidates), result.simulations, result.illegal
+        if result.interrupted and before:
+            two = _C.SearchOptions()
+            two.memory_limit_bytes, two.constraints, two.starts = (
+                options.memory_limit_bytes,
+                options.constraints,
+                [*before["starts"][:1], (best.name, best.strategy)],
+            )
+            two.descent_simulations = two.mcmc_simulations = 0
+            again = _C.search_with_rewrites(graph, rows, cost, two, no_rewrites()).search
+            best = again.candidates[again.best]
+            candidates.append(again.candidates[0])
+            simulations, illegal = simulations + again.simulations, illegal + again.illegal
         found = {
             "plan": _C.print_plan(graph, best.strategy),
             "chosen": best.name,
-            "seeds": {c.name: {"step_time_ns": c.step_ns, "memory_bytes": c.memory_bytes} for c in result.candidates},
-            "table": _C.candidates_table(result.candidates),
-            "simulations": result.simulations,
-            "illegal": result.illegal,
+            "step_ns": best.step_ns,
+            "seeds": {c.name: {"step_time_ns": c.step_ns, "memory_bytes": c.memory_bytes, "fits": c.fits} for c in candidates},
+            "table": _C.candidates_table(candidates),
+            "simulations": simulations,
+            "illegal": illegal,
+            "seconds": time.perf_counter() - begin,
+            "progress": [(p.simulations, p.best_ns, p.phase) for p in result.progress],
             "rewrites": [{"rewrites": [str(r) for r in u.rewrites], "gain_ns": u.gain_ns} for u in with_rewrites.used],
-            "without_rewrites_ns": min((c.step_ns for c in result.candidates if c.step_ns >= 0 and c.fits and not c.strategy.rewrites), default=-1),
+            "without_rewrites_ns": min((c.step_ns for c in candidates if c.step_ns >= 0 and c.fits and not c.strategy.rewrites), default=-1),
         }
     everywhere = found if comm is None else dict(comm.gather_objects(found)[0])
     if found:  # only where the search was: they are as large as the plan, each
-        legal = sorted((c for c in result.candidates if c.step_ns >= 0), key=lambda c: (not c.fits, c.step_ns))
+        legal = sorted((c for c in candidates if c.step_ns >= 0), key=lambda c: (not c.fits, c.step_ns))
         everywhere["starts"] = [(c.name, c.strategy) for c in starts_of(legal)]
     return everywhere
 

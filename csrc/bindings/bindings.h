@@ -7,6 +7,7 @@
 
 #include "fmt/format.h"
 #include "program/project.h"
+#include "search/progress.h"
 
 // Long lists stay in C++: Python gets a view of them, and an object for each element that it asks for, not for all of them at each access.
 PYBIND11_MAKE_OPAQUE(std::vector<soap::Node>)
@@ -39,6 +40,10 @@ void bind_list(pybind11::module_& m, const char* name) {
           py::arg("index"), py::return_value_policy::reference_internal)
       .def("__iter__", [](std::vector<T>& list) { return py::make_iterator(list.begin(), list.end()); }, py::keep_alive<0, 1>());
 }
+
+// Lets Python handle its signals and look at the progress, at most every so many milliseconds: a search simulates thousands of times in a second.
+// `tell` must outlive the observer, which holds no reference: it is copied without the GIL.
+Observer observer_of(const pybind11::object& tell, int every_ms);
 
 void bind_base(pybind11::module_& m);
 void bind_graph(pybind11::module_& m);

@@ -2,7 +2,10 @@
 
 #include <pybind11/stl.h>
 
+#include <chrono>
+
 #include "bindings/bindings.h"
+#include "report/describe.h"
 #include "report/explain.h"
 #include "search/grid_search.h"
 #include "search/manual.h"
@@ -12,6 +15,18 @@
 namespace py = pybind11;
 
 namespace soap {
+
+Observer observer_of(const py::object& tell, int every_ms) {
+  using Clock = std::chrono::steady_clock;
+  return [&tell, every = std::chrono::milliseconds(every_ms), last = Clock::time_point{}](const Progress& progress) mutable {
+    const Clock::time_point now = Clock::now();
+    if (now - last < every) return true;
+    last = now;
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    return tell.is_none() || tell(progress).cast<bool>();
+  };
+}
 
 void bind_search(py::module_& m) {
   py::class_<Event>(m, "Event")
@@ -104,13 +119,42 @@ void bind_search(py::module_& m) {
       .def_readonly("step_ns", &Candidate::step_ns)
       .def_readonly("memory_bytes", &Candidate::memory_bytes)
       .def_readonly("fits", &Candidate::fits);
+  py::class_<Progress>(m, "Progress")
+      .def_readonly("phase", &Progress::phase)
+      .def_readonly("simulations", &Progress::simulations)
+      .def_readonly("budget", &Progress::budget)
+      .def_readonly("best_ns", &Progress::best_ns);
   py::class_<SearchResult>(m, "SearchResult")
       .def_readonly("candidates", &SearchResult::candidates)
       .def_readonly("best", &SearchResult::best)
       .def_readonly("simulations", &SearchResult::simulations)
-      .def_readonly("illegal", &SearchResult::illegal);
+      .def_readonly("illegal", &SearchResult::illegal)
+      .def_readonly("progress", &SearchResult::progress)
+      .def_readonly("interrupted", &SearchResult::interrupted);
   m.def("seeds", &seeds, py::arg("graph"), py::arg("world_size"));
-  m.def("search", &search, py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "search",
+      [](const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options, const py::object& observer, int every_ms) {
+        const py::gil_scoped_release without_gil;
+        return search(graph, rows, cost, options, observer_of(observer, every_ms));
+      },
+      py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options"), py::arg("observer") = py::none(), py::arg("every_ms") = 50,
+      "The best strategy found. observer(Progress) -> bool is asked now and then; False: end with the best so far.");
+  py::class_<NodeDescription>(m, "NodeDescription", "What a node does on which devices.")
+      .def_readonly("samples", &NodeDescription::samples)
+      .def_readonly("attributes", &NodeDescription::attributes)
+      .def_readonly("parameters", &NodeDescription::parameters)
+      .def_readonly("chunks", &NodeDescription::chunks)
+      .def_readonly("replicas", &NodeDescription::replicas)
+      .def_readonly("devices", &NodeDescription::devices)
+      .def_readonly("cuts", &NodeDescription::cuts)
+      .def_readonly("result_bytes", &NodeDescription::result_bytes);
+  py::class_<MemoryPoint>(m, "MemoryPoint").def_readonly("time_ns", &MemoryPoint::time_ns).def_property_readonly("bytes", [](const MemoryPoint& p) {
+    return std::vector<int64_t>(p.bytes.begin(), p.bytes.end());
+  });
+  m.def("describe", &describe, py::arg("program"), py::arg("node"));
+  m.def("memory_over_time", &memory_over_time, py::arg("program"), py::arg("simulation"), py::arg("most_points"),
+        "Per device: stored, tiles, copies, gradients and moving bytes over a recorded step.");
   m.def("explain", &explain, py::arg("program"), py::arg("simulation"));
   m.def("explain_recompute", &explain_recompute, py::arg("graph"), py::arg("strategy"), py::arg("rows"), py::arg("cost"), py::arg("memory_limit_bytes"));
   m.def("usual_regions", &usual_regions, py::arg("graph"));

@@ -39,8 +39,15 @@ void bind_rewrite_search(py::module_& m) {
       .def_readonly("used", &RewriteSearchResult::used)
       .def_readonly("refused", &RewriteSearchResult::refused)
       .def_readonly("priced", &RewriteSearchResult::priced);
-  m.def("search_with_rewrites", &search_with_rewrites, py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options"), py::arg("rewriting"),
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "search_with_rewrites",
+      [](const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options, const RewriteOptions& rewriting,
+         const py::object& observer, int every_ms) {
+        const py::gil_scoped_release without_gil;
+        return search_with_rewrites(graph, rows, cost, options, rewriting, observer_of(observer, every_ms));
+      },
+      py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options"), py::arg("rewriting"), py::arg("observer") = py::none(), py::arg("every_ms") = 50,
+      "The best strategy found on the graph and on what rewrites make of it. observer: see search.");
 }
 
 }  // namespace soap

@@ -1,11 +1,10 @@
 #include "report/explain.h"
 
 #include <algorithm>
-#include <map>
-#include <set>
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "report/describe.h"
 #include "sharding/region.h"
 
 namespace soap {
@@ -25,24 +24,13 @@ std::string explain(const Program& p, const Simulation& sim) {
                                 "time us", "moved bytes", "cuts");
   for (const Node& n : p.graph.nodes) {
     if (n.kind != NodeKind::kOp) continue;
+    const NodeDescription at = describe(p, n.id);
     const Tiling& t = p.tilings[n.id];
-    std::map<char, int> degree{{'S', 1}, {'A', 1}, {'P', 1}};
-    std::string cuts;
-    for (const FactorParts& c : t.cuts) {
-      const Factor& f = p.rules[n.id].factors[c.factor];
-      const bool sample = p.fed[n.id].factor == c.factor;
-      const char letter = sample ? 'S' : f.kind == FactorKind::kSample ? 'S' : f.kind == FactorKind::kAttribute ? 'A' : 'P';
-      degree[letter] *= c.tiles();
-      if (c.tiles() * c.chunks() == 1) continue;
-      cuts += fmt::format("{}{}={}", cuts.empty() ? "" : " ", f.name, c.tiles());
-      if (c.chunks() > 1) cuts += fmt::format("x{}t", c.chunks());
-    }
-    const std::set<int> devices(t.devices.begin(), t.devices.end());
     std::string list = fmt::format("{}", fmt::join(t.devices, ","));  // in the order of tiles
-    if (list.size() > 14) list = fmt::format("{} devices", devices.size());
-    out += fmt::format("{:<{}} {:>3} {:>3} {:>3} {:>3} {:>6}  {:<14} {:>10.1f} {:>12}  {}{}\n", n.name, width, degree['S'], devices.size(), degree['A'],
-                       degree['P'], t.chunks(), list, static_cast<double>(sim.node_ns[n.id]) / 1e3, sim.moved_bytes[n.id], cuts,
-                       t.replicas > 1 ? fmt::format("{}x{} alike", cuts.empty() ? "" : " ", t.replicas) : "");
+    if (list.size() > 14) list = fmt::format("{} devices", at.devices.size());
+    out += fmt::format("{:<{}} {:>3} {:>3} {:>3} {:>3} {:>6}  {:<14} {:>10.1f} {:>12}  {}{}\n", n.name, width, at.samples, at.devices.size(), at.attributes,
+                       at.parameters, at.chunks, list, static_cast<double>(sim.node_ns[n.id]) / 1e3, sim.moved_bytes[n.id], at.cuts,
+                       at.replicas > 1 ? fmt::format("{}x{} alike", at.cuts.empty() ? "" : " ", at.replicas) : "");
   }
   int64_t gradients = 0;
   for (const Node& n : p.graph.nodes) {

@@ -17,6 +17,7 @@ struct RewriteSearcher {
   const CostModel& cost;
   const SearchOptions& options;
   const RewriteOptions& rewriting;
+  const Observer& observer;
   RewriteSearchResult out;
   std::map<std::string, std::string> refusals;  // by signature
   int best = -1;
@@ -30,7 +31,7 @@ struct RewriteSearcher {
   // Searches on the graph after `rewrites`, whose strategies `starts` are for, and takes over what is found.
   void search_after(const std::vector<Rewrite>& rewrites, SearchOptions own) {
     for (auto& [name, strategy] : own.starts) strategy.rewrites.clear();
-    SearchResult found = rewrites.empty() ? search(graph, rows, cost, own) : search(rewritten(graph, rewrites), rows, cost, own);
+    SearchResult found = rewrites.empty() ? search(graph, rows, cost, own, observer) : search(rewritten(graph, rewrites), rows, cost, own, observer);
     const int first = static_cast<int>(out.search.candidates.size());
     for (Candidate& c : found.candidates) {
       c.strategy.rewrites = rewrites;
@@ -38,6 +39,11 @@ struct RewriteSearcher {
       out.search.candidates.push_back(std::move(c));
     }
     if (best < 0 || better(out.search.candidates[first + found.best], out.search.candidates[best])) best = first + found.best;
+    for (Progress& p : found.progress) {
+      p.simulations += out.search.simulations;
+      out.search.progress.push_back(std::move(p));
+    }
+    out.search.interrupted = out.search.interrupted || found.interrupted;
     out.search.simulations += found.simulations;
     out.search.illegal += found.illegal;
   }
@@ -148,7 +154,7 @@ struct RewriteSearcher {
     search_starts();
     Candidate current = out.search.candidates[best];
     bool improved = false;
-    for (int i = 0; i < rewriting.rounds && current.fits && improve(current); ++i) improved = true;
+    for (int i = 0; i < rewriting.rounds && !out.search.interrupted && current.fits && improve(current); ++i) improved = true;
     if (improved) {
       SearchOptions own = options;
       own.starts = {{"rewritten", current.strategy}};
@@ -162,8 +168,8 @@ struct RewriteSearcher {
 }  // namespace
 
 RewriteSearchResult search_with_rewrites(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options,
-                                         const RewriteOptions& rewriting) {
-  RewriteSearcher s{.graph = graph, .rows = rows, .cost = cost, .options = options, .rewriting = rewriting};
+                                         const RewriteOptions& rewriting, const Observer& observer) {
+  RewriteSearcher s{.graph = graph, .rows = rows, .cost = cost, .options = options, .rewriting = rewriting, .observer = observer};
   s.run();
   return std::move(s.out);
 }

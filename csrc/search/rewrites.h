@@ -33,7 +33,8 @@ struct RewriteSearchResult {
   int priced = 0;                    // groups
 };
 
+// `observer`: of each search (search/progress.h); interrupted, no rewrites are tried any more.
 RewriteSearchResult search_with_rewrites(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options,
-                                         const RewriteOptions& rewriting);
+                                         const RewriteOptions& rewriting, const Observer& observer = {});
 
 }  // namespace soap

@@ -16,7 +16,8 @@ namespace soap {
 namespace {
 
 constexpr int64_t kIllegal = -1;
-constexpr int kMemoryChecks = 32;       // of a walk
+constexpr int kMemoryChecks = 32;  // of a walk
+constexpr int kLayerWiseTries = 3;
 constexpr int64_t kChunkedWork = 1000;  // nodes x devices
 constexpr int64_t kRegionsWork = 200;   // nodes x devices
 constexpr int kRecomputed = 6;          // plans that are too large and tried with recomputation
@@ -26,6 +27,7 @@ struct Searcher {
   const FedRows& rows;
   const CostModel& cost;
   const SearchOptions& options;
+  ProgressWatch& watch;
   SearchResult result;
   std::mt19937_64 random;
   LayoutCache cache;
@@ -49,6 +51,8 @@ struct Searcher {
       ++result.illegal;
     }
     ++result.simulations;
+    watch.simulated();
+    if (c.step_ns != kIllegal && c.fits) watch.priced(c.step_ns);
     return c;
   }
 
@@ -86,6 +90,7 @@ struct Searcher {
   // The step time with these changes, which stay unless they aren't legal.
   std::optional<int64_t> attempt(DeltaSimulator& delta, const std::vector<Change>& changes) {
     ++result.simulations;
+    watch.simulated();
     try {
       const int64_t time = delta.change(changes);
       if (options.constraints.empty() || allowed(graph, delta.strategy(), rows, options.constraints)) return time;
@@ -104,7 +109,7 @@ struct Searcher {
       for (const Node* n : operators) {
         if (options.constraints.pinned(n->name)) continue;
         for (const auto& config : usual_configs(*n)) {
-          if (left-- <= 0) return best;
+          if (left-- <= 0 || watch.stopped()) return best;
           const auto it = best.strategy.nodes.find(n->name);
           if (config ? it != best.strategy.nodes.end() && it->second == *config : it == best.strategy.nodes.end()) continue;
           const std::optional<int64_t> time = attempt(delta, {{n->id, config}});
@@ -216,6 +221,7 @@ struct Searcher {
           since = 0;
         }
       }
+      if (watch.stopped()) break;
       if (i % interval == 0) settle();
     }
     settle();
@@ -225,7 +231,7 @@ struct Searcher {
   // The same walk where nothing fits yet: towards less memory, every step priced whole.
   Candidate shrink(Candidate best) {
     DeltaSimulator delta(cache, best.strategy, rows);
-    for (int i = 0; i < options.descent_simulations && !best.fits; ++i) {
+    for (int i = 0; i < options.descent_simulations && !best.fits && !watch.stopped(); ++i) {
       if (!attempt(delta, propose(delta.strategy()))) continue;
       Candidate c = price("mcmc", delta.strategy());
       if (better(c, best)) {
@@ -249,13 +255,14 @@ struct Searcher {
   // The optimum of the layer-wise cost. Its memory is an estimate: where the simulation needs more than the limit, once more with less.
   void add_layer_wise() {
     if (world() == 1 || world() > kLargestLayoutWorld) return;
+    watch.enter("optcnn");
     int64_t limit = memory_limit();
-    for (int attempt = 0; attempt < 3; ++attempt) {
+    for (int attempt = 0; attempt < kLayerWiseTries; ++attempt) {
       const LayerPlan plan = optimize_layers(graph, rows, cost, {.max_configurations = world() > 8 ? 16 : 32}, limit);
       Candidate c = price("optcnn", options.constraints.empty() ? plan.strategy : adapted(graph, plan.strategy, rows, options.constraints));
       const int64_t needed = c.memory_bytes;
       const bool done = c.step_ns == kIllegal || c.fits || !plan.fits;
-      if (done || attempt == 2) result.candidates.push_back(std::move(c));
+      if (done || attempt == kLayerWiseTries - 1) result.candidates.push_back(std::move(c));
       if (done) return;
       limit = static_cast<int64_t>(static_cast<double>(limit) * static_cast<double>(memory_limit()) / static_cast<double>(needed));
     }
@@ -263,12 +270,20 @@ struct Searcher {
 
   void run() {
     rank_operators();
-    for (const auto& [name, strategy] : options.starts.empty() ? seeds(graph, world()) : options.starts) {
+    const auto starts = options.starts.empty() ? seeds(graph, world()) : options.starts;
+    watch.set_budget(static_cast<int>(starts.size()) + kLayerWiseTries + 2 * options.descent_simulations + options.mcmc_simulations);
+    watch.enter("seeds");
+    bool any = false;  // that is legal and fits
+    for (const auto& [name, strategy] : starts) {
+      if (any && watch.stopped()) break;
       result.candidates.push_back(price(name, options.constraints.empty() ? strategy : adapted(graph, strategy, rows, options.constraints)));
+      any |= result.candidates.back().step_ns != kIllegal && result.candidates.back().fits;
     }
-    if (options.starts.empty()) add_layer_wise();
+    if (options.starts.empty() && !watch.stopped()) add_layer_wise();
     const auto pricing = [&](std::string name, const Strategy& s) { return price(std::move(name), s); };
-    for (Candidate& c : recomputed_candidates(graph, result.candidates, pricing, kRecomputed)) result.candidates.push_back(std::move(c));
+    if (!watch.stopped()) {
+      for (Candidate& c : recomputed_candidates(graph, result.candidates, pricing, kRecomputed)) result.candidates.push_back(std::move(c));
+    }
     const auto best_so_far = [&] {
       size_t best = 0;
       for (size_t i = 1; i < result.candidates.size(); ++i) {
@@ -283,7 +298,8 @@ struct Searcher {
     const auto walks = [&](const Candidate& c) {
       return !gathers_regions_again(c.strategy) || static_cast<int64_t>(graph.nodes.size()) * world() <= kRegionsWork;
     };
-    if (world() > 1) {
+    if (world() > 1 && !watch.stopped()) {
+      watch.enter("descent");
       std::vector<Candidate> starts{result.candidates[0]};
       if (best_so_far() != 0) starts.push_back(result.candidates[best_so_far()]);
       for (Candidate& s : starts) {
@@ -291,25 +307,36 @@ struct Searcher {
         Candidate found = descend(s);
         if (better(found, s)) result.candidates.push_back(std::move(found));
       }
+      watch.enter("mcmc");
       Candidate found = result.candidates[best_so_far()];
       if (!found.fits) found = shrink(std::move(found));
       if (found.fits && walks(found)) found = without_spare_regions(anneal(std::move(found)), pricing);
       if (better(found, result.candidates[best_so_far()])) result.candidates.push_back(std::move(found));
     }
     result.best = static_cast<int>(best_so_far());
+    result.progress = watch.points();
+    result.interrupted = watch.stopped();
     if (!result.candidates[result.best].fits) {
       user_error(
-          "[plan] nothing fits: the smallest plan found ({}) needs {} MiB on a device, the limit is {} MiB; give more devices, a smaller batch or a higher "
+          "[plan] {}: the smallest plan found ({}) needs {} MiB on a device, the limit is {} MiB; give more devices, a smaller batch or a higher "
           "memory_limit",
-          result.candidates[result.best].name, result.candidates[result.best].memory_bytes >> 20, memory_limit() >> 20);
+          result.interrupted ? "interrupted before anything was found that fits" : "nothing fits", result.candidates[result.best].name,
+          result.candidates[result.best].memory_bytes >> 20, memory_limit() >> 20);
     }
   }
 };
 
 }  // namespace
 
-SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options) {
-  Searcher s{.graph = graph, .rows = rows, .cost = cost, .options = options, .random = std::mt19937_64(options.seed), .cache = LayoutCache(graph, rows, cost)};
+SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options, Observer observer) {
+  ProgressWatch watch(std::move(observer));
+  Searcher s{.graph = graph,
+             .rows = rows,
+             .cost = cost,
+             .options = options,
+             .watch = watch,
+             .random = std::mt19937_64(options.seed),
+             .cache = LayoutCache(graph, rows, cost)};
   s.run();
   return std::move(s.result);
 }

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "search/constraints.h"
+#include "search/progress.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -49,10 +50,14 @@ struct SearchResult {
   std::vector<Candidate> candidates;  // seeds in order, then what was found; the best is `candidates[best]`
   int best = 0;
   int simulations = 0;
-  int illegal = 0;  // proposals that lowering refused
+  int illegal = 0;                 // proposals that lowering refused
+  std::vector<Progress> progress;  // where the best step time or the phase changed, and the end
+  bool interrupted = false;        // the observer ended the search
 };
 
 std::vector<std::pair<std::string, Strategy>> seeds(const OpGraph& graph, int world_size);
-SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options);
+// Throws std::invalid_argument when nothing fits or nothing keeps the constraints. Where the observer ends the search, seeds are still priced until one
+// fits, so that what comes back is a legal plan.
+SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options, Observer observer = {});
 
 }  // namespace soap

@@ -69,10 +69,10 @@ struct Sent {
 // How one tensor moves between two layouts.
 struct EdgeMove {
   Pattern pattern = Pattern::kLocal;
-  int ranks = -1;             // id of the participants
+  int ranks = -1;                                // id of the participants
   std::vector<std::pair<int, int64_t>> reduced;  // kAllReduce: (id of a group's ranks, bytes of an addend)
-  std::vector<Sent> sent;     // kExchange, by pair of devices
-  int64_t price_ns = 0;       // where it travels alone
+  std::vector<Sent> sent;                        // kExchange, by pair of devices
+  int64_t price_ns = 0;                          // where it travels alone
   // Distinct ends of all pieces, local ones too: (source coord, device), (destination coord, device).
   std::vector<std::pair<int, int>> from, to;
 };

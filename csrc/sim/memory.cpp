@@ -37,6 +37,8 @@ bool is_stretch(const Box& part, const Box& box) {
 struct Memory {
   const Program& p;
   const StepPieces& pieces;
+  std::vector<MemoryCurve>* curves = nullptr;                              // when asked for: changes by kind, [device][step]
+  Held kind = Held::kStored;                                               // of what is held from now on
   int end = 0, turn = 0;                                                   // number of steps; of those before the first of backward
   std::map<Key, int> compute, compute_back, fill, refill;                  // -> step
   std::map<Key, std::pair<int, int>> grad_fill;                            // (group, producer chunk) -> (step, item)
@@ -62,11 +64,15 @@ struct Memory {
     if (bytes == 0 || to < from) return;
     changes[device][from] += bytes;
     changes[device][to + 1] -= bytes;
+    if (!curves) return;
+    (*curves)[device][from][static_cast<size_t>(kind)] += bytes;
+    (*curves)[device][to + 1][static_cast<size_t>(kind)] -= bytes;
   }
 
   void index_steps() {
     end = static_cast<int>(p.steps.size());
     changes.assign(p.world_size, std::vector<int64_t>(end + 2));
+    if (curves) curves->assign(p.world_size, MemoryCurve(end + 2));
     turn = end;
     movements.assign(end + 1, 0);
     for (int s = 0; s < end; ++s) {
@@ -103,7 +109,10 @@ struct Memory {
       for (const Coord& c : p.tiles[t.id].coords) {
         for (int d : c.devices) {
           hold(d, bytes_of(c.box, t) * (trained ? 1 + kOptimizerCopies : 1), 0, end);
-          if (trained) hold(d, bytes_of(c.box, t), 0, p.interleaved ? end : turn - 1);  // the last step's gradient
+          if (!trained) continue;
+          kind = Held::kGradients;
+          hold(d, bytes_of(c.box, t), 0, p.interleaved ? end : turn - 1);  // the last step's gradient
+          kind = Held::kStored;
         }
       }
     }
@@ -202,6 +211,7 @@ struct Memory {
 
   // From the last node to the first, so that all readers of a tensor are known before it.
   void values() {
+    kind = Held::kTiles;
     std::map<Key, Life> lives;  // of copies
     for (const auto& [key, step] : fill) lives[key] = {std::max({step, at(forward_end, key), at(backward_end, key), at(leaf_end, key)}), at(again_end, key)};
     for (auto n = p.graph.nodes.rbegin(); n != p.graph.nodes.rend(); ++n) {
@@ -237,6 +247,7 @@ struct Memory {
         }
       }
     }
+    kind = Held::kCopies;
     for (const auto& [key, until] : lives) copies(key, until);
   }
 
@@ -280,6 +291,7 @@ struct Memory {
   }
 
   void gradients() {
+    kind = Held::kGradients;
     for (size_t g = 0; g < p.groups.size(); ++g) {
       const CopyGroup& group = p.groups[g];
       if (!group.grad) continue;
@@ -329,6 +341,7 @@ struct Memory {
 
   // What an exchange sends and receives, for the time that it takes; what arrives alone becomes its copy.
   void packed() {
+    kind = Held::kMoving;
     for (int s = 0; s < end; ++s) {
       for (size_t i = 0; i < pieces[s].size(); ++i) {
         const StepItem& item = p.steps[s].items[i];
@@ -345,6 +358,19 @@ struct Memory {
     }
   }
 };
+
+Memory filled(const Program& program, const StepPieces& pieces, std::vector<MemoryCurve>* curves) {
+  Memory m{.p = program, .pieces = pieces, .curves = curves};
+  m.index_steps();
+  m.stored();
+  m.find_views();
+  m.find_again();
+  m.readers();
+  m.values();
+  m.gradients();
+  m.packed();
+  return m;
+}
 
 }  // namespace
 
@@ -363,15 +389,7 @@ StepPieces step_pieces(const Program& p) {
 }
 
 std::vector<int64_t> peak_memory(const Program& program, const StepPieces& pieces) {
-  Memory m{.p = program, .pieces = pieces};
-  m.index_steps();
-  m.stored();
-  m.find_views();
-  m.find_again();
-  m.readers();
-  m.values();
-  m.gradients();
-  m.packed();
+  const Memory m = filled(program, pieces, nullptr);
   std::vector<int64_t> peaks;
   for (const auto& changes : m.changes) {
     int64_t now = 0, peak = 0;
@@ -379,6 +397,18 @@ std::vector<int64_t> peak_memory(const Program& program, const StepPieces& piece
     peaks.push_back(peak);
   }
   return peaks;
+}
+
+std::vector<MemoryCurve> memory_curves(const Program& program, const StepPieces& pieces) {
+  std::vector<MemoryCurve> curves;
+  filled(program, pieces, &curves);
+  for (MemoryCurve& curve : curves) {
+    for (size_t s = 1; s < curve.size(); ++s) {
+      for (int k = 0; k < kHeldKinds; ++k) curve[s][k] += curve[s - 1][k];
+    }
+    curve.pop_back();
+  }
+  return curves;
 }
 
 }  // namespace soap

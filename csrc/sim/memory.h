@@ -17,6 +17,7 @@
 // Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs isn't counted.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -36,5 +37,12 @@ StepPieces step_pieces(const Program& program);
 
 // Bytes per device.
 std::vector<int64_t> peak_memory(const Program& program, const StepPieces& pieces);
+
+// The terms of `held`; kept parts count as stored, what a movement packs as moving.
+enum class Held { kStored, kTiles, kCopies, kGradients, kMoving };
+constexpr int kHeldKinds = 5;
+// Bytes per device and step (the last is the update), by kind; the sum's peak is `peak_memory`.
+using MemoryCurve = std::vector<std::array<int64_t, kHeldKinds>>;
+std::vector<MemoryCurve> memory_curves(const Program& program, const StepPieces& pieces);
 
 }  // namespace soap

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import torch, torch_soap
 from torch_soap import _C
+from torch_soap.report.page import FOLDER, SCRIPTS
+assert all((FOLDER / name).is_file() for name in [*SCRIPTS, "template.html", "style.css"]), list(FOLDER.iterdir())
 assert "site" in torch_soap.__file__, torch_soap.__file__
 report = torch_soap.verify(torch.nn.Linear(4, 4), torch.randn(4, 4), "/linear o=2", world_size=2)
 assert report.ok, report

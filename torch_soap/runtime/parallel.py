@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,6 +66,7 @@ class Parallel:
         self.header = Header(comm)
         self.label = ""  # which of the models that this process parallelized: the same on all ranks
         self.calls = 0
+        self.capture_seconds = 0.0  # the last capture's
         self.deferred = Deferred(self.parameters)
         self.known = ParameterWatch()
         self.replicas, self.gradients, self.hooks, self.attributes = ReplicaWatch(), GradientWatch(), HookWatch(), AttributeWatch(module)
@@ -90,7 +92,9 @@ class Parallel:
                 with read, torch.compiler.set_stance("force_eager"):
                     return capture(twin, args, kwargs, train=self.module.training, loss=self.loss, sample_dims=self.sample_dims, check=not on_meta)
 
+            begin = time.perf_counter()
             captured = self.together(make, input_tensors(args, kwargs))
+            self.capture_seconds = time.perf_counter() - begin
             for p in twin.parameters():
                 p.grad = None
                 p.data = torch.empty_like(p.data)
@@ -156,6 +160,8 @@ class Parallel:
         op_graph = to_op_graph(graph)
         if self.plan is None:
             self.plan = self.planner(op_graph, graph, list(rows))
+            if self.plan.stats:
+                self.plan.stats.setdefault("capture_seconds", self.capture_seconds)
             Checker(graph).check(op_graph, self.plan.strategy.rewrites)
             self.planned = {n.name for n in _C.rewritten(op_graph, self.plan.strategy.rewrites).nodes}
             self.plan.exact = captured.exact
