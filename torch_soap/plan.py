@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch_soap import _C
 from torch_soap.compare import Change, Context, price_change
 from torch_soap.constraints import Forbid, Pin
+
+if TYPE_CHECKING:
+    from torch_soap.health import Health
 
 FORMAT = 2  # of the saved file; 1 had no "nodes"
 READABLE = (1, 2)
@@ -48,6 +51,7 @@ class Plan:
     source: str = ""  # the text that a person wrote, for errors that only lowering finds
     nodes: list[str] = field(default_factory=list)
     context: Context | None = None
+    monitor: Any = field(default=None, repr=False, compare=False)  # weak reference to the Parallel that trains on it
 
     @property
     def world_size(self) -> int:
@@ -104,6 +108,20 @@ class Plan:
         from torch_soap.planner import resolved
 
         return resolved(self, self.known_context("resolve"), pin, forbid, simulations, seed)
+
+    def health(self) -> Health:
+        """What training has measured so far against what was predicted: `print(model.plan.health())`. Collective.
+
+        Raises:
+            ValueError: nothing was predicted (a loaded or written plan), or too few steps have run.
+        """
+        from torch_soap.health import health_of
+
+        parallel = self.monitor() if self.monitor is not None else None
+        if parallel is None:
+            raise ValueError("[health] no model trains on this plan in this process")
+        self.known_context("health")
+        return health_of(self, parallel)
 
     def to_json(self) -> str:
         return json.dumps(

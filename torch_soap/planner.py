@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch_soap import _C, calibrate
@@ -11,6 +11,7 @@ from torch_soap.capture import capture
 from torch_soap.capture.graph import Graph
 from torch_soap.compare import Context
 from torch_soap.constraints import Forbid, Pin, constraints
+from torch_soap.measuring import known_error
 from torch_soap.plan import Plan, make_plan
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
@@ -19,6 +20,7 @@ from torch_soap.verify import as_arguments, even_rows
 MEASURED_SEEDS = ("ddp", "zero-3", "megatron", "owt")
 ROUNDS = 2  # searches; after each, what its best candidate needs is measured
 STARTS = 8  # candidates that a plan remembers
+SAME = 1e-3  # plans whose predictions are closer than this, relative, are of one kind
 
 
 def graph_for(module: Any, example_inputs: Any, loss: Callable[..., Any] | None, world_size: int) -> tuple[_C.OpGraph, Graph, list[int]]:
@@ -79,8 +81,19 @@ def search_plan(
     if measured:
         calibrate.save(world, known, host_of)
     stats = {"seconds": time.perf_counter() - begin, "simulations": simulations, "illegal_proposals": found["illegal"], "measured_operators": measured}
+    stats["lead"] = found["lead"]
+    if measuring:
+        error = known_error(known)
+        stats["known_error"] = error if comm is None else comm.gather_objects(error)[0]
     starts = found.get("starts") or [(found["chosen"], strategy)]
     return described(Context(graph, rows, cost, starts, memory_limit), strategy, stats, found)
+
+
+def lead(candidates: Sequence[tuple[str, int]]) -> float:
+    """By how much the best candidate is predicted to be faster than the next of another kind, relative. `candidates`: name and step in ns of those that fit."""
+    ordered = sorted(ns for _, ns in candidates)
+    others = [ns for ns in ordered if ns > ordered[0] * (1 + SAME)] if ordered else []
+    return others[0] / max(ordered[0], 1) - 1 if others else float("inf")
 
 
 def described(context: Context, strategy: _C.Strategy, stats: dict[str, Any], found: dict[str, Any]) -> Plan:
@@ -158,6 +171,7 @@ def searched(graph: _C.OpGraph, rows: list[int], cost: _C.CostModel, options: _C
             "table": _C.candidates_table(result.candidates),
             "simulations": result.simulations,
             "illegal": result.illegal,
+            "lead": lead([(c.name, c.step_ns) for c in result.candidates if c.step_ns >= 0 and c.fits]),
         }
     everywhere = found if comm is None else dict(comm.gather_objects(found)[0])
     if found:  # only where the search was: they are as large as the plan, each

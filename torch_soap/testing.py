@@ -38,6 +38,12 @@ def random_plan_of(captured: Captured, world_size: int, seed: int, rows: Sequenc
     graph = to_op_graph(captured.instantiate(captured._signature_of(inputs)))
     total = next((t.shape[d] for t, d in zip(inputs, captured.batch_dims, strict=True) if d is not None), world_size)
     parts = list(rows) if rows is not None else even_rows(total, world_size)
+    return make_plan(graph, random_strategy(graph, parts, seed))
+
+
+def random_strategy(graph: _C.OpGraph, rows: Sequence[int], seed: int) -> _C.Strategy:
+    """A legal strategy of a graph for these rows of each process."""
+    world_size = len(rows)
     rng = random.Random(seed)
     strategy = _C.Strategy(world_size)
     strategy.bucket_bytes = rng.choice([1, 64, 1024, 25 << 20])
@@ -51,8 +57,8 @@ def random_plan_of(captured: Captured, world_size: int, seed: int, rows: Sequenc
             draw(graph, node, strategy, rng, random_config)
         elif node.kind == _C.NodeKind.param and rng.random() >= stay:
             draw(graph, node, strategy, rng, random_storage)
-    settle(graph, strategy, parts, rng)
-    return make_plan(graph, strategy)
+    settle(graph, strategy, rows, rng)
+    return strategy
 
 
 def draw(graph: _C.OpGraph, node: _C.Node, strategy: _C.Strategy, rng: random.Random, how: Callable[..., _C.OpConfig]) -> None:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "sim/layout_cache.h"
+#include "sim/shared_timeline.h"
 
 namespace soap {
 
@@ -106,7 +107,8 @@ class DeltaSimulator {
   const OpGraph& graph_;
   Strategy strategy_;
   FedRows rows_;
-  bool overlap_;
+  bool overlap_, shared_;
+  SharedTimeline timeline_;
   size_t devices_;
   std::vector<NodeState> nodes_;
   std::vector<TensorState> tensors_;
