@@ -1,6 +1,6 @@
 """Predicted against run step times: every model under a dozen plans or more, on two and four ranks, on one host and on two with 1 Gb/s between them.
 
-python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--resume] [--rounds 2] [--steps 3]
+python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--resume] [--rounds 2] [--steps 2]
 
 Each (model, ranks, network) is one launch of processes, which writes one file of rows under out/fidelity/; `--resume` keeps the files that
 are there. The table and all rows go to benchmarks/results/fidelity.{md,json}.
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def sweep(models: list[str], ranks: list[int], networks: list[str], rounds: int,
             result = done.results[0] or {"failed": done.output[-3000:]}
         except NoHosts as error:
             result = {"failed": str(error)}
-        except TimeoutError as error:
+        except subprocess.TimeoutExpired as error:
             result = {"failed": f"{error}"}
         path.write_text(json.dumps({"model": model, "ranks": world, "network": network, "revision": revision(), **result}) + "\n")
 
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="keep the launches that have run")
     options = parser.parse_args()
     sweep(options.models.split(","), [int(n) for n in options.ranks.split(",")], options.networks.split(","), options.rounds, options.steps, options.resume)

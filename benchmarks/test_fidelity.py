@@ -15,8 +15,14 @@ from benchmarks.fidelity_models import MODELS
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    fidelity.sweep(list(MODELS), list(fidelity.RANKS), list(fidelity.NETWORKS), rounds=2, steps=3, resume=True)
+    fidelity.sweep(list(MODELS), list(fidelity.RANKS), list(fidelity.NETWORKS), rounds=2, steps=2, resume=True)
     return fidelity.read_rows()
+
+
+def test_kendall_tau() -> None:
+    """By hand: of six pairs one is the other way round, and one is a tie in the prediction."""
+    assert fidelity.kendall_tau([1.0, 2.0, 3.0], [5.0, 6.0, 7.0]) == pytest.approx(1.0)
+    assert fidelity.kendall_tau([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 4.0, 3.0]) == pytest.approx((4 - 1) / (5 * 6) ** 0.5)
 
 
 def test_plans_train_alike(rows: list[dict[str, Any]]) -> None:

@@ -389,6 +389,7 @@ class Machine:
     name: str
     op_overhead_ns: float
     overlap: bool
+    segment_overhead_ns: float
     speed: list[float]
     step_overhead_ns: float
     tables: dict[str, list[tuple[int, int]]]

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import socket
+import statistics
 import time
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfer, execute
 
-SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)  # of movements, bytes
+SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20)  # of parameters, bytes
 FORMAT = 3  # of the cache
 
@@ -108,7 +109,7 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
     machine.update = measure_update(comm, known)
     if comm is not None and world_size > 1:
         machine.busy_speed = measure_sharing(machine, comm, known)
-        machine.step_overhead_ns = measure_step(comm, known)
+        machine.step_overhead_ns, machine.segment_overhead_ns = measure_step(comm, known)
         measure_movements(machine, comm, known)
     return machine
 
@@ -137,9 +138,10 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
         a, x, clock = torch.randn(256, 256), torch.randn(1 << 20), own_clock()
 
         def work() -> None:
-            for _ in range(8):
-                a @ a
-                torch.add(x, 1.0)
+            for _ in range(4):
+                for _ in range(4):
+                    a @ a
+                x.add_(1.0)
 
         walls, own = [], 0
         for num_busy in range(1, machine.host_of.count(machine.host_of[0]) + 1):
@@ -158,19 +160,27 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
     return list(known["busy_speed"])
 
 
-def measure_step(comm: Comm, known: dict[str, Any]) -> float:
-    """A step of a model that computes nothing: the agreement of ranks, Python around it."""
+def measure_step(comm: Comm, known: dict[str, Any]) -> tuple[float, float]:
+    """A step of a model that computes nothing, and one segment of it: the agreement of ranks, Python around it."""
     if "step_overhead" not in known:
         from torch_soap.api import parallelize
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, x = torch.nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+            model: Any = nn.Linear(1, 1, bias=False)
+            x = torch.ones(1, 1)
             parallelize(model, (x,), plan="* n=fed")
             taken = calmest(lambda: slowest(comm, timed(lambda: model(x).sum().backward(), 2 * REPEATS)))
-        known["step_overhead"] = taken.ns
+            engine, kinds = next(iter(model._soap.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
+            engine.trace = []
+            for _ in range(10):
+                model(x).sum().backward()
+            segments = [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
+        segment = max(v[0] for v in comm.gather_ints([int(statistics.median(segments))]))
+        known["step_overhead"] = [taken.ns, segment]
         mark(known, "step_overhead", taken)
-    return float(known["step_overhead"])
+    step, segment = known["step_overhead"]
+    return float(step), float(segment)
 
 
 def slowest(comm: Comm, mine: Timing) -> Timing:
@@ -212,16 +222,15 @@ def group_layouts(host_of: Sequence[int]) -> dict[tuple[int, int], list[list[int
 
 
 def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
-    """A movement as the engine makes it, packing and unpacking too: an exchange in which every rank sends `size` bytes in all, each peer another part of a
-    tensor, or an all-reduce of a tensor of `size` bytes. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
-    if not ranks:
-        return slowest(comm, Timing(0, 0.0))
-    source = torch.zeros(max(size // 4, len(ranks)))
+    """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
+    `size` bytes in all, each peer another part of a tensor, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody
+    has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
+    source, a = torch.zeros(max(size // 4, len(ranks))), torch.randn(256, 256)
     moves, results = [], []
     if kind == "all_reduce":
         whole = list(source.shape)
         moves, results = [PlannedMove(-1, False, 0, 1, [], [], whole, source.numel())], [(1, whole)]
-    else:
+    elif ranks:
         others = [r for r in ranks if r != comm.rank]
         part = source.numel() // len(others)
         for i, peer in enumerate(others):
@@ -231,30 +240,52 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
         results = [(1, [part * len(others)])]
     transfer = PlannedTransfer(kind == "all_reduce", False, kind == "all_reduce", source.dtype, ranks, moves, results, _C.Reduce.sum)
     step = PlannedStep(ranks if kind == "exchange" else [], [transfer])
-    return slowest(comm, timed(lambda: execute(step, comm, lambda value, dtype: source), 2 * REPEATS - 1))
+    cycles = 10 if size <= 256 << 10 else 3
+
+    def loop(moving: bool) -> float:
+        barrier(comm)
+        begin = time.perf_counter_ns()
+        for _ in range(cycles if ranks else 0):
+            for _ in range(3):
+                a @ a
+            if moving:
+                execute(step, comm, lambda value, dtype: source)
+        return (time.perf_counter_ns() - begin) / cycles
+
+    loop(True)
+    together, alone = [loop(True) for _ in range(REPEATS)], [loop(False) for _ in range(REPEATS)]
+    mine = [int(statistics.median(together)), int(max(together) - min(together)), int(statistics.median(alone))]
+    total, spread, computing = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
+    return Timing(max(total - computing, 1), spread / max(total, 1))
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
-    """Times what the program needs and the cost model lacks, the same list in the same order on every rank. Returns how many."""
-    count = 0
+    """Times what the program needs and the cost model lacks, the same list in the same order on every rank; the mean over ranks counts. Returns how many."""
+    fresh: list[tuple[_C.OpSample, list[int]]] = []
     for sample in cost.missing(program):
         if sample.key in known["operators"]:
             forward, backward = known["operators"][sample.key]
             cost.measure(program, sample, forward, backward)
             continue
-        if count >= limit:
+        if len(fresh) >= limit:
             break
         if any(len(part) == 0 for part in _C.compute_item(program, sample.node, sample.tile, sample.chunk).sets):
             cost.measure(program, sample, 0, 0)  # nothing to compute: the engine fills in the identity
             continue
-        count += 1
         timings = time_operator(program, graph, sample)
-        own, with_backward = harness()
-        forward, backward = max(timings[0].ns - own.ns, 0), max(timings[1].ns - timings[0].ns - with_backward.ns + own.ns, 0)
-        known["operators"][sample.key] = [forward, backward]
+        own, with_backward = harness() if timings[1] is not timings[0] else (NOTHING, NOTHING)  # what has no backward is called by itself
+        fresh.append((sample, [max(timings[0].ns - own.ns, 0), max(timings[1].ns - timings[0].ns - with_backward.ns + own.ns, 0)]))
         mark(known, f"operators/{sample.key}", *timings)
+    mine = [taken for _, taken in fresh]
+    everyone = [mine] if comm is None or not fresh else comm.gather_objects(mine)
+    for (sample, _), taken in zip(fresh, zip(*everyone, strict=True), strict=True):
+        forward, backward = (int(statistics.mean(way)) for way in zip(*taken, strict=True))
+        known["operators"][sample.key] = [forward, backward]
         cost.measure(program, sample, forward, backward)
-    return count
+    return len(fresh)
+
+
+NOTHING = Timing(0, 0.0)
 
 
 @functools.cache

@@ -140,7 +140,10 @@ def measured_parts(parallel: Parallel) -> list[tuple[dict[int, int], dict[int, i
     """Of each sample on this rank: forward by program node; program step -> ns of movements; of backward segments (by instruction)."""
     kinds = _C.InstructionKind
     out = []
+    latest: Any = parallel.meter.samples[-1][0] if parallel.meter.samples else None
     for engine, sample in parallel.meter.samples:
+        if engine is not latest:  # other shapes
+            continue
         moves, backward, forward = {}, {}, {}
         for position, ns in sample.instructions.items():
             instruction = engine.instructions[position]

@@ -10,7 +10,7 @@ from typing import Any
 from torch_soap import _C
 
 FORMAT = 2
-ADDED: dict[str, Any] = {"step_overhead_ns": 0.0, "busy_speed": [], "update": []}  # what files of format 1 lack
+ADDED: dict[str, Any] = {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": []}  # what files of format 1 lack
 
 
 class Machine(_C.Machine):
@@ -133,6 +133,7 @@ FIELDS: dict[str, Reader] = {
     "memory_bytes": INTEGER,
     "overlap": FLAG,
     "step_overhead_ns": NUMBER,
+    "segment_overhead_ns": NUMBER,
     "busy_speed": array(NUMBER),
     "update": array(point),
     "intra": link,

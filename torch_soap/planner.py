@@ -44,10 +44,12 @@ def search_plan(
     pin: Pin | None = None,
     forbid: Forbid | None = None,
     seed: int = 0,
+    simulations: int | None = None,
 ) -> Plan:
     """The fastest plan found, by simulation on this machine (measured now, with all ranks) or on the one given (roofline).
 
-    Collective when `comm` is given. `predicted`, `stats` and the explanation of the plan are filled in.
+    Collective when `comm` is given. `simulations`: of descent and of random proposals each; default: by the graph's size.
+    `predicted`, `stats` and the explanation of the plan are filled in.
     """
     world = len(rows)
     begin = time.perf_counter()
@@ -61,10 +63,11 @@ def search_plan(
     options.seed = seed
     options.constraints = constraints(graph, pin, forbid, world)
     num_operators = sum(n.kind == _C.NodeKind.op for n in graph.nodes)
-    options.descent_simulations = options.mcmc_simulations = max(200, min(4000, 600_000 // max(num_operators, 1)))
+    budget = simulations if simulations is not None else max(200, min(4000, 600_000 // max(num_operators, 1)))
+    options.descent_simulations = options.mcmc_simulations = budget
     if memory_limit is not None:
         options.memory_limit_bytes = memory_limit
-    measured = simulations = 0
+    measured = simulated = 0
     if measuring:  # these seeds' operators first, so that no search runs on guesses alone; what it finds is measured after it
         for name, strategy in _C.seeds(graph, world):
             if name in MEASURED_SEEDS:
@@ -73,14 +76,14 @@ def search_plan(
     for turn in range(ROUNDS + STARTS):
         found = searched(graph, rows, cost, options, comm) if turn < ROUNDS else settled(graph, found, rows, cost, options, comm)
         strategy = _C.parse_plan(graph, found["plan"], world)
-        simulations += found["simulations"]
+        simulated += found["simulations"]
         fresh = measure(cost, graph, captured, strategy, rows, comm, known) if measuring else 0
         measured += fresh
         if not fresh:  # nothing of it was guessed
             break
     if measured:
         calibrate.save(world, known, host_of)
-    stats = {"seconds": time.perf_counter() - begin, "simulations": simulations, "illegal_proposals": found["illegal"], "measured_operators": measured}
+    stats = {"seconds": time.perf_counter() - begin, "simulations": simulated, "illegal_proposals": found["illegal"], "measured_operators": measured}
     stats["lead"] = found["lead"]
     if measuring:
         error = known_error(known)

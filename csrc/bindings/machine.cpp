@@ -34,6 +34,7 @@ void bind_machine(py::module_& m) {
       .def_readwrite("memory_bytes", &Machine::memory_bytes)
       .def_readwrite("overlap", &Machine::overlap)
       .def_readwrite("step_overhead_ns", &Machine::step_overhead_ns)
+      .def_readwrite("segment_overhead_ns", &Machine::segment_overhead_ns)
       .def_readwrite("busy_speed", &Machine::busy_speed)
       .def_readwrite("update", &Machine::update)
       .def_readwrite("intra", &Machine::intra)

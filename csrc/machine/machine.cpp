@@ -73,6 +73,7 @@ void check(const Machine& m) {
     if (link->per_host < 0) user_error("[machine] {}.per_host is {}, it must be 0 (one for each device) or their number", field, link->per_host);
   }
   not_negative("step_overhead_ns", m.step_overhead_ns);
+  not_negative("segment_overhead_ns", m.segment_overhead_ns);
   for (size_t k = 0; k < m.busy_speed.size(); ++k) positive(fmt::format("busy_speed[{}]", k), m.busy_speed[k]);
   if (m.overlap && !m.busy_speed.empty()) user_error("[machine] overlap and busy_speed don't go together: devices that share a host's cores don't overlap");
   const auto rising = [](std::string_view field, const SizeTable& table) {

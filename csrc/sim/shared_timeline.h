@@ -26,8 +26,11 @@ class SharedTimeline {
   explicit SharedTimeline(const Machine& machine) : machine_(machine), queues_(machine.host_of.size()) {}  // the machine must outlive it
   explicit SharedTimeline(Machine&&) = delete;
 
+  // The first computation after a movement calls a segment: Machine::segment_overhead_ns comes on top.
   void compute(int device, int64_t work_ns, int tag = -1) {
-    if (work_ns > 0) queues_[device].push_back({work_ns, -1, tag});
+    auto& queue = queues_[device];
+    const bool called = !queue.empty() && queue.back().move < 0;
+    if (work_ns > 0) queue.push_back({work_ns + (called ? 0 : static_cast<int64_t>(machine_.segment_overhead_ns)), -1, tag});
   }
   void move(const std::vector<int>& ranks, int64_t price_ns, int tag = -1);
   // When each device is done, of what was added since the last run. `spans`: what ran when, in the order of ends.

@@ -52,7 +52,7 @@ std::optional<OpConfig> random_config(const OpGraph& graph, const Node& node, Ra
 }
 
 // `changes` random changes, each compared with the full simulation; every fourth is taken back.
-void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed) {
+void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, bool shared = false) {
   const OpGraph graph = blocks();
   const FedRows rows{6, 6, 6, 6};
   Machine machine = make_machine(kWorld, 2);
@@ -61,6 +61,9 @@ void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed) {
   machine.intra = {300, 4e9};
   machine.inter = {900, 1e9, 1};
   machine.speed = {1, 0.5, 1, 1};
+  machine.step_overhead_ns = 250;
+  machine.segment_overhead_ns = 60;
+  if (shared) machine.busy_speed = {1.7, 1};
   const CostModel cost(machine);
   LayoutCache cache(graph, rows, cost);
   Strategy strategy{.world_size = kWorld, .bucket_bytes = bucket_bytes};
@@ -103,6 +106,9 @@ TEST(Delta, EqualsFullSimulation) {
 }
 TEST(Delta, EqualsFullSimulationWithOverlap) {
   compare(true, 25 << 20, 400, 2);
+}
+TEST(Delta, EqualsFullSimulationOnSharedCores) {
+  compare(false, 1000, 200, 5, true);
 }
 TEST(Delta, EqualsFullSimulationWithSmallBuckets) {
   compare(false, 1, 200, 3);

@@ -436,7 +436,8 @@ class RunProgram(torch.autograd.Function):
             incoming = {engine.names[n]: g / comm.world_size for n, g in zip(engine.returns, grads, strict=True) if g is not None}
             state.deferred = accumulates
             engine.backward(state, incoming, retain_graph=keep)
-        ctx.parallel.meter.end_backward(engine, ctx.forward_ns, begin_ns)
+        if not accumulates:  # else gradients aren't reduced here
+            ctx.parallel.meter.end_backward(engine, ctx.forward_ns, begin_ns)
         reached = engine.nodes_before(used)
         if state.deferred and not accumulates:
             engine.reduce(state)
