@@ -155,7 +155,8 @@ def parallelize(
     def planner(graph: _C.OpGraph, captured: Graph, rows: list[int]) -> Plan:
         if plan is not None:
             return as_plan(plan, graph, world)
-        return search_plan(graph, captured, rows, comm=comm, machine=machine, memory_limit=memory_limit)
+        with torch.random.fork_rng(devices=[]):  # what is measured draws its inputs
+            return search_plan(graph, captured, rows, comm=comm, machine=machine, memory_limit=memory_limit)
 
     parallel = Parallel(module, comm, loss=loss, planner=planner)
     if plan is None:

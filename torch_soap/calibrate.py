@@ -26,10 +26,12 @@ from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
 from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, timed
+from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfer, execute
+from torch_soap.runtime.parallel import Parallel
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20)  # of parameters, bytes
@@ -137,8 +139,8 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
         locals_ = [r for r, h in enumerate(machine.host_of) if h == machine.host_of[comm.rank]]
         a, x, clock = torch.randn(256, 256), torch.randn(1 << 20), own_clock()
 
-        def work() -> None:
-            for _ in range(4):
+        def work() -> None:  # long against what ranks come late to a barrier, and take turns on a core
+            for _ in range(20):
                 for _ in range(4):
                     a @ a
                 x.add_(1.0)
@@ -146,13 +148,15 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
         walls, own = [], 0
         for num_busy in range(1, machine.host_of.count(machine.host_of[0]) + 1):
             samples = []
-            for _ in range(2 * REPEATS):
+            for _ in range(REPEATS):
                 barrier(comm)
                 begin, begin_own = time.perf_counter_ns(), clock()
                 if locals_.index(comm.rank) < num_busy:
                     work()
-                    samples.append((time.perf_counter_ns() - begin, clock() - begin_own))
-            everyone = [s for s in comm.gather_ints([min(v) for v in zip(*samples, strict=True)]) if s]
+                taken = clock() - begin_own
+                barrier(comm)  # all have done theirs
+                samples.append((time.perf_counter_ns() - begin, taken))
+            everyone = comm.gather_ints([min(v) for v in zip(*samples, strict=True)])
             walls.append(max(wall for wall, _ in everyone))
             own = max(taken for _, taken in everyone)  # the last round's: all at work
         known["busy_speed"] = [round(own / wall, 3) for wall in walls]
@@ -163,24 +167,26 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
 def measure_step(comm: Comm, known: dict[str, Any]) -> tuple[float, float]:
     """A step of a model that computes nothing, and one segment of it: the agreement of ranks, Python around it."""
     if "step_overhead" not in known:
-        from torch_soap.api import parallelize
+        x = torch.ones(1, 1)
+        model = Parallel(nn.Linear(1, 1, bias=False), comm, loss=None, planner=lambda graph, _, rows: as_plan("* n=fed", graph, len(rows)))
 
+        def one_step() -> None:
+            model.call((x,), {}).sum().backward()
+
+        model.label = "calibration"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: Any = nn.Linear(1, 1, bias=False)
-            x = torch.ones(1, 1)
-            parallelize(model, (x,), plan="* n=fed")
-            taken = calmest(lambda: slowest(comm, timed(lambda: model(x).sum().backward(), 2 * REPEATS)))
-            engine, kinds = next(iter(model._soap.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
+            taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS)))
+            engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
             engine.trace = []
             for _ in range(10):
-                model(x).sum().backward()
+                one_step()
             segments = [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
         segment = max(v[0] for v in comm.gather_ints([int(statistics.median(segments))]))
         known["step_overhead"] = [taken.ns, segment]
         mark(known, "step_overhead", taken)
-    step, segment = known["step_overhead"]
-    return float(step), float(segment)
+    of_step, of_segment = known["step_overhead"]
+    return float(of_step), float(of_segment)
 
 
 def slowest(comm: Comm, mine: Timing) -> Timing:

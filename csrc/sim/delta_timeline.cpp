@@ -16,7 +16,7 @@ void DeltaSimulator::compute(NodeState& state, const Slot& slot) {
   const int64_t* spent = slot.spent->data();
   int64_t* clock = compute_clock_.data();
   if (shared_) {
-    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), spent[d]);
+    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), spent[d], -1, state.fragment->ops[slot.op].differentiable);
     return;
   }
   if (!overlap_) {

@@ -14,7 +14,7 @@ constexpr double kSame = 1 + 1e-12;  // ends that are equal but for rounding com
 }  // namespace
 
 void SharedTimeline::move(const std::vector<int>& ranks, int64_t price_ns, int tag) {
-  for (int r : ranks) queues_[r].push_back({0, static_cast<int>(moves_.size()), tag});
+  for (int r : ranks) queues_[r].push_back({.move = static_cast<int>(moves_.size()), .tag = tag});
   moves_.push_back({.num_ranks = ranks.size(), .price_ns = price_ns});
 }
 

@@ -26,11 +26,13 @@ class SharedTimeline {
   explicit SharedTimeline(const Machine& machine) : machine_(machine), queues_(machine.host_of.size()) {}  // the machine must outlive it
   explicit SharedTimeline(Machine&&) = delete;
 
-  // The first computation after a movement calls a segment: Machine::segment_overhead_ns comes on top.
-  void compute(int device, int64_t work_ns, int tag = -1) {
+  // Where it begins a segment (the first after a movement, or the first with or without a backward: program/project.h) the call comes on top,
+  // Machine::segment_overhead_ns.
+  void compute(int device, int64_t work_ns, int tag = -1, bool differentiable = true) {
     auto& queue = queues_[device];
-    const bool called = !queue.empty() && queue.back().move < 0;
-    if (work_ns > 0) queue.push_back({work_ns + (called ? 0 : static_cast<int64_t>(machine_.segment_overhead_ns)), -1, tag});
+    const bool joins = !queue.empty() && queue.back().move < 0 && queue.back().differentiable == differentiable;
+    const int64_t call_ns = joins ? 0 : static_cast<int64_t>(machine_.segment_overhead_ns);
+    if (work_ns > 0) queue.push_back({.work_ns = work_ns + call_ns, .tag = tag, .differentiable = differentiable});
   }
   void move(const std::vector<int>& ranks, int64_t price_ns, int tag = -1);
   // When each device is done, of what was added since the last run. `spans`: what ran when, in the order of ends.
@@ -41,6 +43,7 @@ class SharedTimeline {
     int64_t work_ns = 0;
     int move = -1;  // index in moves_
     int tag = -1;
+    bool differentiable = true;
   };
   struct Move {
     size_t num_ranks = 0, arrived = 0;

@@ -90,7 +90,7 @@ struct Simulator {
     }
     out.node_ns[node] += *std::max_element(spent.begin(), spent.end());
     if (shared) {
-      for (size_t d = 0; d < devices(); ++d) timeline.compute(static_cast<int>(d), spent[d], s);
+      for (size_t d = 0; d < devices(); ++d) timeline.compute(static_cast<int>(d), spent[d], s, p.differentiable[node] != 0);
       return;
     }
     const std::vector<int64_t> begin = ready(backward, node, chunk);

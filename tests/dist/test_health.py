@@ -24,21 +24,21 @@ def test_all_ranks_are_told_the_same(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_wrong_operator_family_is_named(ranks: list[dict[str, Any]]) -> None:
-    """Three times too fast in the figures: the first suspect, and it takes longer than predicted."""
-    name, ratio = ranks[0]["health"]["matmul"][0]
-    assert name == "matmul" and ratio > 1.5
+    """Three times too fast in the figures: the one suspect; backward is attributed, so not three to the point."""
+    (suspect,) = ranks[0]["health"]["matmul"]
+    assert suspect[0] == "matmul" and suspect[1] == pytest.approx(3, rel=0.4)
 
 
 def test_a_wrong_link_is_named(ranks: list[dict[str, Any]]) -> None:
     """Four times too slow in the figures."""
-    suspects = dict(ranks[0]["health"]["links"])
-    assert suspects["all_reduce of 2 ranks within a host"] < 1 / 1.5
+    (suspect,) = ranks[0]["health"]["links"]
+    assert suspect[0] == "all_reduce of 2 ranks within a host" and suspect[1] == pytest.approx(1 / 4, rel=0.1)
 
 
 def test_training_goes_on_under_the_new_plan(ranks: list[dict[str, Any]]) -> None:
     """Parameters, and AdamW's state, move: losses are those of one process."""
     mean = [(a + b) / 2 for a, b in zip(*(r["health"]["losses"] for r in ranks), strict=True)]
-    assert "store=d0" in ranks[0]["health"]["after"] or "store=shard" in ranks[0]["health"]["after"]
+    assert ranks[0]["health"]["after"].startswith("param:0.weight  d0=2\n")
     assert mean == pytest.approx(ranks[0]["health"]["reference"], rel=1e-4)
 
 
