@@ -28,6 +28,7 @@ from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import TorchComm
 from torch_soap.runtime.engine import Engine
 from torch_soap.runtime.meter import FIRST_SAMPLE
+from torch_soap.runtime.replan import replan
 from torch_soap.testing import random_strategy
 
 FEWEST_RANDOM, FEWEST_PLANS, MOST_PLANS = 3, 12, 14
@@ -159,7 +160,7 @@ def main(name: str, rounds: int, steps: int) -> None:
     for turn in range(rounds):
         for label, plan in plans.items():
             row = out[label]
-            parallel.replan(plan)
+            replan(parallel, plan)
             model.load_state_dict(whole)
             parallel.random.call, parallel.meter.count = 0, FIRST_SAMPLE  # no sampled step among the measured ones
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

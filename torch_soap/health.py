@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch_soap import _C, calibrate
+from torch_soap.runtime.replan import replan
 
 if TYPE_CHECKING:
     from torch_soap.plan import Plan
@@ -118,7 +119,7 @@ class Health:
             parallel.plan.predicted, parallel.plan.context = plan.predicted, plan.context
             return parallel.plan
         states = [o.state_dict() for o in optimizers]
-        parallel.replan(plan)
+        replan(parallel, plan)
         parallel.pending_states = list(zip(optimizers, states, strict=True))
         return plan
 

@@ -17,8 +17,9 @@ from torch_soap.compare import Context
 from torch_soap.health import Health
 from torch_soap.plan import as_plan
 from torch_soap.planner import measure
+from torch_soap.runtime.replan import replan
 
-ROWS, WIDTH = 32, 512
+ROWS, WIDTH = 192, 512
 
 
 def mlp() -> nn.Module:
@@ -72,7 +73,7 @@ def healths(rank: int) -> dict[str, Any]:
     known = calibrate.nothing_known()
     measure(context.cost, context.graph, graph, plan.strategy, context.rows, model._soap.comm, known)
     plan.context = Context(context.graph, context.rows, context.cost)
-    model._soap.replan(plan)
+    replan(model._soap, plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = train(model, optimizer, batch, 5)
     right = model.plan.health()

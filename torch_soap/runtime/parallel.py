@@ -223,26 +223,6 @@ class Parallel:
         self.plan = plan
         plan.monitor = weakref.ref(self)
 
-    def replan(self, plan: Plan) -> None:
-        """From the next forward on the module runs another plan: its parameters are brought together here and cut anew there; gradients are
-        dropped. State of optimizers is laid out as the parameters were: gather it before (`state_dict`) and load it afterwards. Collective."""
-        for other in {id(p): p for r in self.family if (p := r()) is not None}.values():
-            with other.whole_parameters():
-                whole = {name: p.data for name, p in other.parameters()}
-            for name, parameter in other.parameters():
-                parameter.grad = None
-                # A loss that is still there keeps the node that adds to p.grad, and it the old shape: another type makes torch forget that node.
-                parameter.data = torch.empty(0, dtype=torch.float64 if parameter.dtype != torch.float64 else torch.float32)
-                parameter.data = whole[name]
-            other.engines.clear()
-            other.storage.clear()
-            other.boxes.clear()
-            other.owners.clear()
-            other.known.start(other.parameters())
-            other.meter = Meter()
-            other.plan = plan
-        self.adopt(plan)
-
     def materialise(self) -> None:
         """Gives parameters and buffers of the meta device memory for this rank's part only, unset until load_state_dict."""
         made: dict[int, nn.Parameter] = {}
