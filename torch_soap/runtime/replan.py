@@ -15,11 +15,11 @@ def replan(parallel: Parallel, plan: Plan) -> None:
     for other in {id(p): p for r in parallel.family if (p := r()) is not None}.values():
         with other.whole_parameters():
             whole = {name: p.data for name, p in other.parameters()}
-        for name, p in other.parameters():
-            p.grad = None
+        for name, parameter in other.parameters():
+            parameter.grad = None
             # A loss that is still there keeps the node that adds to p.grad, and it the old shape: another type makes torch forget that node.
-            p.data = torch.empty(0, dtype=torch.float64 if p.dtype != torch.float64 else torch.float32)
-            p.data = whole[name]
+            parameter.data = torch.empty(0, dtype=torch.float64 if parameter.dtype != torch.float64 else torch.float32)
+            parameter.data = whole[name]
         other.engines.clear()
         other.storage.clear()
         other.boxes.clear()
