@@ -79,11 +79,13 @@ void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
     if (m.pattern == Pattern::kLocal) continue;
     if (overlap_) wait_for_sources(kind, *g);
     if (m.pattern == Pattern::kAllReduce) {
-      const auto same = std::find_if(reduced_.begin(), reduced_.end(), [&](const auto& r) { return r.first == m.ranks; });
-      if (same == reduced_.end())
-        reduced_.emplace_back(m.ranks, m.reduced_bytes);
-      else
-        same->second += m.reduced_bytes;
+      for (const auto& [ranks, bytes] : m.reduced) {
+        const auto same = std::find_if(reduced_.begin(), reduced_.end(), [&](const auto& r) { return r.first == ranks; });
+        if (same == reduced_.end())
+          reduced_.emplace_back(ranks, bytes);
+        else
+          same->second += bytes;
+      }
       continue;
     }
     if (exchange < 0) {
@@ -106,7 +108,7 @@ void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
     arrivals_.resize(arrivals_.size() + devices_, 0);
     for (Group* g : groups) (kind == SlotKind::kFill ? g->filled : kind == SlotKind::kRefill ? g->refilled : g->gradient_filled) = arrival;
   }
-  if (groups.size() == 1) {
+  if (groups.size() == 1 && reduced_.size() < 2) {
     const EdgeMove& m = kind == SlotKind::kGradientFill ? *groups[0]->gradient_fill : *groups[0]->fill;
     transfer(m.ranks, m.price_ns);
     return;

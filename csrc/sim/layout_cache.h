@@ -69,7 +69,7 @@ struct Sent {
 struct EdgeMove {
   Pattern pattern = Pattern::kLocal;
   int ranks = -1;             // id of the participants
-  int64_t reduced_bytes = 0;  // kAllReduce
+  std::vector<std::pair<int, int64_t>> reduced;  // kAllReduce: (id of a group's ranks, bytes of an addend)
   std::vector<Sent> sent;     // kExchange, by pair of devices
   int64_t price_ns = 0;       // where it travels alone
   // Distinct ends of all pieces, local ones too: (source coord, device), (destination coord, device).
