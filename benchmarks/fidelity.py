@@ -1,6 +1,6 @@
 """Predicted against run step times: every model under a dozen plans or more, on two and four ranks, on one host and on two with 1 Gb/s between them.
 
-python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--resume] [--rounds 2] [--steps 2]
+python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--minutes 30] [--resume] [--rounds 2] [--steps 2]
 
 Each (model, ranks, network) is one launch of processes, which writes one file of rows under out/fidelity/; `--resume` keeps the files that
 are there. The table and all rows go to benchmarks/results/fidelity.{md,json}.
@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +31,26 @@ RESULTS = Path(__file__).parent / "results"
 ROWS = ROOT / "out" / "fidelity"
 NETWORKS = ("loopback", "1gbit")
 RANKS = (2, 4)
+LAUNCH_S = 300.0  # a launch that takes longer has failed
 BARS = {"mean error": 0.05, "p95": 0.10, "tau": 0.9, "regret": 0.02, "memory": 0.03}
 
 
 def launch(model: str, ranks: int, network: str, rounds: int, steps: int) -> Outcome:
     arguments = ("benchmarks.worker_fidelity", model, str(rounds), str(steps))
     if network == "loopback":
-        return torchrun(ranks, *arguments, timeout_s=900)
+        return torchrun(ranks, *arguments, timeout_s=LAUNCH_S)
     with two_hosts(network) as hosts:
-        return torchrun_on(hosts, ranks // 2, *arguments, timeout_s=900)
+        return torchrun_on(hosts, ranks // 2, *arguments, timeout_s=LAUNCH_S)
 
 
-def sweep(models: list[str], ranks: list[int], networks: list[str], rounds: int, steps: int, resume: bool) -> None:
+def sweep(models: list[str], ranks: list[int], networks: list[str], rounds: int, steps: int, resume: bool, minutes: float = float("inf")) -> None:
+    begin = time.monotonic()
     ROWS.mkdir(parents=True, exist_ok=True)
     every = list(itertools.product(networks, ranks, models))
     for network, world, model in tqdm(every, desc="launches", ncols=100):
         path = ROWS / f"{model}-{world}-{network}.json"
+        if time.monotonic() - begin > 60 * minutes:
+            break
         if resume and path.exists() and "failed" not in json.loads(path.read_text()):
             continue
         try:
@@ -87,7 +93,7 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
     errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     chosen = measured[predicted.index(min(predicted))]
     noise = [iqr(p["measured_ms"]) / m for p, m in zip(plans, measured, strict=True)]
-    memory = [abs(p / m - 1) for plan in plans for p, m in zip(plan["memory_bytes"], plan["measured_bytes"], strict=True) if m]
+    memory = [abs(p / m - 1) for plan in plans for p, m in zip(plan["memory_bytes"], plan.get("measured_bytes", []), strict=False) if m]
     return {
         "plans": len(plans),
         "mean error": statistics.mean(errors),
@@ -123,8 +129,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for r, f in measured:
         shown = " | ".join(f"{f[k]:.1%}" for k in ("mean error", "p95"))
+        memory = "-" if math.isnan(f["memory"]) else f"{f['memory']:.1%}"
         lines.append(
-            f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['regret']:.1%} | {f['memory']:.1%} | "
+            f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['regret']:.1%} | {memory} | "
             f"{f['bias']:.2f} | {f['noise']:.1%} |"
         )
     lines += [
@@ -154,9 +161,18 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no launch after so many")
     parser.add_argument("--resume", action="store_true", help="keep the launches that have run")
     options = parser.parse_args()
-    sweep(options.models.split(","), [int(n) for n in options.ranks.split(",")], options.networks.split(","), options.rounds, options.steps, options.resume)
+    sweep(
+        options.models.split(","),
+        [int(n) for n in options.ranks.split(",")],
+        options.networks.split(","),
+        options.rounds,
+        options.steps,
+        options.resume,
+        options.minutes,
+    )
     print("\n".join(write(read_rows())))
 
 

@@ -157,6 +157,9 @@ class OneProcess:
         self.predicted: dict[str, Any] = {}
         self.stats: dict[str, Any] = {}
 
+    def health(self) -> Health:
+        raise ValueError("[health] one process: the module's own forward runs, nothing was predicted")
+
     def explain(self) -> str:
         return "one process: the module's own forward runs, nothing is planned"
 
