@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kWorld = 4;
 
-// Two blocks with a shared weight, a residual, a coupling operator (softmax) and a sum: every kind of edge that time knows.
+// Two blocks with a shared weight, a residual, a coupling operator (softmax), a sum, and an operator without a backward in each: every kind of edge that
+// time knows.
 OpGraph blocks() {
   OpGraph g;
   const TensorId x = source(g, NodeKind::kFeed, "in:0", {24, 12}, false, 0);
@@ -24,7 +25,10 @@ OpGraph blocks() {
     const TensorId down = linear(g, name + ".down", act, 12);
     const TensorId tied = op(g, name + ".tied", "linear", {down, shared}, {"input", "weight"}, {24, 12});
     const TensorId sum = op(g, name + ".sum", "add", {h, tied}, {"self", "other"}, {24, 12}, "pointwise");
-    h = op(g, name + ".softmax", "softmax", {sum}, {"self"}, {24, 12}, "", {{"dim", int64_t{1}}});
+    const TensorId scale = op(g, name + ".scale", "relu", {x}, {"self"}, {24, 12}, "pointwise");
+    g.tensors[scale].requires_grad = false;
+    const TensorId scaled = op(g, name + ".scaled", "mul", {sum, scale}, {"self", "other"}, {24, 12}, "pointwise");
+    h = op(g, name + ".softmax", "softmax", {scaled}, {"self"}, {24, 12}, "", {{"dim", int64_t{1}}});
   }
   add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {h}, .operand_names = {"value"}, .sample_dim = 0});
   return g;
