@@ -107,6 +107,8 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
 
 
 def iqr(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
     low, _, high = statistics.quantiles(values, n=4)
     return high - low
 
