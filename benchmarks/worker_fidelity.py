@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import torch_soap
 from benchmarks.fidelity_models import MODELS, Case
@@ -34,6 +35,7 @@ from torch_soap.testing import random_strategy
 FEWEST_RANDOM, FEWEST_PLANS, MOST_PLANS = 3, 12, 14
 FIRST = ("found", "ddp", "one device", "zero-1", "zero-3", "megatron", "owt", "1f1b", "gpipe")  # where there are more than MOST_PLANS
 SIMULATIONS = 300  # of the search: a plan that is nearly the best is enough here
+FRESH = 128 << 10
 WARM_UP = 1  # steps after each change of plan
 
 
@@ -53,6 +55,25 @@ def plans_of(graph: _C.OpGraph, found: torch_soap.Plan, rows: list[int]) -> dict
     out = {name: out[name] for name in names[: MOST_PLANS - FEWEST_RANDOM]}
     num_random = max(FEWEST_RANDOM, FEWEST_PLANS - len(out))
     return out | {f"random {seed}": _C.print_plan(graph, random_strategy(graph, rows, seed)) for seed in range(num_random)}
+
+
+class PeakBytes(LiveBytes):
+    """Adds up only once there are FRESH new bytes: a large model has thousands of storages at each of thousands of operators."""
+
+    fresh = 0
+
+    def see(self, tensors: list[torch.Tensor]) -> None:
+        if self.paused:
+            return
+        for t in tensors:
+            storage = t.untyped_storage()
+            known = self.live.get(storage._cdata)
+            if known is None or known.expired():
+                self.live[storage._cdata] = StorageWeakRef(storage)
+                self.fresh += storage.nbytes()
+        if self.fresh >= FRESH:
+            self.fresh = 0
+            super().see([])
 
 
 class LeanComm(TorchComm):
@@ -86,7 +107,7 @@ def peak_bytes(parallel: Any, engine: Engine, graph: Graph, batch: tuple[torch.T
     comm = LeanComm()
     comm.groups, comm.joined, engine.comm = parallel.comm.groups, parallel.comm.joined, comm
     share = 1.0 / comm.world_size
-    with LiveBytes([*stored.values(), *feeds.values(), *old]) as live:
+    with PeakBytes([*stored.values(), *feeds.values(), *old]) as live:
         comm.live = live
         seeds = {engine.names[n]: torch.full(engine.shapes[engine.value_of_return[n]], share) for n in engine.returns if engine.return_wants_grad(n)}
         state = engine.forward(feeds, stored, grad=True, random=parallel.random, seeds=seeds if engine.program.interleaved else None)
