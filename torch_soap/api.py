@@ -27,6 +27,7 @@ from torch_soap.runtime.copies import parallel_copy, plain_copy
 from torch_soap.runtime.header import agree
 from torch_soap.runtime.optimizers import Registry
 from torch_soap.runtime.parallel import Parallel
+from torch_soap.trial import steps_wanted, tried
 from torch_soap.verify import as_arguments
 
 
@@ -91,6 +92,7 @@ def parallelize(
     memory_limit: int | None = None,
     sample_dims: Sequence[int | None] | None = None,
     rewrites: bool = True,
+    trial_steps: int | None = None,
 ) -> nn.Module:
     """Trains `module` on all processes of the job with the results of one process on the concatenated batch.
 
@@ -107,6 +109,8 @@ def parallelize(
         sample_dims: of each input tensor the dim that holds the rows, None where it has none. Default: found by size and replay, dim 0
             where that fits; name them for inputs whose rows are in another dim (time first).
         rewrites: the search may rewrite the graph (docs/rewrites.md); a plan's own rewrites are used either way.
+        trial_steps: steps that each of the best plans found runs on the first batch, on copies, before the fastest of them stays; 0: none. Default: where
+            the simulator is known to be less certain than the best plan's lead (docs/search.md).
 
     Raises:
         ValueError: the plan's text is not legal for this module; nothing has been changed.
@@ -141,16 +145,26 @@ def parallelize(
     comm = TorchComm()
     if plan is not None and not isinstance(plan, Plan):
         plan = text_of(plan)
-    others = {"loss": getattr(loss, "__qualname__", type(loss).__name__), "sample_dims": sample_dims, "memory_limit": memory_limit, "rewrites": rewrites}
+    others = {
+        "loss": getattr(loss, "__qualname__", type(loss).__name__),
+        "sample_dims": sample_dims,
+        "memory_limit": memory_limit,
+        "rewrites": rewrites,
+        "trial_steps": trial_steps,
+    }
     same_module(comm, module, plan, {**others, "example_inputs": "none" if example_inputs is None else "given"})
     broadcast_state(comm, module)
 
     def planner(graph: _C.OpGraph, captured: Graph, rows: list[int]) -> Plan:
         if plan is not None:
             return as_plan(plan, graph, world)
-        return search_plan(graph, captured, rows, comm=comm, machine=machine, memory_limit=memory_limit, rewrites=rewrites)
+        with torch.random.fork_rng(devices=[]):  # what is measured draws its inputs
+            return search_plan(graph, captured, rows, comm=comm, machine=machine, memory_limit=memory_limit, rewrites=rewrites)
 
     parallel = Parallel(module, comm, loss=loss, planner=planner)
+    if plan is None:
+        parallel.trial = functools.partial(on_trial, parallel, trial_steps)
+    parallel.search = functools.partial(search_plan, comm=comm, memory_limit=memory_limit)
     seeds = comm.gather_objects(parallel.random.seed)
     if any(s != seeds[0] for s in seeds):
         parallel.random.seed, parallel.random.torch_seed = seeds[0], None
@@ -161,6 +175,12 @@ def parallelize(
     parallel.refresh = functools.partial(broadcast_state, comm)
     attach(module, parallel)
     return module
+
+
+def on_trial(parallel: Parallel, asked: int | None, plan: Plan, graph: Graph, tensors: Sequence[torch.Tensor], stored: dict[str, torch.Tensor]) -> Plan:
+    steps = steps_wanted(plan, asked)
+    meta = any(t.is_meta for t in stored.values())
+    return tried(parallel, plan, graph, tensors, stored, steps) if steps > 0 and not meta else plan
 
 
 def attach(module: nn.Module, parallel: Parallel) -> None:

@@ -6,28 +6,36 @@ that changes them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import platform
 import socket
+import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx, nn
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
-from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, timed
+from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, timed
+from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfer, execute
+from torch_soap.runtime.parallel import Parallel
 
-SIZES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
-FORMAT = 2  # of the cache
+SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
+UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20)  # of parameters, bytes
+FORMAT = 3  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -92,29 +100,108 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
         a, b = torch.randn(512, 512), torch.randn(512, 512)
         x = torch.randn(1 << 21)
         barrier(comm)
-        gemm, wave = calmest(lambda: timed(lambda: a @ b)), calmest(lambda: timed(lambda: torch.add(x, 1.0)))
-        small = calmest(lambda: timed(lambda: [torch.add(a[0], 1.0) for _ in range(20)]))
+        clock = own_clock()
+        gemm, wave = calmest(lambda: timed(lambda: a @ b, clock=clock)), calmest(lambda: timed(lambda: torch.add(x, 1.0), clock=clock))
+        small = calmest(lambda: timed(lambda: [torch.add(a[0], 1.0) for _ in range(20)], clock=clock))
         rates = [2 * 512**3 / gemm.ns * 1e9, 2 * x.numel() * 4 / wave.ns * 1e9, small.ns // 20 * 2.0]
         known["rates"] = rates
         mark(known, "rates", gemm, wave, small)
     machine.flops_per_s, machine.memory_bytes_per_s, machine.op_overhead_ns = rates
     machine.efficiency = known.get("efficiency", {})
+    machine.update = measure_update(comm, known)
     if comm is not None and world_size > 1:
+        machine.busy_speed = measure_sharing(machine, comm, known)
+        machine.step_overhead_ns, machine.segment_overhead_ns = measure_step(comm, known)
         measure_movements(machine, comm, known)
     return machine
 
 
+def measure_update(comm: Comm | None, known: dict[str, Any]) -> list[tuple[int, int]]:
+    """AdamW's step for one parameter, by its bytes; parameters, gradients and state don't stay in the cache from step to step."""
+    if "update" not in known:
+        timings = []
+        barrier(comm)
+        for size in UPDATES:
+            parameters = [torch.zeros(size // 4, requires_grad=True) for _ in range(max(8, (8 << 20) // size))]
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer = torch.optim.AdamW(parameters)
+            taken = calmest(lambda o=optimizer: timed(o.step, clock=own_clock()))  # type: ignore[misc]
+            timings.append(Timing(taken.ns // len(parameters), taken.spread))
+        known["update"] = [[size, t.ns] for size, t in zip(UPDATES, timings, strict=True)]
+        mark(known, "update", *timings)
+    return [(size, ns) for size, ns in known["update"]]
+
+
+def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> list[float]:
+    """How fast a rank computes while k of its host's ranks do, in times of its own clock with all at work (`Machine.busy_speed`)."""
+    if "busy_speed" not in known:
+        locals_ = [r for r, h in enumerate(machine.host_of) if h == machine.host_of[comm.rank]]
+        a, x, clock = torch.randn(256, 256), torch.randn(1 << 20), own_clock()
+
+        def work() -> None:  # long against what ranks come late to a barrier, and take turns on a core
+            for _ in range(20):
+                for _ in range(4):
+                    a @ a
+                x.add_(1.0)
+
+        walls, own = [], 0
+        for num_busy in range(1, machine.host_of.count(machine.host_of[0]) + 1):
+            samples = []
+            for _ in range(REPEATS):
+                barrier(comm)
+                begin, begin_own = time.perf_counter_ns(), clock()
+                if locals_.index(comm.rank) < num_busy:
+                    work()
+                taken = clock() - begin_own
+                barrier(comm)  # all have done theirs
+                samples.append((time.perf_counter_ns() - begin, taken))
+            everyone = comm.gather_ints([min(v) for v in zip(*samples, strict=True)])
+            walls.append(max(wall for wall, _ in everyone))
+            own = max(taken for _, taken in everyone)  # the last round's: all at work
+        known["busy_speed"] = [round(own / wall, 3) for wall in walls]
+        mark(known, "busy_speed")
+    return list(known["busy_speed"])
+
+
+def measure_step(comm: Comm, known: dict[str, Any]) -> tuple[float, float]:
+    """A step of a model that computes nothing, and one segment of it: the agreement of ranks, Python around it."""
+    if "step_overhead" not in known:
+        x = torch.ones(1, 1)
+        model = Parallel(nn.Linear(1, 1, bias=False), comm, loss=None, planner=lambda graph, _, rows: as_plan("* n=fed", graph, len(rows)))
+
+        def one_step() -> None:
+            model.call((x,), {}).sum().backward()
+
+        model.label = "calibration"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS)))
+            engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
+            engine.trace = []
+            for _ in range(10):
+                one_step()
+            segments = [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
+        segment = max(v[0] for v in comm.gather_ints([int(statistics.median(segments))]))
+        known["step_overhead"] = [taken.ns, segment]
+        mark(known, "step_overhead", taken)
+    of_step, of_segment = known["step_overhead"]
+    return float(of_step), float(of_segment)
+
+
+def slowest(comm: Comm, mine: Timing) -> Timing:
+    everyone = comm.gather_ints([mine.ns, int(mine.spread * 1000)])
+    return Timing(max(v[0] for v in everyone), max(v[1] for v in everyone) / 1000)
+
+
 def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> None:
-    """Exchange and all-reduce by size: over the world and, on several hosts, within each host, all hosts at once. Other sets of ranks are priced
-    by the nearest of these."""
-    hosts = [[r for r, h in enumerate(machine.host_of) if h == host] for host in sorted(set(machine.host_of))]
-    layouts = [(comm.world_size, len(hosts), list(range(comm.world_size)))]
-    local = hosts[machine.host_of[comm.rank]]
-    if len(hosts) > 1 and len(local) > 1 and all(len(h) == len(local) for h in hosts):
-        layouts.append((len(local), 1, local))
-        comm.join([tuple(local)])
+    """Exchange and all-reduce by size: over the world, in groups of a power of two within each host, and in such groups over hosts, all groups of a kind at
+    once. Other sets of ranks are priced by the nearest of these."""
     tables = dict(machine.tables)
-    for num_ranks, num_hosts, ranks in layouts:
+    layouts = group_layouts(machine.host_of)
+    comm.join({tuple(group) for groups in layouts.values() for group in groups})
+    for (num_ranks, num_hosts), groups in layouts.items():
+        ranks = next((g for g in groups if comm.rank in g), [])
         for kind in ("exchange", "all_reduce"):
             key = f"{kind}/{num_ranks}/{num_hosts}"
             if key not in known["tables"]:
@@ -125,37 +212,103 @@ def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) ->
     machine.tables = tables
 
 
+def group_layouts(host_of: Sequence[int]) -> dict[tuple[int, int], list[list[int]]]:
+    """(ranks of a group, hosts that it lies on) -> disjoint groups of that kind, as many as there is room for."""
+    hosts = [[r for r, h in enumerate(host_of) if h == host] for host in sorted(set(host_of))]
+    world = len(host_of)
+    layouts = {(world, len(hosts)): [list(range(world))]}
+    fewest = min(len(h) for h in hosts)
+    size = 2
+    while size <= fewest:
+        layouts.setdefault((size, 1), [h[i : i + size] for h in hosts for i in range(0, len(h) - size + 1, size)])
+        size *= 2
+    if len(hosts) > 1 and fewest > 1:  # a rank of each host
+        layouts.setdefault((len(hosts), len(hosts)), [[h[i] for h in hosts] for i in range(fewest)])
+    return layouts
+
+
 def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
-    """An exchange in which every rank sends `size` bytes in all, or an all-reduce of a tensor of `size` bytes. The slowest rank's, on all ranks."""
+    """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
+    `size` bytes in all, each peer another part of a tensor, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody
+    has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
+    source, a = torch.zeros(max(size // 4, len(ranks))), torch.randn(256, 256)
+    moves, results = [], []
     if kind == "all_reduce":
-        tensor = torch.zeros(size // 4)
-        mine = timed(lambda: comm.all_reduce(tensor, ranks, False))
-    else:
+        whole = list(source.shape)
+        moves, results = [PlannedMove(-1, False, 0, 1, [], [], whole, source.numel())], [(1, whole)]
+    elif ranks:
         others = [r for r in ranks if r != comm.rank]
-        part = torch.zeros(size // len(others), dtype=torch.uint8)
-        expected = {r: part.numel() for r in others}
-        mine = timed(lambda: comm.exchange(dict.fromkeys(others, part), expected, ranks))
-    everyone = comm.gather_ints([mine.ns, int(mine.spread * 1000)])
-    return Timing(max(v[0] for v in everyone), max(v[1] for v in everyone) / 1000)
+        part = source.numel() // len(others)
+        for i, peer in enumerate(others):
+            index = [(0, slice(i * part, (i + 1) * part))]
+            moves.append(PlannedMove(peer, True, 0, -1, index, [], [part], part))
+            moves.append(PlannedMove(peer, False, -1, 1, [], index, [part], part))
+        results = [(1, [part * len(others)])]
+    transfer = PlannedTransfer(kind == "all_reduce", False, kind == "all_reduce", source.dtype, ranks, moves, results, _C.Reduce.sum)
+    step = PlannedStep(ranks if kind == "exchange" else [], [transfer])
+    cycles = 10 if size <= 256 << 10 else 3
+
+    def loop(moving: bool) -> float:
+        barrier(comm)
+        begin = time.perf_counter_ns()
+        for _ in range(cycles if ranks else 0):
+            for _ in range(3):
+                a @ a
+            if moving:
+                execute(step, comm, lambda value, dtype: source)
+        return (time.perf_counter_ns() - begin) / cycles
+
+    loop(True)
+    together, alone = [loop(True) for _ in range(REPEATS)], [loop(False) for _ in range(REPEATS)]
+    mine = [int(statistics.median(together)), int(max(together) - min(together)), int(statistics.median(alone))]
+    total, spread, computing = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
+    return Timing(max(total - computing, 1), spread / max(total, 1))
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
-    """Times what the program needs and the cost model lacks, the same list in the same order on every rank. Returns how many."""
-    count = 0
+    """Times what the program needs and the cost model lacks, the same list in the same order on every rank; the mean over ranks counts. Returns how many."""
+    fresh: list[tuple[_C.OpSample, list[int]]] = []
     for sample in cost.missing(program):
         if sample.key in known["operators"]:
             forward, backward = known["operators"][sample.key]
             cost.measure(program, sample, forward, backward)
             continue
-        if count >= limit:
+        if len(fresh) >= limit:
             break
-        count += 1
+        if any(len(part) == 0 for part in _C.compute_item(program, sample.node, sample.tile, sample.chunk).sets):
+            cost.measure(program, sample, 0, 0)  # nothing to compute: the engine fills in the identity
+            continue
         timings = time_operator(program, graph, sample)
-        forward, backward = timings[0].ns, max(timings[1].ns - timings[0].ns, 0)
-        known["operators"][sample.key] = [forward, backward]
+        own, with_backward = harness() if timings[1] is not timings[0] else (NOTHING, NOTHING)  # what has no backward is called by itself
+        fresh.append((sample, [max(timings[0].ns - own.ns, 0), max(timings[1].ns - timings[0].ns - with_backward.ns + own.ns, 0)]))
         mark(known, f"operators/{sample.key}", *timings)
+    mine = [taken for _, taken in fresh]
+    everyone = [mine] if comm is None or not fresh else comm.gather_objects(mine)
+    for (sample, _), taken in zip(fresh, zip(*everyone, strict=True), strict=True):
+        forward, backward = (int(statistics.mean(way)) for way in zip(*taken, strict=True))
+        known["operators"][sample.key] = [forward, backward]
         cost.measure(program, sample, forward, backward)
-    return count
+    return len(fresh)
+
+
+NOTHING = Timing(0, 0.0)
+
+
+@functools.cache
+def harness() -> tuple[Timing, Timing]:
+    """What `time_operator` takes by itself: of an operator that only makes a view."""
+    fx_graph = fx.Graph()
+    fx_graph.output((fx_graph.call_method("view_as", (fx_graph.placeholder("x"),) * 2),))
+    module, x, clock = fx.GraphModule(nn.Module(), fx_graph), torch.ones(1, requires_grad=True), own_clock()
+
+    def forward() -> Any:
+        with torch.set_grad_enabled(True):
+            return module(x)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), [x], [torch.ones_like(x)], allow_unused=True)
+
+    return calmest(lambda: timed(forward, 20, clock)), calmest(lambda: timed(both, 20, clock))
 
 
 def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tuple[Timing, Timing]:
@@ -184,5 +337,6 @@ def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tup
     begin = time.perf_counter_ns()
     forward()
     repeats = 1 if time.perf_counter_ns() - begin > 100_000_000 else REPEATS
-    one_way = calmest(lambda: timed(forward, repeats))
-    return one_way, calmest(lambda: timed(both, repeats)) if differentiable else one_way
+    clock = own_clock()
+    one_way = calmest(lambda: timed(forward, repeats, clock))
+    return one_way, calmest(lambda: timed(both, repeats, clock)) if differentiable else one_way

@@ -86,6 +86,11 @@ def report(machine: Machine, known: dict[str, Any], seconds: float) -> str:
         f"  one operator   {machine.op_overhead_ns / 1e3:10.1f} us of overhead",
         f"  memory         {machine.memory_bytes / 2**30:10.1f} GiB per device",
     ]
+    if machine.update:
+        lines.append("  update of a parameter by AdamW: " + ", ".join(f"{size >> 10} KiB {ns / 1e3:.0f} us" for size, ns in machine.update))
+    if machine.busy_speed:
+        lines.append("  speed of a device while 1, 2, ... of its host compute: " + ", ".join(f"{speed:.2f}" for speed in machine.busy_speed))
+        lines.append(f"  a step's own  {machine.step_overhead_ns / 1e3:10.1f} us")
     lines += [f"  {family:<14} {part:10.2f} of these rates" for family, part in sorted(machine.efficiency.items())]
     for key, table in sorted(machine.tables.items()):
         kind, ranks, over = key.split("/")

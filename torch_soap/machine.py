@@ -9,7 +9,8 @@ from typing import Any
 
 from torch_soap import _C
 
-FORMAT = 1
+FORMAT = 2
+ADDED: dict[str, Any] = {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": []}  # what files of format 1 lack
 
 
 class Machine(_C.Machine):
@@ -131,6 +132,10 @@ FIELDS: dict[str, Reader] = {
     "efficiency": by_name(NUMBER),
     "memory_bytes": INTEGER,
     "overlap": FLAG,
+    "step_overhead_ns": NUMBER,
+    "segment_overhead_ns": NUMBER,
+    "busy_speed": array(NUMBER),
+    "update": array(point),
     "intra": link,
     "inter": link,
     "tables": by_name(array(point)),
@@ -148,8 +153,10 @@ def from_json(data: Any) -> Machine:
     """The inverse of `to_json`."""
     if not isinstance(data, dict) or "format" not in data:
         raise ValueError("the field format is missing: this is not a machine's file")
-    if data["format"] != FORMAT:
-        raise ValueError(f"the file has format {data['format']}, this version reads {FORMAT}")
+    if data["format"] not in (1, FORMAT):
+        raise ValueError(f"the file has format {data['format']}, this version reads 1 and {FORMAT}")
+    if data["format"] == 1:
+        data = {**ADDED, **data}
     machine = Machine(1)
     for name, value in fields({k: v for k, v in data.items() if k != "format"}, FIELDS).items():
         setattr(machine, name, value)

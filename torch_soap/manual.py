@@ -71,7 +71,9 @@ def manual_plan(
     name += (f", zero-{zero}" if zero else "") + (", sequence" if sequence else "") + (", recompute" if strategy.recompute else "")
     if machine is not None and is_large(graph, world):
         if not isinstance(recompute, bool):
-            raise ValueError(f"[manual_plan] {world} devices are priced by their grid, where recompute is True (each repeated block) or False, not {recompute!r}")
+            raise ValueError(
+                f"[manual_plan] {world} devices are priced by their grid, where recompute is True (each repeated block) or False, not {recompute!r}"
+            )
         options.recompute = recompute
         cost = _C.CostModel(machine)
         price = _C.grid_price(graph, world, cost, options)

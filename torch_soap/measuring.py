@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 REPEATS = 3
 NOISY = 0.3  # spread above which a figure is doubtful
 JITTER_NS = 50_000  # a spread below this says nothing of the machine
@@ -31,14 +33,19 @@ class Timing:
         return self.spread > NOISY and self.spread * self.ns > JITTER_NS
 
 
-def timed(fn: Callable[[], Any], repeats: int = REPEATS) -> Timing:
+def own_clock() -> Callable[[], int]:
+    """Of what this thread computes: processes that share its core don't count. The wall's where torch computes with several threads."""
+    return time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+
+
+def timed(fn: Callable[[], Any], repeats: int = REPEATS, clock: Callable[[], int] = time.perf_counter_ns) -> Timing:
     """Median of a few runs after one to warm up."""
     fn()
     samples = []
     for _ in range(repeats):
-        begin = time.perf_counter_ns()
+        begin = clock()
         fn()
-        samples.append(time.perf_counter_ns() - begin)
+        samples.append(clock() - begin)
     median = int(statistics.median(samples))
     return Timing(median, (max(samples) - min(samples)) / max(median, 1))
 
@@ -78,3 +85,10 @@ def forget_doubtful(known: dict[str, Any], load: float) -> list[str]:
             dropped.append(name)
     known["load"] = round(load, 2)
     return dropped
+
+
+def known_error(known: dict[str, Any]) -> float:
+    """How far off a prediction is likely to be, relative: what a training's `health` has noted, or how much the figures it rests on differ between
+    repeats."""
+    spreads = [spread for spread, _, _ in known["marks"].values()]
+    return max(float(known.get("error", 0.0)), statistics.median(spreads) if spreads else 0.0)

@@ -18,6 +18,7 @@ from torch_soap.compare import Change, Context, price_change
 from torch_soap.constraints import Forbid, Pin
 
 if TYPE_CHECKING:
+    from torch_soap.health import Health
     from torch_soap.trace import Event
 
 FORMAT = 2  # of the saved file; 1 had no "nodes"
@@ -53,6 +54,7 @@ class Plan:
     nodes: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     context: Context | None = None
+    monitor: Any = field(default=None, repr=False, compare=False)  # weak reference to the Parallel that trains on it
 
     @property
     def world_size(self) -> int:
@@ -130,6 +132,20 @@ class Plan:
 
         return write_report(self, path, title=title, timeline=timeline, step_seconds=step_seconds, seconds=seconds)
 
+    def health(self) -> Health:
+        """What training has measured so far against what was predicted: `print(model.plan.health())`. Collective.
+
+        Raises:
+            ValueError: nothing was predicted (a loaded or written plan), or too few steps have run.
+        """
+        from torch_soap.health import health_of
+
+        parallel = self.monitor() if self.monitor is not None else None
+        if parallel is None:
+            raise ValueError("[health] no model trains on this plan in this process")
+        self.known_context("health")
+        return health_of(self, parallel)
+
     def to_json(self) -> str:
         return json.dumps(
             {
@@ -163,6 +179,9 @@ class OneProcess:
     def __init__(self) -> None:
         self.predicted: dict[str, Any] = {}
         self.stats: dict[str, Any] = {}
+
+    def health(self) -> Health:
+        raise ValueError("[health] one process: the module's own forward runs, nothing was predicted")
 
     def explain(self) -> str:
         return "one process: the module's own forward runs, nothing is planned"

@@ -13,6 +13,7 @@ from torch_soap.capture.graph import Graph
 from torch_soap.compare import Context
 from torch_soap.constraints import Forbid, Pin, constraints
 from torch_soap.grids import is_large, plan_grids
+from torch_soap.measuring import known_error
 from torch_soap.plan import Plan, make_plan
 from torch_soap.progress import SearchProgress
 from torch_soap.rewrite.graph_import import to_op_graph
@@ -24,6 +25,7 @@ MEASURED_SEEDS = ("ddp", "zero-3", "megatron", "owt")
 LEAST_GAIN = {True: 0.01, False: 0.002}  # of a step, that a rewrite must save: where operators are measured, and where nothing is
 ROUNDS = 2  # searches; after each, what its best candidate needs is measured
 STARTS = 8  # candidates that a plan remembers
+SAME = 1e-3  # plans whose predictions are closer than this, relative, are of one kind
 
 
 def graph_for(module: Any, example_inputs: Any, loss: Callable[..., Any] | None, world_size: int) -> tuple[_C.OpGraph, Graph, list[int]]:
@@ -48,10 +50,12 @@ def search_plan(
     forbid: Forbid | None = None,
     seed: int = 0,
     rewrites: bool = True,
+    simulations: int | None = None,
 ) -> Plan:
     """The fastest plan found, by simulation on this machine (measured now, with all ranks) or on the one given (roofline).
 
-    Collective when `comm` is given. `predicted`, `stats` and the explanation of the plan are filled in.
+    Collective when `comm` is given. `simulations`: of descent and of random proposals each; default: by the graph's size.
+    `predicted`, `stats` and the explanation of the plan are filled in.
     """
     world = len(rows)
     begin = time.perf_counter()
@@ -67,7 +71,8 @@ def search_plan(
     options.seed = seed
     options.constraints = constraints(graph, pin, forbid, world)
     num_operators = sum(n.kind == _C.NodeKind.op for n in graph.nodes)
-    options.descent_simulations = options.mcmc_simulations = max(200, min(4000, 600_000 // max(num_operators, 1)))
+    budget = simulations if simulations is not None else max(200, min(4000, 600_000 // max(num_operators, 1)))
+    options.descent_simulations = options.mcmc_simulations = budget
     if memory_limit is not None:
         options.memory_limit_bytes = memory_limit
     rewriting = rewrite_options(captured, known if measuring else None) if rewrites else None
@@ -97,9 +102,19 @@ def search_plan(
             progress.say_interrupted(spent["simulations"], found["step_ns"], found["chosen"])
     if measured:
         calibrate.save(world, known, host_of)
-    stats = {"seconds": time.perf_counter() - begin, **spent, "chains": 1, "measured_operators": measured, "interrupted": interrupted}
+    stats = {"seconds": time.perf_counter() - begin, **spent, "chains": 1, "measured_operators": measured, "interrupted": interrupted, "lead": found["lead"]}
+    if measuring:
+        error = known_error(known)
+        stats["known_error"] = error if comm is None else comm.gather_objects(error)[0]
     starts = found.get("starts") or [(found["chosen"], strategy)]
     return described(Context(graph, rows, cost, starts, memory_limit), strategy, stats, found)
+
+
+def lead(candidates: Sequence[tuple[str, int]]) -> float:
+    """By how much the best candidate is predicted to be faster than the next of another kind, relative. `candidates`: name and step in ns of those that fit."""
+    ordered = sorted(ns for _, ns in candidates)
+    others = [ns for ns in ordered if ns > ordered[0] * (1 + SAME)] if ordered else []
+    return others[0] / max(ordered[0], 1) - 1 if others else float("inf")
 
 
 def rewrite_options(captured: Graph, known: dict[str, Any] | None) -> _C.RewriteOptions:
@@ -109,6 +124,8 @@ def rewrite_options(captured: Graph, known: dict[str, Any] | None) -> _C.Rewrite
     spreads = [spread for name, (spread, _, _) in known["marks"].items() if name.startswith("operators/")] if known else []
     options.least_gain = max(LEAST_GAIN[known is not None], statistics.median(spreads) if spreads else 0.0)
     return options
+
+
 def add_to(spent: dict[str, Any], found: dict[str, Any]) -> None:
     """One more search: its figures are added, its progress goes on where the last one's ended."""
     before = spent["simulations"]
@@ -274,6 +291,7 @@ def searched(
             "progress": [(p.simulations, p.best_ns, p.phase) for p in result.progress],
             "rewrites": [{"rewrites": [str(r) for r in u.rewrites], "gain_ns": u.gain_ns} for u in with_rewrites.used],
             "without_rewrites_ns": min((c.step_ns for c in candidates if c.step_ns >= 0 and c.fits and not c.strategy.rewrites), default=-1),
+            "lead": lead([(c.name, c.step_ns) for c in candidates if c.step_ns >= 0 and c.fits]),
         }
     everywhere = found if comm is None else dict(comm.gather_objects(found)[0])
     if found:  # only where the search was: they are as large as the plan, each

@@ -41,6 +41,14 @@ def random_plan_of(captured: Captured, world_size: int, seed: int, rows: Sequenc
     graph = _C.rewritten(original, drawn)
     total = next((t.shape[d] for t, d in zip(inputs, captured.batch_dims, strict=True) if d is not None), world_size)
     parts = list(rows) if rows is not None else even_rows(total, world_size)
+    strategy = random_strategy(graph, parts, seed)
+    strategy.rewrites = drawn
+    return make_plan(original, strategy)
+
+
+def random_strategy(graph: _C.OpGraph, rows: Sequence[int], seed: int) -> _C.Strategy:
+    """A legal strategy of a graph for these rows of each process."""
+    world_size = len(rows)
     rng = random.Random(seed)
     strategy = _C.Strategy(world_size)
     strategy.bucket_bytes = rng.choice([1, 64, 1024, 25 << 20])
@@ -54,11 +62,10 @@ def random_plan_of(captured: Captured, world_size: int, seed: int, rows: Sequenc
             draw(graph, node, strategy, rng, random_config)
         elif node.kind == _C.NodeKind.param and rng.random() >= stay:
             draw(graph, node, strategy, rng, random_storage)
-    settle(graph, strategy, parts, rng)
+    settle(graph, strategy, rows, rng)
     if rng.random() < 0.5:
         strategy.recompute = random_regions(graph, rng)
-    strategy.rewrites = drawn
-    return make_plan(original, strategy)
+    return strategy
 
 
 def random_rewrites(graph: _C.OpGraph, most: int, seed: int) -> list[_C.Rewrite]:

@@ -33,6 +33,10 @@ void bind_machine(py::module_& m) {
       .def_readwrite("efficiency", &Machine::efficiency)
       .def_readwrite("memory_bytes", &Machine::memory_bytes)
       .def_readwrite("overlap", &Machine::overlap)
+      .def_readwrite("step_overhead_ns", &Machine::step_overhead_ns)
+      .def_readwrite("segment_overhead_ns", &Machine::segment_overhead_ns)
+      .def_readwrite("busy_speed", &Machine::busy_speed)
+      .def_readwrite("update", &Machine::update)
       .def_readwrite("intra", &Machine::intra)
       .def_readwrite("inter", &Machine::inter)
       .def_readwrite("tables", &Machine::tables)
@@ -53,6 +57,7 @@ void bind_machine(py::module_& m) {
       .def_readonly("dtype", &Work::dtype)
       .def_readonly("flops", &Work::flops)
       .def_readonly("num_bytes", &Work::bytes);
+  m.def("family_of", [](const Node& node) { return std::string(family_of(node)); }, py::arg("node"));
   m.def("work_of", &work_of, py::arg("program"), py::arg("node"), py::arg("tile") = 0, py::arg("chunk") = 0);
   py::class_<CostModel>(m, "CostModel")
       .def(py::init<Machine>(), py::arg("machine"))

@@ -72,6 +72,17 @@ void check(const Machine& m) {
     not_negative(fmt::format("{}.latency_ns", field), link->latency_ns);
     if (link->per_host < 0) user_error("[machine] {}.per_host is {}, it must be 0 (one for each device) or their number", field, link->per_host);
   }
+  not_negative("step_overhead_ns", m.step_overhead_ns);
+  not_negative("segment_overhead_ns", m.segment_overhead_ns);
+  for (size_t k = 0; k < m.busy_speed.size(); ++k) positive(fmt::format("busy_speed[{}]", k), m.busy_speed[k]);
+  if (m.overlap && !m.busy_speed.empty()) user_error("[machine] overlap and busy_speed don't go together: devices that share a host's cores don't overlap");
+  const auto rising = [](std::string_view field, const SizeTable& table) {
+    for (size_t i = 1; i < table.size(); ++i) {
+      if (table[i].first <= table[i - 1].first) user_error("[machine] {} must rise in bytes: {} follows {}", field, table[i].first, table[i - 1].first);
+    }
+  };
+  if (m.update.size() == 1) user_error("[machine] update has one point; it is empty or has two or more");
+  rising("update", m.update);
   for (const auto& [key, table] : m.tables) {
     int ranks = 0, hosts = 0, read = 0;
     const size_t slash = key.find('/');
@@ -80,13 +91,9 @@ void check(const Machine& m) {
     if (!numbers || (kind != "exchange" && kind != "all_reduce") || ranks < 2 || hosts < 1) {
       user_error("[machine] tables has \"{}\", a key is exchange or all_reduce/<ranks>/<hosts>, such as all_reduce/4/2", key);
     }
-    for (size_t i = 1; i < table.size(); ++i) {
-      if (table[i].first <= table[i - 1].first) user_error("[machine] tables[{}] must rise in bytes: {} follows {}", key, table[i].first, table[i - 1].first);
-    }
+    rising("tables[" + key + "]", table);
   }
 }
-
-namespace {
 
 int64_t interpolate(const SizeTable& t, int64_t bytes) {
   if (bytes <= t.front().first) return t.front().second;
@@ -101,6 +108,8 @@ int64_t interpolate(const SizeTable& t, int64_t bytes) {
       (std::log(static_cast<double>(bytes)) - std::log(static_cast<double>(b0))) / (std::log(static_cast<double>(b1)) - std::log(static_cast<double>(b0)));
   return static_cast<int64_t>(std::exp((1 - x) * std::log(static_cast<double>(n0)) + x * std::log(static_cast<double>(n1))));
 }
+
+namespace {
 
 // The measured table whose ranks are most like these: within a host, or over hosts, as they are; then of the nearest number of ranks.
 struct Measured {

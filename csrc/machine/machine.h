@@ -4,6 +4,7 @@
 // means is said beside it, where presets take theirs from in machine/presets.cpp.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -42,7 +43,12 @@ struct Machine {
   std::map<std::string, double> efficiency;      // by family: the part of these rates that it reaches; absent: 1
   int64_t memory_bytes = 8LL << 30;              // per device
   bool overlap = false;                          // communication runs beside compute
-  Link intra{20e3, 2e9}, inter{100e3, 1e9, 1};   // within a host, between hosts
+  double step_overhead_ns = 0;                   // once in a step: ranks agree, the loop around the model
+  double segment_overhead_ns = 0;                // of the call that computes all operators between two movements; with busy_speed
+  // How fast a device computes while k devices of its host do, in times of the rates here, by k - 1; beyond the last as the last. Empty: always 1.
+  std::vector<double> busy_speed;
+  SizeTable update;                             // measured (bytes, ns) of the optimizer's update of one parameter; empty: by memory_bytes_per_s
+  Link intra{20e3, 2e9}, inter{100e3, 1e9, 1};  // within a host, between hosts
   // By "<kind>/<ranks>/<hosts>", kind exchange (bytes that one rank sends) or all_reduce (bytes of the tensor).
   std::map<std::string, SizeTable> tables;
 
@@ -53,6 +59,9 @@ struct Machine {
   // Of a contraction of this family and type, at full efficiency.
   double flops_of(std::string_view family, const std::string& dtype) const;
   double efficiency_of(std::string_view family) const;
+  double busy_speed_of(int num_busy) const {
+    return busy_speed.empty() || num_busy < 1 ? 1.0 : busy_speed[std::min(static_cast<size_t>(num_busy), busy_speed.size()) - 1];
+  }
   bool operator==(const Machine&) const = default;
 };
 
@@ -68,5 +77,7 @@ void check(const Machine& machine);
 // `at_once`: how many such groups move at the same time at each host, sharing its links: of all-reduces those that leave it, of an exchange all that
 // take part in it.
 int64_t movement_ns(const Machine& machine, const std::string& kind, const std::vector<int>& ranks, int64_t bytes, int at_once = 1);
+// By a measured table: log-linear between points, by bandwidth beyond the last.
+int64_t interpolate(const SizeTable& table, int64_t bytes);
 
 }  // namespace soap

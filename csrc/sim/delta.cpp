@@ -10,7 +10,14 @@
 namespace soap {
 
 DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const FedRows& rows)
-    : cache_(cache), graph_(cache.graph()), strategy_(start), rows_(rows), overlap_(cache.cost().machine().overlap), devices_(rows.size()) {
+    : cache_(cache),
+      graph_(cache.graph()),
+      strategy_(start),
+      rows_(rows),
+      overlap_(cache.cost().machine().overlap),
+      shared_(!cache.cost().machine().busy_speed.empty()),
+      timeline_(cache.cost().machine()),
+      devices_(rows.size()) {
   nodes_.resize(graph_.nodes.size());
   tensors_.resize(graph_.tensors.size());
   stale_.resize(graph_.tensors.size());

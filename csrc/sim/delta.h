@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "sim/layout_cache.h"
+#include "sim/shared_timeline.h"
 
 namespace soap {
 
@@ -107,7 +108,8 @@ class DeltaSimulator {
   const OpGraph& graph_;
   Strategy strategy_;
   FedRows rows_;
-  bool overlap_;
+  bool overlap_, shared_;
+  SharedTimeline timeline_;
   std::vector<int> regions_;  // per node: the region that names it, -1 for none
   size_t devices_;
   std::vector<NodeState> nodes_;

@@ -15,6 +15,10 @@ void DeltaSimulator::wait(int arrival) {
 void DeltaSimulator::compute(NodeState& state, const Slot& slot) {
   const int64_t* spent = slot.spent->data();
   int64_t* clock = compute_clock_.data();
+  if (shared_) {
+    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), spent[d], -1, state.fragment->ops[slot.op].differentiable);
+    return;
+  }
   if (!overlap_) {
     for (size_t d = 0; d < devices_; ++d) clock[d] += spent[d];
     return;
@@ -48,6 +52,10 @@ void DeltaSimulator::wait_for_sources(SlotKind kind, const Group& g) {
 }
 
 void DeltaSimulator::transfer(int ranks, int64_t price) {
+  if (shared_) {
+    timeline_.move(cache_.ranks(ranks), price);
+    return;
+  }
   std::vector<int64_t>& clock = overlap_ ? movement_clock_ : compute_clock_;
   int64_t from = 0;
   for (int r : cache_.ranks(ranks)) from = std::max({from, clock[r], begin_[r]});
@@ -180,8 +188,14 @@ int64_t DeltaSimulator::run() {
   }
   if (!bucket_.empty()) move(SlotKind::kGradientFill, bucket_);
   int64_t end = 0;
-  for (size_t d = 0; d < devices_; ++d) end = std::max(end, std::max(compute_clock_[d], movement_clock_[d]) + stored_update_[d]);
-  return end;
+  if (shared_) {
+    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), stored_update_[d]);
+    const std::vector<int64_t> done = timeline_.run();
+    end = *std::max_element(done.begin(), done.begin() + static_cast<int64_t>(devices_));
+  } else {
+    for (size_t d = 0; d < devices_; ++d) end = std::max(end, std::max(compute_clock_[d], movement_clock_[d]) + stored_update_[d]);
+  }
+  return end + static_cast<int64_t>(cache_.cost().machine().step_overhead_ns);
 }
 
 }  // namespace soap

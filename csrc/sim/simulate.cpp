@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "machine/collectives.h"
 #include "sim/memory.h"
+#include "sim/shared_timeline.h"
 
 namespace soap {
 namespace {
@@ -25,6 +26,8 @@ struct Simulator {
   const Machine& machine;
   const StepPieces& pieces;
   bool record;
+  bool shared;  // devices slow each other down: `timeline` runs at the end
+  SharedTimeline timeline;
   Simulation out;
   std::vector<int64_t> compute, communication;                         // clocks
   std::map<Item, std::vector<int64_t>> forward_end, backward_end;      // of compute items, per device
@@ -89,6 +92,11 @@ struct Simulator {
         if (!backward || again) spent[d] += machine.at_speed(d, time.forward_ns);
       }
     }
+    out.node_ns[node] += *std::max_element(spent.begin(), spent.end());
+    if (shared) {
+      for (size_t d = 0; d < devices(); ++d) timeline.compute(static_cast<int>(d), spent[d], s, p.differentiable[node] != 0);
+      return;
+    }
     const std::vector<int64_t> begin = ready(backward, node, chunk);
     for (size_t d = 0; d < devices(); ++d) {
       if (spent[d] == 0) continue;
@@ -96,7 +104,6 @@ struct Simulator {
       out.compute_ns[d] += spent[d];
       if (record) out.events.push_back({s, static_cast<int>(d), false, begin[d], compute[d]});
     }
-    out.node_ns[node] += *std::max_element(spent.begin(), spent.end());
     if (machine.overlap) (backward ? backward_end : forward_end)[{node, chunk}] = compute;
   }
 
@@ -147,6 +154,10 @@ struct Simulator {
     std::vector<int64_t>& clock = machine.overlap ? communication : compute;
     std::vector<int64_t> arrival(devices());
     const auto move = [&](const std::vector<int>& ranks, int64_t price) {
+      if (shared) {
+        timeline.move(ranks, price, s);
+        return;
+      }
       int64_t from = 0;
       for (int r : ranks) from = std::max({from, clock[r], begin[r]});
       for (int r : ranks) {
@@ -177,13 +188,28 @@ struct Simulator {
         for (int d : c.devices) compute[d] += update_ns(machine, d, bytes_of(c.box, p.graph.output(n, 0)));
       }
     }
-    out.step_ns = *std::max_element(compute.begin(), compute.end());
+    if (shared) run_shared();
+    out.step_ns = *std::max_element(compute.begin(), compute.end()) + static_cast<int64_t>(machine.step_overhead_ns);
+  }
+
+  // Clocks hold the update alone so far.
+  void run_shared() {
+    for (size_t d = 0; d < devices(); ++d) timeline.compute(static_cast<int>(d), compute[d]);
+    std::vector<SharedTimeline::Span> spans;
+    compute = timeline.run(&spans);
+    compute.resize(devices());
+    for (const auto& span : spans) {
+      if (span.tag < 0) continue;
+      (span.communication ? out.communication_ns : out.compute_ns)[span.device] += span.end_ns - span.begin_ns;
+      if (record) out.events.push_back({span.tag, span.device, span.communication, span.begin_ns, span.end_ns});
+    }
   }
 };
 
 }  // namespace
 
 int64_t update_ns(const Machine& machine, int device, int64_t bytes) {
+  if (!machine.update.empty() && bytes > 0) return machine.at_speed(device, interpolate(machine.update, bytes));
   const double ns = static_cast<double>(bytes * kUpdatePasses) / machine.memory_bytes_per_s * 1e9 + machine.op_overhead_ns;
   return machine.at_speed(device, static_cast<int64_t>(ns));
 }
@@ -198,7 +224,8 @@ Simulation simulate(const Program& p, const CostModel& cost, bool record) {
              p.world_size);
   const size_t devices = p.world_size;
   const StepPieces pieces = step_pieces(p);
-  Simulator s{.p = p, .cost = cost, .machine = machine, .pieces = pieces, .record = record};
+  Simulator s{
+      .p = p, .cost = cost, .machine = machine, .pieces = pieces, .record = record, .shared = !machine.busy_speed.empty(), .timeline = SharedTimeline(machine)};
   s.compute.resize(devices);
   s.communication.resize(devices);
   s.out.compute_ns.resize(devices);

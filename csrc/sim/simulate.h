@@ -8,6 +8,8 @@
 //   update on d           C[d] + cost                         max(C[d], M[d]) + cost: all gradients are there
 //
 // The backward step of an operator that backward computes again (Program::regions) takes its forward's time too.
+// Where devices of a host slow each other down (Machine::busy_speed), how long a computation takes depends on what the others do then:
+// sim/shared_timeline.h. Machine::step_overhead_ns comes on top, once.
 //
 // Parameters and inputs are there from the start; a parameter is gathered again (Keep::kUse) when forward has given its copy back. Times are
 // integer nanoseconds. Memory: sim/memory.h.

@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kWorld = 4;
 
-// Two blocks with a shared weight, a residual, a coupling operator (softmax) and a sum: every kind of edge that time knows.
+// Two blocks with a shared weight, a residual, a coupling operator (softmax), a sum, and an operator without a backward in each: every kind of edge that
+// time knows.
 OpGraph blocks() {
   OpGraph g;
   const TensorId x = source(g, NodeKind::kFeed, "in:0", {24, 12}, false, 0);
@@ -24,7 +25,10 @@ OpGraph blocks() {
     const TensorId down = linear(g, name + ".down", act, 12);
     const TensorId tied = op(g, name + ".tied", "linear", {down, shared}, {"input", "weight"}, {24, 12});
     const TensorId sum = op(g, name + ".sum", "add", {h, tied}, {"self", "other"}, {24, 12}, "pointwise");
-    h = op(g, name + ".softmax", "softmax", {sum}, {"self"}, {24, 12}, "", {{"dim", int64_t{1}}});
+    const TensorId scale = op(g, name + ".scale", "relu", {x}, {"self"}, {24, 12}, "pointwise");
+    g.tensors[scale].requires_grad = false;
+    const TensorId scaled = op(g, name + ".scaled", "mul", {sum, scale}, {"self", "other"}, {24, 12}, "pointwise");
+    h = op(g, name + ".softmax", "softmax", {scaled}, {"self"}, {24, 12}, "", {{"dim", int64_t{1}}});
   }
   add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {h}, .operand_names = {"value"}, .sample_dim = 0});
   return g;
@@ -52,7 +56,7 @@ std::optional<OpConfig> random_config(const OpGraph& graph, const Node& node, Ra
 }
 
 // `changes` random changes, each compared with the full simulation; every fourth is taken back.
-void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed) {
+void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, bool shared = false) {
   const OpGraph graph = blocks();
   const FedRows rows{6, 6, 6, 6};
   Machine machine = make_machine(kWorld, 2);
@@ -61,6 +65,9 @@ void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed) {
   machine.intra = {300, 4e9};
   machine.inter = {900, 1e9, 1};
   machine.speed = {1, 0.5, 1, 1};
+  machine.step_overhead_ns = 250;
+  machine.segment_overhead_ns = 60;
+  if (shared) machine.busy_speed = {1.7, 1};
   const CostModel cost(machine);
   LayoutCache cache(graph, rows, cost);
   Strategy strategy{.world_size = kWorld, .bucket_bytes = bucket_bytes};
@@ -103,6 +110,9 @@ TEST(Delta, EqualsFullSimulation) {
 }
 TEST(Delta, EqualsFullSimulationWithOverlap) {
   compare(true, 25 << 20, 400, 2);
+}
+TEST(Delta, EqualsFullSimulationOnSharedCores) {
+  compare(false, 1000, 200, 5, true);
 }
 TEST(Delta, EqualsFullSimulationWithSmallBuckets) {
   compare(false, 1, 200, 3);

@@ -7,6 +7,7 @@
 #include "graphs.h"
 #include "gtest/gtest.h"
 #include "plan/plan_text.h"
+#include "sim/shared_timeline.h"
 
 namespace soap {
 namespace {
@@ -75,6 +76,39 @@ TEST(Simulate, MovementsBeginWhenTheirSourcesAreComputed) {
   EXPECT_EQ(beside.at({"compute a#1", 0}), (Times{10, 20}));
   EXPECT_EQ(beside.at({"compute b#0", 1}), (Times{110, 120}));
   EXPECT_EQ(beside.at({"compute b#1", 1}), (Times{210, 220}));
+}
+
+// Alone a device is twice as fast: a#0 alone 0-5, move 5-105, a#1 beside b#0 105-115, move 115-215, b#1 alone 215-220. The step's own 7 come on top.
+TEST(Simulate, DevicesOfAHostSlowEachOtherDown) {
+  const OpGraph g = chain(false);
+  const Program p = lower(g, parse_plan(g, "a n=1x2t @ [0]\nb n=1x2t @ [1]", 2), {8, 0});
+  Machine m = simple(p, false).machine();
+  m.busy_speed = {2, 1};
+  m.step_overhead_ns = 7;
+  CostModel cost(m);
+  for (const OpSample& s : cost.missing(p)) cost.set(s.key, {10, 0});
+  const auto t = timeline(p, simulate(p, cost, true));
+  EXPECT_EQ(t.at({"compute a#0", 0}), (Times{0, 5}));
+  EXPECT_EQ(t.at({"compute a#1", 0}), (Times{105, 115}));
+  EXPECT_EQ(t.at({"compute b#0", 1}), (Times{105, 115}));
+  EXPECT_EQ(t.at({"compute b#1", 1}), (Times{215, 220}));
+}
+
+// A segment's call takes 4. 30 of device 1 beside 10 of device 0: both at rate 1 until 10, the 20 that are left alone at rate 2. Then they meet: 20-70.
+TEST(SharedTimeline, TheRateChangesWhenAnotherIsDone) {
+  Machine m = make_machine(2, 1);
+  m.busy_speed = {2, 1};
+  m.segment_overhead_ns = 4;
+  SharedTimeline timeline(m);
+  timeline.compute(0, 6);
+  timeline.compute(1, 20);
+  timeline.compute(1, 6);
+  timeline.move({0, 1}, 50);
+  timeline.compute(1, 4);
+  std::vector<SharedTimeline::Span> spans;
+  EXPECT_EQ(timeline.run(&spans), (std::vector<int64_t>{70, 74}));
+  EXPECT_EQ(spans[2].end_ns, 20);
+  EXPECT_EQ(spans[3].begin_ns, 20);
 }
 
 // Parameters are there from the start: with overlap b's is gathered while a runs, not after it. fill a 0-100, a 100-110, fill b 100-200, b 200-210.

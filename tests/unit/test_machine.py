@@ -15,7 +15,7 @@ import torch_soap
 from tests.unit.planning import graph_of, lowered
 from torch_soap import _C, calibrate, measuring
 from torch_soap.cli import main
-from torch_soap.machine import FIELDS, named, to_json
+from torch_soap.machine import ADDED, FIELDS, from_json, named, to_json
 
 Function = Callable[..., torch.Tensor]
 
@@ -147,7 +147,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(intra=3), "intra. must be an object, not 3"),
     (lambda d: d.update(tables={"exchange/2/1": [[1]]}), r"tables\[exchange/2/1\]\[0\] must be a pair \[bytes, ns\], not \[1\]"),
     (lambda d: d.update(memory_bytes_per_s=float("nan")), "memory_bytes_per_s is nan, it must be a positive number"),
-    (lambda d: d.update(format=7), "the file has format 7, this version reads 1"),
+    (lambda d: d.update(format=7), "the file has format 7, this version reads 1 and 2"),
     (lambda d: d.pop("format"), "the field format is missing"),
 ]
 
@@ -241,3 +241,24 @@ def test_the_cache_keeps_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     calibrate.save(3, data)
     again = calibrate.load(3)
     assert again["operators"] == {"calm": [1, 2]} and again["marks"] == data["marks"]
+
+
+def test_movements_are_measured_in_the_groups_that_plans_use() -> None:
+    """All ranks, powers of two within hosts, a rank of each host; groups of a kind are disjoint."""
+    assert calibrate.group_layouts([0, 0]) == {(2, 1): [[0, 1]]}
+    assert calibrate.group_layouts([0, 0, 0, 0]) == {(4, 1): [[0, 1, 2, 3]], (2, 1): [[0, 1], [2, 3]]}
+    assert calibrate.group_layouts([0, 0, 1, 1]) == {(4, 2): [[0, 1, 2, 3]], (2, 1): [[0, 1], [2, 3]], (2, 2): [[0, 2], [1, 3]]}
+
+
+def test_files_of_format_1_are_read() -> None:
+    data = to_json(torch_soap.Machine(2))
+    for name in ADDED:
+        del data[name]
+    assert from_json({**data, "format": 1}) == torch_soap.Machine(2)
+
+
+def test_shared_cores_and_overlap_do_not_go_together() -> None:
+    machine = torch_soap.Machine(2)
+    machine.overlap, machine.busy_speed = True, [1.5, 1.0]
+    with pytest.raises(ValueError, match="overlap and busy_speed don't go together"):
+        _C.check_machine(machine)

@@ -62,6 +62,10 @@ def build_segment(program: _C.Program, rank_program: _C.RankProgram, segment: _C
             ]
         else:
             results = emit_local(e, call)
+        for made in reversed(fx_graph.nodes):  # for who times a step by operators
+            if "soap_node" in made.meta or made.op == "placeholder":
+                break
+            made.meta["soap_node"] = item.node
         for value, result in zip(item.results, results, strict=True):
             env[value] = result
     fx_graph.output(tuple(env[v] for v in segment.outputs))

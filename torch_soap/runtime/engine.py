@@ -17,6 +17,7 @@ from torch_soap.capture.graph import Graph
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.meter import Sample
 from torch_soap.runtime.movement import PlannedStep, execute, plan_step, sums_in
 from torch_soap.runtime.storage import cut, stored_boxes
 
@@ -82,6 +83,7 @@ class Engine:
         backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
         self.is_backward = [k in backward for k in self.kinds]
         self.trace: list[tuple[int, int, int]] | None = None  # when asked: (instruction, start, end) in ns of the monotonic clock
+        self.sample: Sample | None = None  # of the step that runs, when it is sampled
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
             self.num_forward = len(self.kinds)
@@ -285,6 +287,9 @@ class Engine:
             if not grad and self.is_backward[position]:  # an interleaved program is evaluated
                 continue
             start_ns = time.perf_counter_ns() if self.trace is not None else 0
+            sample = self.sample
+            sample_clock = time.perf_counter_ns if sample is None or self.segment_of[position] < 0 else sample.clock
+            sample_ns = sample_clock() if sample is not None else 0
             waits = state.deferred and position in self.param_fills
             if kind == kinds.segment:
                 segment = self.segment_of[position]
@@ -303,6 +308,8 @@ class Engine:
                     self._grad_fill(state, position)
             else:
                 self._refill(state, position)
+            if sample is not None:
+                sample.instructions[position] = sample_clock() - sample_ns
             for value in self.frees[position]:
                 state.values.pop(value, None)
             for value in self.kept[position] if not grad else []:
@@ -339,7 +346,8 @@ class Engine:
                 leaves[value] = tensor.requires_grad_()
             arguments.append(tensor)
         with torch.set_grad_enabled(record):
-            results = self.modules[segment](*arguments, state.random)
+            module = self.modules[segment]
+            results = module(*arguments, state.random) if self.sample is None else self.sample.run(module, *arguments, state.random)
         outputs = dict(zip(self.outs[segment], results, strict=True))
         if record and (self.again[segment] is None or wanted is not None):
             state.leaves[segment] = leaves

@@ -32,6 +32,7 @@ from torch_soap.runtime.copies import plain_copy, with_memory
 from torch_soap.runtime.deferred import Deferred
 from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import Header, RankMismatchError, agree, number
+from torch_soap.runtime.meter import Meter
 from torch_soap.runtime.storage import assemble, cut
 from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ParameterWatch, ReadAttributes, ReplicaWatch, checksum, compare_replicas
 
@@ -68,6 +69,10 @@ class Parallel:
         self.calls = 0
         self.capture_seconds = 0.0  # the last capture's
         self.deferred = Deferred(self.parameters)
+        self.meter = Meter()
+        self.trial: Callable[[Plan, Graph, Sequence[torch.Tensor], dict[str, torch.Tensor]], Plan] | None = None  # chooses among a plan and its rivals
+        self.search: Planner | None = None  # a plan for this machine as it is now, whatever the first one was
+        self.pending_states: list[tuple[Any, dict[str, Any]]] = []  # optimizers and their whole state, for after the next cut
         self.known = ParameterWatch()
         self.replicas, self.gradients, self.hooks, self.attributes = ReplicaWatch(), GradientWatch(), HookWatch(), AttributeWatch(module)
 
@@ -147,11 +152,12 @@ class Parallel:
             self.module.training, torch.is_grad_enabled(), input_tensors(args, kwargs), structure_key(args, kwargs), self.attributes.look(), model=self.label
         )
         captured = self.capture(args, kwargs)
-        rows, signature = self.header.rows(captured.flatten_inputs(args, kwargs), captured.batch_dims)
-        self.engine(captured, signature, rows)
+        tensors = captured.flatten_inputs(args, kwargs)
+        rows, signature = self.header.rows(tensors, captured.batch_dims)
+        self.engine(captured, signature, rows, tensors)
 
-    def engine(self, captured: Captured, signature: Any, rows: Sequence[int]) -> tuple[Engine, Graph]:
-        """The engine for these global input shapes and rows; the first one plans and cuts the parameters."""
+    def engine(self, captured: Captured, signature: Any, rows: Sequence[int], tensors: Sequence[torch.Tensor]) -> tuple[Engine, Graph]:
+        """The engine for these global input shapes and rows; the first one plans, on trial with this process' inputs, and cuts the parameters."""
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         key = (id(captured), signature, tuple(rows), autocast, tuple((p.requires_grad, p.dtype) for p in self.module.parameters()))
         if key in self.engines:
@@ -159,10 +165,14 @@ class Parallel:
         graph = captured.instantiate(signature)
         op_graph = to_op_graph(graph)
         if self.plan is None:
-            self.plan = self.planner(op_graph, graph, list(rows))
+            plan = self.planner(op_graph, graph, list(rows))
+            Checker(graph).check(op_graph, plan.strategy.rewrites)
+            if self.trial is not None:
+                plan = self.trial(plan, graph, tensors, self.stored(captured, graph))
+            self.adopt(plan)
+            assert self.plan is not None
             if self.plan.stats:
                 self.plan.stats.setdefault("capture_seconds", self.capture_seconds)
-            Checker(graph).check(op_graph, self.plan.strategy.rewrites)
             self.planned = {n.name for n in _C.rewritten(op_graph, self.plan.strategy.rewrites).nodes}
             self.plan.exact = captured.exact
             if not captured.exact:
@@ -181,8 +191,12 @@ class Parallel:
             if self.refresh is not None:
                 self.refresh(self.module)
             for other in [self, *(p for r in self.family if (p := r()) not in (None, self))]:
-                other.plan, other.planned = self.plan, self.planned
+                if other is not self:
+                    other.plan, other.planned = self.plan, self.planned
                 other.cut_parameters(program)
+        for optimizer, state in self.pending_states:
+            optimizer.load_state_dict(state)
+        self.pending_states.clear()
         engine = Engine(program, graph, self.comm.rank, self.comm)
         self.comm.join(engine.groups())
         self.engines[key] = engine, graph
@@ -212,6 +226,10 @@ class Parallel:
                 p.data = part
                 p.grad = grad
         self.known.start(self.parameters())
+
+    def adopt(self, plan: Plan) -> None:
+        self.plan = plan
+        plan.monitor = weakref.ref(self)
 
     def materialise(self) -> None:
         """Gives parameters and buffers of the meta device memory for this rank's part only, unset until load_state_dict."""
@@ -306,7 +324,7 @@ class Parallel:
             )
         rows, signature = self.header.rows(tensors, captured.batch_dims)
         self.same_constants(captured, tensors)
-        engine, graph = self.engine(captured, signature, rows)
+        engine, graph = self.engine(captured, signature, rows, tensors)
         self.hooks.look(self.module)
         self.random.next_call()
         self.same_random()
@@ -361,8 +379,10 @@ class RunProgram(torch.autograd.Function):
             share = 1.0 / parallel.comm.world_size
             seeds = {engine.names[n]: torch.full(engine.shapes[engine.value_of_return[n]], share, dtype=engine.dtype_of(n)) for n in engine.returns}
         later = engine.program.interleaved and (deferred or bool(parallel.deferred.waiting))
+        begin_ns = parallel.meter.begin(engine)
         state = engine.forward(feeds, stored, grad=True, random=parallel.random, seeds=seeds, deferred=later)
         outputs = parallel.finish(engine, state, stored)
+        ctx.forward_ns = time.perf_counter_ns() - begin_ns
         ctx.parallel, ctx.engine, ctx.state, ctx.deferred, ctx.call = parallel, engine, state, deferred, parallel.calls
         ctx.shapes = [tuple(t.shape) for t in tensors]
         ctx.needs = [t.requires_grad for t in tensors]
@@ -383,6 +403,7 @@ class RunProgram(torch.autograd.Function):
                 "[torch_soap] double backward (create_graph=True) doesn't go through the parallel program; compute such a term on the plain module"
             )
         engine, state, comm = ctx.engine, ctx.state, ctx.parallel.comm
+        begin_ns = time.perf_counter_ns()
         if state is None:
             raise RuntimeError("[torch_soap] backward a second time through the same forward: pass retain_graph=True to the first")
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -403,6 +424,8 @@ class RunProgram(torch.autograd.Function):
             incoming = {engine.names[n]: g / comm.world_size for n, g in zip(engine.returns, grads, strict=True) if g is not None}
             state.deferred = accumulates
             engine.backward(state, incoming, retain_graph=keep)
+        if not accumulates:  # else gradients aren't reduced here
+            ctx.parallel.meter.end_backward(engine, ctx.forward_ns, begin_ns)
         reached = engine.nodes_before(used)
         if state.deferred and not accumulates:
             engine.reduce(state)

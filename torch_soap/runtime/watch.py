@@ -106,6 +106,7 @@ class GradientWatch:
     def __init__(self) -> None:
         self.expected: dict[str, int | None] = {}  # parameter -> address of the gradient that the program gave; None: several came
         self.told: set[str] = set()
+        self.attached: dict[str, nn.Parameter] = {}
 
     def expect(self, node: str, grad: torch.Tensor) -> None:
         """The program hands this gradient of a node to autograd."""
@@ -121,7 +122,8 @@ class GradientWatch:
                 watch.look(name, grad)
 
         for name, p in named.items():
-            if p.requires_grad:
+            if p.requires_grad and self.attached.get(name) is not p:
+                self.attached[name] = p
                 mine = functools.partial(hook, name)
                 mine.torch_soap = True  # type: ignore[attr-defined]
                 p.register_hook(mine)

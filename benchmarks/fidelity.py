@@ -1,0 +1,182 @@
+"""Predicted against run step times: every model under a dozen plans or more, on two and four ranks, on one host and on two with 1 Gb/s between them.
+
+python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--minutes 30] [--resume] [--rounds 2] [--steps 2]
+
+Each (model, ranks, network) is one launch of processes, which writes one file of rows under out/fidelity/; `--resume` keeps the files that
+are there. The table and all rows go to benchmarks/results/fidelity.{md,json}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.fidelity_models import MODELS
+from tests.dist.hosts import NoHosts, torchrun_on, two_hosts
+from tests.dist.launch import ROOT, Outcome, revision, torchrun
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = ROOT / "out" / "fidelity"
+NETWORKS = ("loopback", "1gbit")
+RANKS = (2, 4)
+LAUNCH_S = 300.0  # a launch that takes longer has failed
+BARS = {"mean error": 0.05, "p95": 0.10, "tau": 0.9, "regret": 0.02, "memory": 0.03}
+
+
+def launch(model: str, ranks: int, network: str, rounds: int, steps: int) -> Outcome:
+    arguments = ("benchmarks.worker_fidelity", model, str(rounds), str(steps))
+    if network == "loopback":
+        return torchrun(ranks, *arguments, timeout_s=LAUNCH_S)
+    with two_hosts(network) as hosts:
+        return torchrun_on(hosts, ranks // 2, *arguments, timeout_s=LAUNCH_S)
+
+
+def sweep(models: list[str], ranks: list[int], networks: list[str], rounds: int, steps: int, resume: bool, minutes: float = float("inf")) -> None:
+    begin = time.monotonic()
+    ROWS.mkdir(parents=True, exist_ok=True)
+    every = list(itertools.product(networks, ranks, models))
+    for network, world, model in tqdm(every, desc="launches", ncols=100):
+        path = ROWS / f"{model}-{world}-{network}.json"
+        if time.monotonic() - begin > 60 * minutes:
+            break
+        if resume and path.exists() and "failed" not in json.loads(path.read_text()):
+            continue
+        try:
+            done = launch(model, world, network, rounds, steps)
+            result = done.results[0] or {"failed": done.output[-3000:]}
+        except NoHosts as error:
+            result = {"failed": str(error)}
+        except subprocess.TimeoutExpired as error:
+            result = {"failed": f"{error}"}
+        path.write_text(json.dumps({"model": model, "ranks": world, "network": network, "revision": revision(), **result}) + "\n")
+
+
+def read_rows() -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted(ROWS.glob("*.json"))]
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------------
+def kendall_tau(predicted: list[float], measured: list[float]) -> float:
+    """tau-b: 1 where both order all pairs alike; pairs that are equal in either count for neither (Kendall 1945)."""
+    pairs = list(itertools.combinations(zip(predicted, measured, strict=True), 2))
+    signs = [(sign(a[0] - b[0]), sign(a[1] - b[1])) for a, b in pairs]
+    untied = [sum(s[i] != 0 for s in signs) for i in (0, 1)]
+    return sum(p * m for p, m in signs) / max((untied[0] * untied[1]) ** 0.5, 1e-9)
+
+
+def sign(x: float) -> int:
+    return (x > 0) - (x < 0)
+
+
+def percentile(values: list[float], part: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def figures(row: dict[str, Any]) -> dict[str, float]:
+    """Of one launch."""
+    plans = list(row["plans"].values())
+    predicted = [p["predicted_ms"] for p in plans]
+    measured = [statistics.median(p["measured_ms"]) for p in plans]
+    errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
+    chosen = measured[predicted.index(min(predicted))]
+    noise = [iqr(p["measured_ms"]) / m for p, m in zip(plans, measured, strict=True)]
+    memory = [abs(p / m - 1) for plan in plans for p, m in zip(plan["memory_bytes"], plan.get("measured_bytes", []), strict=False) if m]
+    return {
+        "plans": len(plans),
+        "mean error": statistics.mean(errors),
+        "p95": percentile(errors, 0.95),
+        "tau": kendall_tau(predicted, measured),
+        "regret": chosen / min(measured) - 1,
+        "memory": statistics.mean(memory) if memory else float("nan"),
+        "noise": statistics.mean(noise),
+        "bias": statistics.median(p / m for p, m in zip(predicted, measured, strict=True)),
+    }
+
+
+def iqr(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    whole = [r for r in rows if "plans" in r]
+    measured = [(r, figures(r)) for r in whole]
+    errors = [abs(p["predicted_ms"] / statistics.median(p["measured_ms"]) - 1) for r in whole for p in r["plans"].values()]
+    num_steps = len(next(iter(whole[0]["plans"].values()))["measured_ms"])
+    lines = [
+        "# Predicted and measured step times",
+        "",
+        f"`python -m benchmarks.fidelity`: processes of one thread, gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
+        "all plans in turns in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 %. Noise: quartiles' distance over the median, the "
+        "mean of a launch's plans: where it is larger than the error, the error says little.",
+        "",
+        "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r, f in measured:
+        shown = " | ".join(f"{f[k]:.1%}" for k in ("mean error", "p95"))
+        memory = "-" if math.isnan(f["memory"]) else f"{f['memory']:.1%}"
+        lines.append(
+            f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['regret']:.1%} | {memory} | "
+            f"{f['bias']:.2f} | {f['noise']:.1%} |"
+        )
+    lines += [
+        "",
+        f"All {len(errors)} plans: mean error {statistics.mean(errors):.1%}, median {statistics.median(errors):.1%}, p95 {percentile(errors, 0.95):.1%}; "
+        f"tau >= 0.9 in {sum(f['tau'] >= BARS['tau'] for _, f in measured)} of {len(measured)} launches, regret <= 2 % in "
+        f"{sum(f['regret'] <= BARS['regret'] for _, f in measured)}; mean regret {statistics.mean(f['regret'] for _, f in measured):.1%}.",
+    ]
+    for r in rows:
+        if "plans" not in r:
+            lines += ["", f"{r['model']} on {r['ranks']} ranks, {r['network']}: {r['failed'].strip().splitlines()[-1]}"]
+    return lines
+
+
+def write(rows: list[dict[str, Any]]) -> list[str]:
+    RESULTS.mkdir(exist_ok=True)
+    lines = table(rows)
+    (RESULTS / "fidelity.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "fidelity.json").write_text(json.dumps(rows) + "\n")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no launch after so many")
+    parser.add_argument("--resume", action="store_true", help="keep the launches that have run")
+    options = parser.parse_args()
+    sweep(
+        options.models.split(","),
+        [int(n) for n in options.ranks.split(",")],
+        options.networks.split(","),
+        options.rounds,
+        options.steps,
+        options.resume,
+        options.minutes,
+    )
+    print("\n".join(write(read_rows())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+#include "sim/shared_timeline.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "base/error.h"
+
+namespace soap {
+namespace {
+
+constexpr double kSame = 1 + 1e-12;  // ends that are equal but for rounding come together
+
+}  // namespace
+
+void SharedTimeline::move(const std::vector<int>& ranks, int64_t price_ns, int tag) {
+  for (int r : ranks) queues_[r].push_back({.move = static_cast<int>(moves_.size()), .tag = tag});
+  moves_.push_back({.num_ranks = ranks.size(), .price_ns = price_ns});
+}
+
+std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
+  struct Device {
+    size_t next = 0;     // task that it does or waits with
+    bool begun = false;  // that task
+    double left = 0, begin = 0;
+  };
+  std::vector<Device> devices(queues_.size());
+  std::vector<int64_t> done(queues_.size());
+  std::vector<int> busy(queues_.size());  // per host
+  double now = 0;
+  while (true) {
+    std::fill(busy.begin(), busy.end(), 0);
+    bool waiting = false;
+    for (size_t d = 0; d < devices.size(); ++d) {
+      Device& device = devices[d];
+      if (device.next == queues_[d].size()) continue;
+      const Task& task = queues_[d][device.next];
+      if (!device.begun) {
+        device.begun = true;
+        device.begin = now;
+        device.left = static_cast<double>(task.work_ns);
+        if (task.move >= 0 && ++moves_[task.move].arrived == moves_[task.move].num_ranks) {
+          moves_[task.move].end_ns = now + static_cast<double>(moves_[task.move].price_ns);
+        }
+      }
+      if (task.move < 0) ++busy[machine_.host_of[d]];
+      waiting = true;
+    }
+    if (!waiting) break;
+    const auto rate = [&](size_t d) { return machine_.busy_speed_of(busy[machine_.host_of[d]]); };
+    double next = std::numeric_limits<double>::infinity();
+    for (size_t d = 0; d < devices.size(); ++d) {
+      if (devices[d].next == queues_[d].size()) continue;
+      const Task& task = queues_[d][devices[d].next];
+      if (task.move < 0)
+        next = std::min(next, now + devices[d].left / rate(d));
+      else if (moves_[task.move].end_ns >= 0)
+        next = std::min(next, moves_[task.move].end_ns);
+    }
+    SOAP_CHECK(std::isfinite(next), "[simulate] devices wait for each other: a movement's ranks come to it in different orders");
+    for (size_t d = 0; d < devices.size(); ++d) {
+      Device& device = devices[d];
+      if (device.next == queues_[d].size()) continue;
+      const Task& task = queues_[d][device.next];
+      const double speed = task.move < 0 ? rate(d) : 0;
+      const double end = task.move < 0 ? now + device.left / speed : moves_[task.move].end_ns;
+      if (task.move >= 0 ? end < 0 || end > next * kSame : end > next * kSame) {
+        device.left -= (next - now) * speed;
+        continue;
+      }
+      done[d] = static_cast<int64_t>(next);
+      if (spans) {
+        const double begin = task.move < 0 ? device.begin : end - static_cast<double>(moves_[task.move].price_ns);
+        spans->push_back({task.tag, static_cast<int>(d), task.move >= 0, static_cast<int64_t>(begin), done[d]});
+      }
+      ++device.next;
+      device.begun = false;
+    }
+    now = next;
+  }
+  for (auto& queue : queues_) queue.clear();
+  moves_.clear();
+  return done;
+}
+
+}  // namespace soap

@@ -1,0 +1,58 @@
+// SharedTimeline: a step on hosts whose devices share what computes (cores, memory bandwidth): a device is the faster the fewer others of its
+// host compute at that moment. Processor sharing, by events:
+//
+//   work left of d falls at rate busy_speed[k - 1], k: devices of d's host that compute now (Machine::busy_speed)
+//   a movement begins when all its ranks have come to it, and takes its price
+//
+// Each device does what it was given, in order. Nothing overlaps on a device.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "machine/machine.h"
+
+namespace soap {
+
+class SharedTimeline {
+ public:
+  struct Span {
+    int tag = -1;
+    int device = 0;
+    bool communication = false;
+    int64_t begin_ns = 0, end_ns = 0;
+  };
+
+  explicit SharedTimeline(const Machine& machine) : machine_(machine), queues_(machine.host_of.size()) {}  // the machine must outlive it
+  explicit SharedTimeline(Machine&&) = delete;
+
+  // Where it begins a segment (the first after a movement, or the first with or without a backward: program/project.h) the call comes on top,
+  // Machine::segment_overhead_ns.
+  void compute(int device, int64_t work_ns, int tag = -1, bool differentiable = true) {
+    auto& queue = queues_[device];
+    const bool joins = !queue.empty() && queue.back().move < 0 && queue.back().differentiable == differentiable;
+    const int64_t call_ns = joins ? 0 : static_cast<int64_t>(machine_.segment_overhead_ns);
+    if (work_ns > 0) queue.push_back({.work_ns = work_ns + call_ns, .tag = tag, .differentiable = differentiable});
+  }
+  void move(const std::vector<int>& ranks, int64_t price_ns, int tag = -1);
+  // When each device is done, of what was added since the last run. `spans`: what ran when, in the order of ends.
+  std::vector<int64_t> run(std::vector<Span>* spans = nullptr);
+
+ private:
+  struct Task {
+    int64_t work_ns = 0;
+    int move = -1;  // index in moves_
+    int tag = -1;
+    bool differentiable = true;
+  };
+  struct Move {
+    size_t num_ranks = 0, arrived = 0;
+    int64_t price_ns = 0;
+    double end_ns = -1;  // known once all have come
+  };
+  const Machine& machine_;
+  std::vector<std::vector<Task>> queues_;  // per device
+  std::vector<Move> moves_;
+};
+
+}  // namespace soap
