@@ -117,8 +117,6 @@ Cut parse_cut(const Line& line, std::string_view text, int world_size) {
   return cut;
 }
 
-constexpr const char* kKeep[] = {"until_backward", "use", "until_step"};
-
 Line parse_line(int number_, std::string_view text, int world_size) {
   Line line{.number = number_, .text = std::string(text)};
   const auto words = words_of(text);
@@ -144,9 +142,9 @@ Line parse_line(int number_, std::string_view text, int world_size) {
       if (line.config.replicas < 1) fail(line, "replicas is 1 or more");
       line.has_config = true;
     } else if (key == "keep") {
-      const auto* k = std::find(std::begin(kKeep), std::end(kKeep), value);
-      if (k == std::end(kKeep)) fail(line, fmt::format("keep is {}", fmt::join(kKeep, ", ")));
-      line.config.keep = static_cast<Keep>(k - std::begin(kKeep));
+      const auto* k = std::find(std::begin(kKeepWords), std::end(kKeepWords), value);
+      if (k == std::end(kKeepWords)) fail(line, fmt::format("keep is {}", fmt::join(kKeepWords, ", ")));
+      line.config.keep = static_cast<Keep>(k - std::begin(kKeepWords));
     } else {
       line.config.cuts.push_back({key, parse_cut(line, value, world_size)});
       if (line.config.cuts.back().cut.fed && key != "n") fail(line, fmt::format("\"{}\": only n is cut as the processes feed", word));
@@ -451,73 +449,6 @@ std::map<std::string, std::optional<OpConfig>> parse_changes(const OpGraph& grap
     for (const Node& n : graph.nodes) {
       if (n.kind == NodeKind::kOp && matches(line.pattern, n.name)) out.emplace(n.name, std::nullopt);
     }
-  }
-  return out;
-}
-
-namespace {
-
-constexpr size_t kShortRun = 8;  // is written out
-
-std::string device_list(const std::vector<int>& devices) {
-  std::string out;
-  for (size_t i = 0; i < devices.size();) {
-    size_t end = i + 1;
-    const int step = end < devices.size() ? devices[end] - devices[i] : 0;
-    while (step > 0 && end < devices.size() && devices[end] - devices[end - 1] == step) ++end;
-    if (end - i <= kShortRun) end = i + 1;
-    out += fmt::format("{}{}", i == 0 ? "" : ",", devices[i]);
-    if (end - i > 1) out += fmt::format("..{}{}", devices[end - 1], step > 1 ? fmt::format(":{}", step) : "");
-    i = end;
-  }
-  return out;
-}
-
-}  // namespace
-
-std::string print_config(const OpConfig& config) {
-  std::vector<std::string> words;
-  for (const FactorCut& c : config.cuts) {
-    std::string text = c.cut.fed              ? "fed"
-                       : c.cut.bounds.empty() ? fmt::format("{}{}", c.cut.tiles, c.cut.zigzag ? "z" : "")
-                                              : fmt::format("[{}]", fmt::join(c.cut.bounds, ","));
-    if (c.cut.chunks > 1) text += fmt::format("x{}t", c.cut.chunks);
-    if (!c.cut.radix.empty()) text += fmt::format(":{}", fmt::join(c.cut.radix, "."));
-    words.push_back(fmt::format("{}={}", c.factor, text));
-  }
-  if (config.replicas > 1) words.push_back(fmt::format("replicas={}", config.replicas));
-  if (config.keep != Keep::kUntilBackward) words.push_back(fmt::format("keep={}", kKeep[static_cast<int>(config.keep)]));
-  if (!config.devices.empty()) words.push_back(fmt::format("@ [{}]", device_list(config.devices)));
-  return fmt::format("{}", fmt::join(words, " "));
-}
-
-std::string print_plan(const OpGraph& graph, const Strategy& strategy) {
-  std::string out;
-  for (const Rewrite& r : strategy.rewrites) out += fmt::format("rewrite {}\n", to_string(r));
-  if (strategy.order == Order::kInterleaved) out += "set order=1f1b\n";
-  if (strategy.bucket_bytes != Strategy{}.bucket_bytes) out += fmt::format("set bucket_bytes={}\n", strategy.bucket_bytes);
-  if (!strategy.recompute.empty()) {
-    out += "recompute";
-    for (const Region& r : strategy.recompute) out += " " + to_string(r);
-    out += "\n";
-  }
-  size_t width = 0;
-  for (const auto& [name, config] : strategy.nodes) width = std::max(width, name.size());
-  std::set<std::string> printed;
-  const auto line = [&](const std::string& name, const OpConfig& config) {
-    out += fmt::format("{:<{}}  {}\n", name, width, print_config(config));
-    printed.insert(name);
-  };
-  const OpGraph now = rewritten(graph, strategy.rewrites);
-  for (const Node& node : now.nodes) {
-    const auto it = strategy.nodes.find(node.name);
-    if (it != strategy.nodes.end()) line(it->first, it->second);
-  }
-  for (const auto& [name, config] : strategy.nodes) {
-    if (!printed.count(name)) line(name, config);
-  }
-  for (const auto& [edge, via] : strategy.edges) {
-    out += fmt::format("edge {} -> {} via={}\n", edge.first, edge.second, via == Via::kExchange ? "exchange" : "auto");
   }
   return out;
 }

@@ -12,6 +12,8 @@
 
 namespace soap {
 
+inline constexpr const char* kKeepWords[] = {"until_backward", "use", "until_step"};  // of Keep, in its order
+
 // Parses and checks a plan for this graph. Each node takes the first line whose pattern fits its name; nodes without a line follow their
 // producer. Throws std::invalid_argument with the line's number and text, the rule it breaks and what would be legal; nothing is half applied.
 Strategy parse_plan(const OpGraph& graph, std::string_view text, int world_size);

@@ -33,7 +33,7 @@ from torch_soap.runtime.deferred import Deferred
 from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import Header, RankMismatchError, agree, number
 from torch_soap.runtime.meter import Meter
-from torch_soap.runtime.storage import assemble, cut
+from torch_soap.runtime.storage import assemble, cut, materialise
 from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ParameterWatch, ReadAttributes, ReplicaWatch, checksum, compare_replicas
 
 Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
@@ -233,21 +233,9 @@ class Parallel:
 
     def materialise(self) -> None:
         """Gives parameters and buffers of the meta device memory for this rank's part only, unset until load_state_dict."""
-        made: dict[int, nn.Parameter] = {}
-        for prefix, child in self.module.named_modules():
-            for name, p in list(child._parameters.items()):
-                if p is not None and p.is_meta:
-                    full = f"{prefix}.{name}".removeprefix(".")
-                    canonical = next((n for n, q in self.parameters() if q is p), full)
-                    box = self.boxes.get(canonical)
-                    shape = [len(s) for s in box] if box is not None else [0, *p.shape[1:]] if canonical in self.boxes else list(p.shape)
-                    fresh = made.setdefault(id(p), nn.Parameter(torch.empty(shape, dtype=p.dtype), requires_grad=p.requires_grad))
-                    child._parameters[name] = fresh
-            for name, b in list(child._buffers.items()):
-                if b is not None and b.is_meta:
-                    child._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        made = materialise(self.module, self.boxes)
         if made:
-            warnings.warn(f"[torch_soap] {len(made)} parameters were on the meta device: this rank's parts have memory now, load a state_dict", stacklevel=2)
+            warnings.warn(f"[torch_soap] {made} parameters were on the meta device: this rank's parts have memory now, load a state_dict", stacklevel=2)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.module.named_parameters()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from torch_soap import _C
 from torch_soap.runtime.movement import index_of, put, take
@@ -35,3 +36,20 @@ def assemble(shape: Sequence[int], parts: Sequence[tuple[list[_C.IndexSet] | Non
         if box is not None:
             put(out, index_of(box, list(shape)), tensor.detach(), None)
     return out
+
+
+def materialise(module: nn.Module, boxes: Mapping[str, list[_C.IndexSet] | None]) -> int:
+    """Gives parameters and buffers of the meta device memory for this rank's parts (`boxes`, by name) only, unset. How many parameters there were."""
+    made: dict[int, nn.Parameter] = {}
+    for prefix, child in module.named_modules():
+        for name, p in list(child._parameters.items()):
+            if p is not None and p.is_meta:
+                full = f"{prefix}.{name}".removeprefix(".")
+                canonical = next((n for n, q in module.named_parameters() if q is p), full)
+                box = boxes.get(canonical)
+                shape = [len(s) for s in box] if box is not None else [0, *p.shape[1:]] if canonical in boxes else list(p.shape)
+                child._parameters[name] = made.setdefault(id(p), nn.Parameter(torch.empty(shape, dtype=p.dtype), requires_grad=p.requires_grad))
+        for name, b in list(child._buffers.items()):
+            if b is not None and b.is_meta:
+                child._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+    return len(made)
