@@ -1,11 +1,11 @@
 #include "search/grid_price.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 
 #include "base/error.h"
 #include "search/replica_graph.h"
+#include "sharding/region.h"
 #include "sim/memory.h"
 #include "sim/simulate.h"
 
@@ -47,18 +47,6 @@ class ReplicaLinks {
   int first_ = 0;
   std::map<std::tuple<int, int, int64_t>, int64_t> prices_;
 };
-
-// "layers.3.ffn.up" -> "layers.3": the repeated block that a node is in, "" for none.
-std::string_view block_of(std::string_view name) {
-  for (size_t begin = 0; begin < name.size();) {
-    const size_t end = std::min(name.find_first_of("./", begin), name.size());
-    const auto part = name.substr(begin, end - begin);
-    if (begin > 0 && !part.empty() && std::all_of(part.begin(), part.end(), [](unsigned char c) { return std::isdigit(c) != 0; })) return name.substr(0, end);
-    if (end < name.size() && name[end] == '/') break;
-    begin = end + 1;
-  }
-  return "";
-}
 
 // A stage's operators on its clocks. Movements take the ranks' compute time, or, where the machine overlaps, run beside it.
 struct Walk {
@@ -112,6 +100,7 @@ struct Pricing {
   const std::vector<int>& stage_of;
   const GroupCost& cost;
   const std::vector<std::vector<NodeId>>& readers;
+  const std::vector<int>& region_of;  // per node: the repeated block that it is in, -1 for none
   const Machine& machine;
   bool early_backward = true;
   int64_t bucket_bytes = Strategy{}.bucket_bytes;
@@ -225,7 +214,7 @@ struct Pricing {
       for (auto n = s.nodes.rbegin(); n != s.nodes.rend(); ++n) {
         const GroupNode& node = cost.nodes[*n];
         if (last) gather(w, s.refills, *n);
-        if (o.recompute && !block_of(graph.nodes[*n].name).empty()) w.spend(node.forward);
+        if (again(*n)) w.spend(node.forward);
         w.spend(node.backward);
         w.move(node.gradient_ns, true, true);
         const auto ends = s.ends.find(*n);
@@ -285,20 +274,19 @@ struct Pricing {
     if (o.micro_batches == 1) gradients = std::min(gradients, bucket_bytes + largest);
     s.memory += copies;
     // Activations: of a recomputed block what leaves it and what was moved, and once all of the largest.
-    std::map<std::string_view, int64_t> inside;
+    std::map<int, int64_t> inside;
     int64_t kept = 0, working = 0;
     std::vector<NodeId> last_in_block(graph.nodes.size(), -1);
     for (NodeId n : s.nodes) {
       const GroupNode& node = cost.nodes[n];
       working = std::max(working, node.result_bytes);
-      const std::string_view block = o.recompute ? block_of(graph.nodes[n].name) : "";
-      if (block.empty()) {
+      if (!again(n)) {
         kept += node.saved_bytes + node.copied_bytes;
         continue;
       }
-      const bool leaves = leaves_block(n, block);
+      const bool leaves = leaves_block(n);
       kept += (leaves ? node.result_bytes : 0) + node.copied_bytes;
-      inside[block] += leaves ? 0 : node.saved_bytes;
+      inside[region_of[n]] += leaves ? 0 : node.saved_bytes;
     }
     int64_t block = 0;
     for (const auto& [name, bytes] : inside) block = std::max(block, bytes);
@@ -308,12 +296,12 @@ struct Pricing {
     s.memory += o.micro_batches == 1 ? std::max(activations, gradients) : activations + gradients;
   }
 
-  bool leaves_block(NodeId n, std::string_view block) const {
-    for (NodeId reader : readers[n]) {
-      if (block_of(graph.nodes[reader].name) != block) return true;
-    }
-    return false;
+  bool again(NodeId n) const { return o.recompute && region_of[n] >= 0; }
+
+  bool leaves_block(NodeId n) const {
+    return std::any_of(readers[n].begin(), readers[n].end(), [&](NodeId reader) { return region_of[reader] != region_of[n]; });
   }
+
   // Micro-batches through the stages, each stage in its own order; a transfer takes both ends' time, or, where the machine overlaps, their links'.
   int64_t schedule() {
     const int count = o.micro_batches, depth = o.pp;
@@ -397,7 +385,7 @@ struct Pricing {
 
 }  // namespace
 
-GridPricer::GridPricer(const OpGraph& graph, const ManualPlanner& planner, const CostModel& cost) : graph_(graph), planner_(planner), cost_(cost) {}
+GridPricer::GridPricer(const OpGraph& graph, const ManualPlanner& planner, const CostModel& cost) : graph_(graph), planner_(planner), cost_(cost), regions_(named_regions(graph, repeated_blocks(graph))) {}
 
 GridPricer::Share& GridPricer::share(int ranks, int64_t parts) {
   auto& slot = shares_[{ranks, parts}];

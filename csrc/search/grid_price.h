@@ -12,7 +12,7 @@
 //   step                     the last stage to end, and its update
 //
 // Memory of a stage: parameters, gradients and optimizer state (2x, AdamW) of its parts; what backward keeps of each micro-batch that is under
-// way; gathered copies. tests/cpp/grid_test.cpp holds both against simulate(lower(...)).
+// way; gathered copies. tests/unit/test_grids.py holds both against simulate(lower(...)).
 #pragma once
 
 #include <array>
@@ -54,6 +54,7 @@ class GridPricer {
   const OpGraph& graph_;
   const ManualPlanner& planner_;
   const CostModel& cost_;
+  std::vector<int> regions_;  // per node: the repeated block that it is in
   std::map<std::pair<int, int64_t>, std::unique_ptr<Share>> shares_;
   std::map<int, std::vector<int>> stages_;
 };

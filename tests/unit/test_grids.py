@@ -1,0 +1,160 @@
+"""Grid plans priced by what one group does, against the simulation that names every device; the search over them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torch_soap
+from examples.llama import SIZES, Llama, Sizes
+from tests.unit.planning import patterns
+from torch_soap import _C
+from torch_soap.grids import is_large, plan_grids
+from torch_soap.planner import graph_for
+from torch_soap.verify import verify
+
+ROWS, LENGTH = 16, 64
+SMALL = Sizes(layers=3, hidden=128, ffn=256, heads=8, key_heads=4, vocabulary=256)
+
+
+def machine(name: str = "cpu-10g", devices: int = 8) -> torch_soap.Machine:
+    return torch_soap.Machine.preset(name, hosts=max(devices // 4, 1), devices_per_host=min(devices, 4))
+
+
+def tokens(rows: int = ROWS, length: int = LENGTH) -> torch.Tensor:
+    return torch.zeros(rows, length, dtype=torch.long, device="meta")
+
+
+@pytest.fixture(scope="module")
+def llama() -> _C.OpGraph:
+    with torch.device("meta"):
+        module = Llama(SMALL, context=LENGTH)
+    return graph_for(module, (tokens(), tokens()), None, 8)[0]
+
+
+def options(**degrees: Any) -> _C.ManualOptions:
+    out = _C.ManualOptions()
+    for name, value in degrees.items():
+        setattr(out, name, value)
+    if out.micro_batches > 1:
+        out.order = _C.Order.interleaved
+    return out
+
+
+def simulated(graph: _C.OpGraph, strategy: _C.Strategy, cost: _C.CostModel) -> _C.Simulation:
+    world = strategy.world_size
+    return _C.simulate(_C.lower(graph, strategy, [ROWS // world] * world), cost)
+
+
+GRIDS: list[dict[str, Any]] = [
+    {"dp": 8},
+    {"dp": 8, "zero": 1},
+    {"dp": 8, "zero": 3},
+    {"dp": 8, "zero": 3, "zero_group": 4},
+    {"tp": 8},
+    {"tp": 4, "dp": 2, "sequence": True},
+    {"dp": 2, "tp": 4},
+    {"dp": 4, "tp": 2, "zero": 3},
+    {"dp": 4, "tp": 2, "recompute": True},
+    {"dp": 2, "tp": 4, "micro_batches": 4},
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_grid_costs_what_naming_all_devices_costs(llama: _C.OpGraph, grid: dict[str, Any]) -> None:
+    cost = _C.CostModel(machine())
+    given = options(**grid)
+    priced = _C.grid_price(llama, 8, cost, given)
+    whole = simulated(llama, _C.manual_strategy(llama, 8, given), cost)
+    assert priced.step_ns == pytest.approx(whole.step_ns, rel=0.02)
+    assert priced.memory_bytes == pytest.approx(max(whole.memory_bytes), rel=0.2)
+
+
+@pytest.mark.parametrize("grid", [{"dp": 4, "pp": 2, "micro_batches": 4}, {"dp": 2, "tp": 2, "pp": 2, "micro_batches": 4}], ids=str)
+def test_stages_are_scheduled_about_as_lowering_orders_them(llama: _C.OpGraph, grid: dict[str, Any]) -> None:
+    cost = _C.CostModel(machine())
+    priced = _C.grid_price(llama, 8, cost, options(**grid))
+    whole = simulated(llama, _C.manual_strategy(llama, 8, options(**grid)), cost)
+    assert priced.step_ns == pytest.approx(whole.step_ns, rel=0.15)
+    assert len(priced.stage_memory) == 2
+
+
+def test_the_search_takes_no_worse_than_any_seed_and_its_strategy_costs_what_it_says(llama: _C.OpGraph) -> None:
+    cost = _C.CostModel(machine())
+    found = _C.search_grids(llama, 8, cost, _C.GridSearchOptions())
+    best = found.candidates[0]
+    assert best.fits and best.price.step_ns == min(c.price.step_ns for c in found.candidates if c.fits)
+    names = {c.name for c in found.candidates}
+    assert {"dp 8", "tp 8", "tp 8, sequence", "dp 8, zero-1", "dp 2 x tp 4"} <= names
+    whole = simulated(llama, found.strategy, cost)
+    assert whole.step_ns == pytest.approx(best.price.step_ns, rel=0.1)
+
+
+def test_memory_decides(llama: _C.OpGraph) -> None:
+    cost = _C.CostModel(machine())
+    free = _C.search_grids(llama, 8, cost, _C.GridSearchOptions())
+    tight = _C.GridSearchOptions()
+    least = min(c.price.memory_bytes for c in free.candidates)
+    tight.memory_limit_bytes = int(least * 1.1)
+    found = _C.search_grids(llama, 8, cost, tight)
+    assert found.candidates[0].price.memory_bytes <= tight.memory_limit_bytes < free.candidates[0].price.memory_bytes
+    tight.memory_limit_bytes = least // 4
+    with pytest.raises(ValueError, match="nothing fits: the smallest plan found .* needs .* MiB on a device, the limit is"):
+        _C.search_grids(llama, 8, cost, tight)
+
+
+def test_statistics_over_samples_are_refused_in_words() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4))
+    graph = graph_for(module, torch.zeros(16, 3, 8, 8), None, 8)[0]
+    with pytest.raises(ValueError, match="statistics over samples"):
+        plan_grids(graph, 8, _C.CostModel(machine()))
+
+
+def test_a_large_world_is_planned_by_its_grid() -> None:
+    with torch.device("meta"):
+        module = Llama(SIZES["tiny"], context=LENGTH)
+    batch = tokens(512), tokens(512)
+    plan = torch_soap.plan(module, batch, machine=torch_soap.Machine.preset("h100", hosts=64, devices_per_host=8))
+    assert is_large(graph_for(module, batch, None, 512)[0], 512)
+    assert plan.world_size == 512 and plan.predicted["grid"]
+    assert plan.predicted["chosen"] in plan.explain()
+    graph = graph_for(module, batch, None, 512)[0]
+    assert _C.parse_plan(graph, plan.text, 512) == plan.strategy
+    with pytest.raises(ValueError, match="priced by its grid"):
+        plan.why_not("tokens", "n=2")
+    same = torch_soap.manual_plan(module, batch, machine=torch_soap.Machine.preset("h100", hosts=64, devices_per_host=8), dp=64, tp=2, pp=4, micro_batches=4)
+    assert same.predicted["step_time_ns"] >= plan.predicted["step_time_ns"]
+
+
+def test_runs_of_devices_are_written_short(llama: _C.OpGraph) -> None:
+    text = "tokens  n=2 replicas=10 @ [0..18:2,1..19:2]"
+    strategy = _C.parse_plan(llama, text, 20)
+    assert "@ [0..18:2,1..19:2]" in _C.print_plan(llama, strategy)
+    assert list(strategy.nodes["tokens"].devices) == [*range(0, 20, 2), *range(1, 20, 2)]
+    with pytest.raises(ValueError, match="no run of devices"):
+        _C.parse_plan(llama, "tokens n=2 @ [3..1]", 20)
+
+
+@pytest.mark.parametrize("grid", [{"tp": 2}, {"dp": 2, "tp": 2}], ids=str)
+def test_sequence_parallelism_and_a_cross_entropy_by_classes_are_exact(grid: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    module = Llama(SIZES["tiny"], context=8)
+    batch = torch.randint(512, (4, 8)), torch.randint(512, (4, 8))
+    plan = torch_soap.manual_plan(module, batch, machine=_C.Machine(math.prod(grid.values())), sequence=True, **grid)
+    assert " s=2" in plan.text and " v=2" in plan.text
+    report = verify(module, batch, plan, dtype=torch.float64)
+    assert report.ok, report
+
+
+def test_tensor_parallel_groups_reduce_among_themselves(llama: _C.OpGraph) -> None:
+    program = _C.lower(llama, _C.manual_strategy(llama, 8, options(dp=4, tp=2)), [2] * 8)
+    assert patterns(program, lambda name: name.endswith("attention.o")) == {"fill all_reduce": 3, "grad_fill local": 3} or patterns(
+        program, lambda name: name.endswith("attention.o")
+    ) == {"fill all_reduce": 3}
+    assert set(patterns(program, lambda name: name == "param:layers.0.ffn.up.weight")) == {"grad_fill all_reduce"}
+    text = program.step_text if hasattr(program, "step_text") else ""
+    assert "exchange" not in text
