@@ -1,7 +1,7 @@
 #include "search/grid_price.h"
 
 #include <algorithm>
-#include <cmath>
+#include <set>
 
 #include "base/error.h"
 #include "search/replica_graph.h"
@@ -122,12 +122,13 @@ struct Pricing {
       const bool shared = std::any_of(p.shape.begin(), p.shape.end(), [&](int64_t size) { return size >= group; });
       if (graph.nodes[p.node].kind == NodeKind::kParam && shared) q.group = group;
       const int home = stage_of[p.readers.front()];
+      std::set<int> elsewhere;  // its copy comes at the beginning, its gradient goes at the end
       for (NodeId reader : p.readers) {
-        Stage& s = stages[stage_of[reader]];
-        if (stage_of[reader] != home && s.gathers[reader].empty()) {  // its copy comes at the beginning, its gradient goes at the end
-          s.extra += 2 * movement_ns(machine, "exchange", {home * o.dp * o.tp, stage_of[reader] * o.dp * o.tp}, p.bytes);
-          s.memory += 2 * p.bytes;
-        }
+        if (stage_of[reader] != home) elsewhere.insert(stage_of[reader]);
+      }
+      for (int other : elsewhere) {
+        stages[other].extra += 2 * movement_ns(machine, "exchange", {home * o.dp * o.tp, other * o.dp * o.tp}, p.bytes);
+        stages[other].memory += 2 * p.bytes;
       }
       Stage& s = stages[home];
       s.parameters.push_back(q);
@@ -248,9 +249,8 @@ struct Pricing {
     for (NodeId n : s.nodes) {
       const GroupNode& node = cost.nodes[n];
       if (node.forward.empty()) continue;
-      const int64_t again = o.recompute && !block_of(graph.nodes[n].name).empty() ? 1 : 0;
-      s.compute += o.micro_batches *
-                   ((1 + again) * *std::max_element(node.forward.begin(), node.forward.end()) + *std::max_element(node.backward.begin(), node.backward.end()));
+      s.compute += o.micro_batches * ((again(n) ? 2 : 1) * *std::max_element(node.forward.begin(), node.forward.end()) +
+                                      *std::max_element(node.backward.begin(), node.backward.end()));
     }
     for (const Parameter& q : s.parameters) {
       if (q.p->trained) s.update += update_ns(machine, 0, q.p->bytes / q.group);
@@ -385,7 +385,8 @@ struct Pricing {
 
 }  // namespace
 
-GridPricer::GridPricer(const OpGraph& graph, const ManualPlanner& planner, const CostModel& cost) : graph_(graph), planner_(planner), cost_(cost), regions_(named_regions(graph, repeated_blocks(graph))) {}
+GridPricer::GridPricer(const OpGraph& graph, const ManualPlanner& planner, const CostModel& cost)
+    : graph_(graph), planner_(planner), cost_(cost), regions_(named_regions(graph, repeated_blocks(graph))) {}
 
 GridPricer::Share& GridPricer::share(int ranks, int64_t parts) {
   auto& slot = shares_[{ranks, parts}];
@@ -419,6 +420,7 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs)
             .stage_of = stage_of,
             .cost = *cost,
             .readers = mine.readers,
+            .region_of = regions_,
             .machine = cost_.machine(),
             .early_backward = planner_.loss_is_sum()};
   p.distribute();

@@ -64,7 +64,7 @@ struct Searcher {
     if (o.dp == 1) return out;
     for (const int zero : {1, 3}) out.emplace_back(zero, 0);
     const auto& hosts = cost.machine().host_of;
-    const int local = static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts[0])) / (o.tp * o.pp <= world ? o.tp : 1);
+    const int local = static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts[0])) / o.tp;  // replicas on a host
     for (const int zero : {1, 3}) {
       if (local > 1 && local < o.dp && o.dp % local == 0) out.emplace_back(zero, local);
     }

@@ -124,7 +124,6 @@ struct Builder {
       const Fragment& f = *fragments[n->id];
       const Rule& rule = planner.rule(*n);
       GroupNode& cost = out.nodes[n->id];
-      cost.view = rule.view;
       const bool differentiable = std::any_of(f.ops.begin(), f.ops.end(), [](const FragmentOp& op) { return op.differentiable; });
       for (size_t r = 0; r < n->outputs.size(); ++r) {
         const Tensor& t = graph.output(*n, static_cast<int>(r));

@@ -152,9 +152,6 @@ def test_sequence_parallelism_and_a_cross_entropy_by_classes_are_exact(grid: dic
 
 def test_tensor_parallel_groups_reduce_among_themselves(llama: _C.OpGraph) -> None:
     program = _C.lower(llama, _C.manual_strategy(llama, 8, options(dp=4, tp=2)), [2] * 8)
-    assert patterns(program, lambda name: name.endswith("attention.o")) == {"fill all_reduce": 3, "grad_fill local": 3} or patterns(
-        program, lambda name: name.endswith("attention.o")
-    ) == {"fill all_reduce": 3}
+    assert set(patterns(program, lambda name: name.endswith("attention.o"))) == {"fill all_reduce"}
     assert set(patterns(program, lambda name: name == "param:layers.0.ffn.up.weight")) == {"grad_fill all_reduce"}
-    text = program.step_text if hasattr(program, "step_text") else ""
-    assert "exchange" not in text
+    assert set(patterns(program, lambda name: name == "param:layers.0.ffn_norm.weight")) == {"grad_fill all_reduce"}
