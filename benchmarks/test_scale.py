@@ -88,9 +88,10 @@ def write(rows: list[dict[str, Any]]) -> None:
     lines = [
         "# Plans for thousands of devices",
         "",
-        f"`python -m pytest benchmarks/test_scale.py -s` on {platform.processor() or platform.machine()}, {os.cpu_count()} cores, revision {revision()}. Llama 3 in bfloat16,",
-        f"sequences of {SEQUENCE} tokens, preset h100 with 8 devices per host. Plan: median of {REPEATS} runs, one core; goal in brackets. Peak memory is the whole process', torch",
-        "included. The last column: how much faster the plan of a search with eight times the simulations of descent is.",
+        f"`python -m pytest benchmarks/test_scale.py -s` on {platform.processor() or platform.machine()}, {os.cpu_count()} cores, revision {revision()}.",
+        f"Llama 3 in bfloat16, sequences of {SEQUENCE} tokens, preset h100 with 8 devices per host. Plan: median of {REPEATS} runs, one core; goal in",
+        "brackets. Peak memory is the whole process', torch included. The last column: how much faster the plan of a search is that has eight times",
+        "the simulations of descent.",
         "",
         "| model | devices | capture s | plan s | simulations | peak GiB | plan | step ms | best of the grids ms | 8x longer |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -98,8 +99,9 @@ def write(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         goal = CASES[r["size"], r["devices"]][1]
         lines.append(
-            f"| {r['size']} | {r['devices']} | {r['capture_s']:.1f} | {r['plan_s']:.2f} ({goal:g}) | {r['simulations']} | {r['peak_rss_bytes'] / 2**30:.2f} | {r['plan']} "
-            f"| {r['step_ns'] / 1e6:.1f} | {r['best_seed_ns'] / 1e6:.1f} of {r['seeds']} | {1 - r['longer_ns'] / r['step_ns']:.2%} |"
+            f"| {r['size']} | {r['devices']} | {r['capture_s']:.1f} | {r['plan_s']:.2f} ({goal:g}) | {r['simulations']} "
+            f"| {r['peak_rss_bytes'] / 2**30:.2f} | {r['plan']} | {r['step_ns'] / 1e6:.1f} | {r['best_seed_ns'] / 1e6:.1f} of {r['seeds']} "
+            f"| {1 - r['longer_ns'] / r['step_ns']:.2%} |"
         )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "scale.md").write_text("\n".join(lines) + "\n")

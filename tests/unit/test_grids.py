@@ -103,7 +103,7 @@ def test_memory_decides(llama: _C.OpGraph) -> None:
     found = _C.search_grids(llama, 8, cost, tight)
     assert found.candidates[0].price.memory_bytes <= tight.memory_limit_bytes < free.candidates[0].price.memory_bytes
     tight.memory_limit_bytes = least // 4
-    with pytest.raises(ValueError, match="nothing fits: the smallest plan found .* needs .* MiB on a device, the limit is"):
+    with pytest.raises(ValueError, match=r"nothing fits: the smallest plan found .* needs .* MiB on a device, the limit is"):
         _C.search_grids(llama, 8, cost, tight)
 
 
