@@ -52,12 +52,40 @@ TEST(Reshard, GradientOfAHaloGoesBackToItsOwner) {
   EXPECT_EQ(back, expected);
 }
 
-// A reader uses the replica on its own device, else the one of its own index; all replicas of a destination read all sources, in one order.
-TEST(Reshard, ReadersChooseReplicasByTheirIndex) {
+// A reader uses the replica on its own device, else the one of the index that it holds of another source, else of its own index; all replicas of a
+// destination read all sources, in one order.
+TEST(Reshard, ReadersKeepToTheirReplica) {
   const Sharding tiles = rows({{span(0, 2), {0, 1}}, {span(2, 4), {2, 3}}}), copies = rows({{span(0, 4), {1, 4}}});
   std::vector<std::tuple<int, int, int>> reads;  // to, src, from
   for (const Piece& x : fill_pieces(tiles, copies, 0)) reads.emplace_back(x.to, x.src, x.from);
-  EXPECT_EQ(reads, (std::vector<std::tuple<int, int, int>>{{1, 0, 1}, {1, 1, 2}, {4, 0, 1}, {4, 1, 3}}));
+  EXPECT_EQ(reads, (std::vector<std::tuple<int, int, int>>{{1, 0, 1}, {1, 1, 3}, {4, 0, 1}, {4, 1, 3}}));
+}
+
+Movement sum_of(const Sharding& tiles, const Sharding& copies) {
+  return recognise(fill_pieces(tiles, copies, 0), tiles, copies, Reduce::kSum);
+}
+
+// Sums of disjoint devices are all-reduces of their own; replicas of one sum only where they add in the same order.
+TEST(Reshard, AllReducesComeInGroups) {
+  const Sharding two = rows({{span(0, 2), {0}}, {span(0, 2), {1}}, {span(2, 5), {2}}, {span(2, 5), {3}}}, Reduce::kSum);
+  const Movement apart = sum_of(two, rows({{span(0, 2), {0, 1}}, {span(2, 5), {2, 3}}}));
+  ASSERT_EQ(apart.pattern, Pattern::kAllReduce);
+  EXPECT_EQ(apart.groups, (std::vector<ReduceGroup>{{{0, 1}, 2}, {{2, 3}, 3}}));
+  EXPECT_EQ(apart.elements, 5);
+  EXPECT_EQ(apart.group_of(3), &apart.groups[1]);
+  EXPECT_EQ(apart.group_of(4), nullptr);
+
+  const Sharding all = rows({{span(0, 2), {0, 1, 2, 3}}});
+  const Movement alike = sum_of(rows({{span(0, 2), {0, 1}}, {span(0, 2), {2, 3}}}, Reduce::kSum), all);
+  EXPECT_EQ(alike.groups, (std::vector<ReduceGroup>{{{0, 2}, 2}, {{1, 3}, 2}}));
+  EXPECT_EQ(sum_of(rows({{span(0, 2), {0, 3}}, {span(0, 2), {2, 1}}}, Reduce::kSum), all).pattern, Pattern::kExchange);  // 0 + 2, but 1 + 3 the other way
+}
+
+TEST(Reshard, ASumThatIsWantedElsewhereIsNoAllReduce) {
+  const Sharding tiles = rows({{span(0, 2), {0}}, {span(0, 2), {1}}}, Reduce::kSum);
+  EXPECT_EQ(sum_of(tiles, rows({{span(0, 2), {2, 3}}})).pattern, Pattern::kExchange);  // another stage's devices
+  EXPECT_EQ(sum_of(tiles, rows({{span(0, 1), {0}}, {span(1, 2), {1}}})).pattern, Pattern::kExchange);
+  EXPECT_EQ(sum_of(tiles, rows({{span(0, 2), {0}}})).pattern, Pattern::kExchange);
 }
 
 // What all chunks and several consumers read alike is gathered once, and its gradient is summed before it moves, once.
