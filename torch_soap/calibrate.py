@@ -148,7 +148,7 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
                 x.add_(1.0)
 
         walls, own = [], 0
-        for num_busy in range(1, machine.host_of.count(machine.host_of[0]) + 1):
+        for num_busy in range(machine.host_of.count(machine.host_of[0]) + 1):  # 0: what the barriers take
             samples = []
             for _ in range(REPEATS):
                 barrier(comm)
@@ -161,7 +161,7 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
             everyone = comm.gather_ints([min(v) for v in zip(*samples, strict=True)])
             walls.append(max(wall for wall, _ in everyone))
             own = max(taken for _, taken in everyone)  # the last round's: all at work
-        known["busy_speed"] = [round(own / wall, 3) for wall in walls]
+        known["busy_speed"] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
         mark(known, "busy_speed")
     return list(known["busy_speed"])
 
