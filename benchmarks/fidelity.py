@@ -126,7 +126,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "",
         f"`python -m benchmarks.fidelity`: processes of one thread, gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
         f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
-        "all plans in turns in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 %. Noise: quartiles' distance over the median, the "
+        "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 %. Noise: quartiles' distance over the median, the "
         "mean of a launch's plans: where it is larger than the error, the error says little. Drift: a fixed piece of work, timed before each plan, "
         "90th over 10th percentile; the last column scales each prediction by how much slower that work was then than while operators were measured.",
         "",
