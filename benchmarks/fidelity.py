@@ -93,6 +93,7 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
     errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     chosen = measured[predicted.index(min(predicted))]
     noise = [iqr(p["measured_ms"]) / m for p, m in zip(plans, measured, strict=True)]
+    drift = [statistics.mean(p["probe_ms"]) / statistics.median(row["probe_ms"]) for p in plans]
     memory = [abs(p / m - 1) for plan in plans for p, m in zip(plan["memory_bytes"], plan.get("measured_bytes", []), strict=False) if m]
     return {
         "plans": len(plans),
@@ -102,6 +103,8 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
         "regret": chosen / min(measured) - 1,
         "memory": statistics.mean(memory) if memory else float("nan"),
         "noise": statistics.mean(noise),
+        "drift": percentile(drift, 0.9) / percentile(drift, 0.1) - 1,
+        "at its speed": statistics.mean(abs(p * d / m - 1) for p, m, d in zip(predicted, measured, drift, strict=True)),
         "bias": statistics.median(p / m for p, m in zip(predicted, measured, strict=True)),
     }
 
@@ -123,18 +126,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "",
         f"`python -m benchmarks.fidelity`: processes of one thread, gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
         f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
-        "all plans in turns in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 %. Noise: quartiles' distance over the median, the "
-        "mean of a launch's plans: where it is larger than the error, the error says little.",
+        "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 %. Noise: quartiles' distance over the median, the "
+        "mean of a launch's plans: where it is larger than the error, the error says little. Drift: a fixed piece of work, timed before each plan, "
+        "90th over 10th percentile; the last column scales each prediction by how much slower that work was then than while operators were measured.",
         "",
-        "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r, f in measured:
         shown = " | ".join(f"{f[k]:.1%}" for k in ("mean error", "p95"))
         memory = "-" if math.isnan(f["memory"]) else f"{f['memory']:.1%}"
         lines.append(
             f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['regret']:.1%} | {memory} | "
-            f"{f['bias']:.2f} | {f['noise']:.1%} |"
+            f"{f['bias']:.2f} | {f['noise']:.1%} | {f['drift']:.0%} | {f['at its speed']:.1%} |"
         )
     lines += [
         "",

@@ -118,6 +118,19 @@ def peak_bytes(parallel: Any, engine: Engine, graph: Graph, batch: tuple[torch.T
     return live.peak + state_bytes
 
 
+def probe() -> float:
+    """ms of a fixed piece of work, all ranks at once: how fast the machine is right now. It isn't ours alone: what was measured a minute ago may be off."""
+    a, x = torch.ones(384, 384), torch.ones(1 << 21)
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(12):
+        a @ a
+        x.mul_(1.0)
+    taken = torch.tensor([1e3 * (time.perf_counter() - start)])
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return round(float(taken), 2)
+
+
 def one_step(model: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, ...]) -> tuple[float, torch.Tensor]:
     """Seconds from a barrier to a barrier: the slowest rank counts."""
     dist.barrier()
@@ -166,7 +179,9 @@ def main(name: str, rounds: int, steps: int) -> None:
     seconds = {"planning": time.perf_counter() - begin}
     host_of = calibrate.placement(comm)
     known = calibrate.load(world, comm, host_of)
+    probes = [probe()]
     for plan in plans.values():
+        probes.append(probe())
         while measure(cost, graph, captured_graph, plan.strategy, rows, comm, known):
             pass
     if rank == 0:
@@ -187,6 +202,7 @@ def main(name: str, rounds: int, steps: int) -> None:
             model.load_state_dict(whole)
             parallel.random.call, parallel.meter.count = 0, FIRST_SAMPLE  # no sampled step among the measured ones
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+            row.setdefault("probe_ms", []).append(probe())
             for step in range(WARM_UP + steps):
                 taken, loss = one_step(model, optimizer, batch)
                 if step >= WARM_UP:
@@ -205,7 +221,7 @@ def main(name: str, rounds: int, steps: int) -> None:
                 row["measured_bytes"] = comm.gather_objects(peak_bytes(parallel, engine, captured_graph, batch))
     seconds["training"] = time.perf_counter() - begin - sum(seconds.values())
     if rank == 0:
-        report({"plans": out, "found": found.text.splitlines(), "seconds": seconds, "machine": to_json(cost.machine)})
+        report({"plans": out, "found": found.text.splitlines(), "probe_ms": probes, "seconds": seconds, "machine": to_json(cost.machine)})
         for label, row in out.items():
             median = statistics.median(row["measured_ms"])
             ratio = max(row["memory_bytes"]) / max(row.get("measured_bytes", [1]))

@@ -34,8 +34,10 @@ from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfe
 from torch_soap.runtime.parallel import Parallel
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
-UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20)  # of parameters, bytes
-FORMAT = 3  # of the cache
+UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
+# Beyond what the C library keeps for itself (32 MiB): each new tensor's pages are given by the kernel, one by one. Measured where it doesn't take long.
+LARGE, LARGE_NS = 40 << 20, 50_000_000
+FORMAT = 4  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -122,7 +124,7 @@ def measure_update(comm: Comm | None, known: dict[str, Any]) -> list[tuple[int, 
         timings = []
         barrier(comm)
         for size in UPDATES:
-            parameters = [torch.zeros(size // 4, requires_grad=True) for _ in range(max(8, (8 << 20) // size))]
+            parameters = [torch.zeros(size // 4, requires_grad=True) for _ in range(min(max(2, (64 << 20) // size), 256))]
             for p in parameters:
                 p.grad = torch.ones_like(p)
             optimizer = torch.optim.AdamW(parameters)
@@ -146,7 +148,7 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
                 x.add_(1.0)
 
         walls, own = [], 0
-        for num_busy in range(1, machine.host_of.count(machine.host_of[0]) + 1):
+        for num_busy in range(machine.host_of.count(machine.host_of[0]) + 1):  # 0: what the barriers take
             samples = []
             for _ in range(REPEATS):
                 barrier(comm)
@@ -159,7 +161,7 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
             everyone = comm.gather_ints([min(v) for v in zip(*samples, strict=True)])
             walls.append(max(wall for wall, _ in everyone))
             own = max(taken for _, taken in everyone)  # the last round's: all at work
-        known["busy_speed"] = [round(own / wall, 3) for wall in walls]
+        known["busy_speed"] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
         mark(known, "busy_speed")
     return list(known["busy_speed"])
 
@@ -205,8 +207,12 @@ def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) ->
         for kind in ("exchange", "all_reduce"):
             key = f"{kind}/{num_ranks}/{num_hosts}"
             if key not in known["tables"]:
-                timings = [calmest(lambda k=kind, r=ranks, s=size: time_movement(comm, k, r, s)) for size in SIZES]  # type: ignore[misc]
-                known["tables"][key] = [[size, t.ns] for size, t in zip(SIZES, timings, strict=True)]
+                sizes = list(SIZES)
+                timings = [calmest(lambda k=kind, r=ranks, s=size: time_movement(comm, k, r, s)) for size in sizes]  # type: ignore[misc]
+                if timings[-1].ns < LARGE_NS:
+                    sizes.append(LARGE)
+                    timings.append(time_movement(comm, kind, ranks, LARGE))
+                known["tables"][key] = [[size, t.ns] for size, t in zip(sizes, timings, strict=True)]
                 mark(known, f"tables/{key}", *timings)
             tables[key] = [tuple(p) for p in known["tables"][key]]
     machine.tables = tables
