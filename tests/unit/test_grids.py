@@ -17,8 +17,8 @@ from torch_soap.grids import is_large, plan_grids
 from torch_soap.planner import graph_for
 from torch_soap.verify import verify
 
-ROWS, LENGTH = 16, 64
-SMALL = Sizes(layers=3, hidden=128, ffn=256, heads=8, key_heads=4, vocabulary=256)
+ROWS, LENGTH = 16, 512
+SMALL = Sizes(layers=4, hidden=1024, ffn=2816, heads=16, key_heads=4, vocabulary=8192)  # large enough that latencies don't decide
 
 
 def machine(name: str = "cpu-10g", devices: int = 8) -> torch_soap.Machine:
@@ -32,7 +32,7 @@ def tokens(rows: int = ROWS, length: int = LENGTH) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def llama() -> _C.OpGraph:
     with torch.device("meta"):
-        module = Llama(SMALL, context=LENGTH)
+        module = Llama(SMALL, context=LENGTH).to(torch.bfloat16)
     return graph_for(module, (tokens(), tokens()), None, 8)[0]
 
 
@@ -56,7 +56,7 @@ GRIDS: list[dict[str, Any]] = [
     {"dp": 8, "zero": 3},
     {"dp": 8, "zero": 3, "zero_group": 4},
     {"tp": 8},
-    {"tp": 4, "dp": 2, "sequence": True},
+    {"tp": 8, "sequence": True},
     {"dp": 2, "tp": 4},
     {"dp": 4, "tp": 2, "zero": 3},
     {"dp": 4, "tp": 2, "recompute": True},
@@ -74,7 +74,10 @@ def test_a_grid_costs_what_naming_all_devices_costs(llama: _C.OpGraph, grid: dic
     assert priced.memory_bytes == pytest.approx(max(whole.memory_bytes), rel=0.2)
 
 
-@pytest.mark.parametrize("grid", [{"dp": 4, "pp": 2, "micro_batches": 4}, {"dp": 2, "tp": 2, "pp": 2, "micro_batches": 4}], ids=str)
+STAGES: list[dict[str, Any]] = [{"dp": 4, "pp": 2, "micro_batches": 4}, {"dp": 2, "tp": 2, "pp": 2, "micro_batches": 4}]
+
+
+@pytest.mark.parametrize("grid", STAGES, ids=str)
 def test_stages_are_scheduled_about_as_lowering_orders_them(llama: _C.OpGraph, grid: dict[str, Any]) -> None:
     cost = _C.CostModel(machine())
     priced = _C.grid_price(llama, 8, cost, options(**grid))
@@ -146,7 +149,7 @@ def test_sequence_parallelism_and_a_cross_entropy_by_classes_are_exact(grid: dic
     batch = torch.randint(512, (4, 8)), torch.randint(512, (4, 8))
     plan = torch_soap.manual_plan(module, batch, machine=_C.Machine(math.prod(grid.values())), sequence=True, **grid)
     assert " s=2" in plan.text and " v=2" in plan.text
-    report = verify(module, batch, plan, dtype=torch.float64)
+    report = verify(module, batch, plan, dtype=torch.float32)  # its loss is in float32: another graph in float64
     assert report.ok, report
 
 
