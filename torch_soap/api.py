@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -82,6 +83,12 @@ class WithLoss:
         return self.loss(self.forward(*args[:split], **kwargs), *args[split:])
 
 
+def leave_process_group() -> None:
+    """Ends the process group that `parallelize` began, where the program hasn't."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def parallelize(
     module: nn.Module,
     example_inputs: Any = None,
@@ -142,6 +149,7 @@ def parallelize(
         raise ValueError("[parallelize] the module is part of a parallelized one")
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(leave_process_group)  # ours: its threads must not outlive the interpreter
     comm = TorchComm()
     if plan is not None and not isinstance(plan, Plan):
         plan = text_of(plan)
