@@ -4,6 +4,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/text.h"
 #include "graphs.h"
 #include "gtest/gtest.h"
 #include "plan/plan_text.h"
