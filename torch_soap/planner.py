@@ -62,7 +62,7 @@ def search_plan(
     options.descent_simulations = options.mcmc_simulations = max(200, min(4000, 600_000 // max(num_operators, 1)))
     if memory_limit is not None:
         options.memory_limit_bytes = memory_limit
-    measured = simulations = 0
+    measured = simulations = chains = 0
     if measuring:  # these seeds' operators first, so that no search runs on guesses alone; what it finds is measured after it
         for name, strategy in _C.seeds(graph, world):
             if name in MEASURED_SEEDS:
@@ -72,13 +72,20 @@ def search_plan(
         found = searched(graph, rows, cost, options, comm) if turn < ROUNDS else settled(graph, found, rows, cost, options, comm)
         strategy = _C.parse_plan(graph, found["plan"], world)
         simulations += found["simulations"]
+        chains = max(chains, found["chains"])
         fresh = measure(cost, graph, captured, strategy, rows, comm, known) if measuring else 0
         measured += fresh
         if not fresh:  # nothing of it was guessed
             break
     if measured:
         calibrate.save(world, known, host_of)
-    stats = {"seconds": time.perf_counter() - begin, "simulations": simulations, "illegal_proposals": found["illegal"], "measured_operators": measured}
+    stats = {
+        "seconds": time.perf_counter() - begin,
+        "simulations": simulations,
+        "chains": chains,
+        "illegal_proposals": found["illegal"],
+        "measured_operators": measured,
+    }
     starts = found.get("starts") or [(found["chosen"], strategy)]
     return described(Context(graph, rows, cost, starts, memory_limit), strategy, stats, found)
 
@@ -119,7 +126,13 @@ def resolved(plan: Plan, context: Context, pin: Pin | None, forbid: Forbid | Non
         options.memory_limit_bytes = context.memory_limit
     options.starts = [(n, s) for n, s in [("before", plan.strategy), *context.starts] if n == "before" or s != plan.strategy]
     found = searched(context.graph, context.rows, context.cost, options, None)
-    stats = {"seconds": time.perf_counter() - begin, "simulations": found["simulations"], "illegal_proposals": found["illegal"], "measured_operators": 0}
+    stats = {
+        "seconds": time.perf_counter() - begin,
+        "simulations": found["simulations"],
+        "chains": found["chains"],
+        "illegal_proposals": found["illegal"],
+        "measured_operators": 0,
+    }
     strategy = _C.parse_plan(context.graph, found["plan"], plan.world_size)
     # The next one begins from here and from all that was known: what a constraint ruled out may come back.
     starts = [*found["starts"], *context.starts][: 2 * STARTS]
@@ -157,6 +170,7 @@ def searched(graph: _C.OpGraph, rows: list[int], cost: _C.CostModel, options: _C
             "seeds": {c.name: {"step_time_ns": c.step_ns, "memory_bytes": c.memory_bytes} for c in result.candidates},
             "table": _C.candidates_table(result.candidates),
             "simulations": result.simulations,
+            "chains": result.chains,
             "illegal": result.illegal,
         }
     everywhere = found if comm is None else dict(comm.gather_objects(found)[0])

@@ -15,8 +15,10 @@ DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const 
   tensors_.resize(graph_.tensors.size());
   stale_.resize(graph_.tensors.size());
   consumers_.resize(graph_.tensors.size());
-  updates_.resize(graph_.tensors.size());
-  stored_update_.assign(devices_, 0);
+  for (Sums* sums : {&updates_, &stored_}) {
+    sums->of.resize(graph_.tensors.size());
+    sums->total.resize(devices_);
+  }
   compute_clock_.resize(devices_);
   movement_clock_.resize(devices_);
   begin_.resize(devices_);
@@ -39,11 +41,13 @@ bool DeltaSimulator::has_fast_path() const {
   return num_chunked_ == 0 && strategy_.order == Order::kForwardThenBackward && strategy_.edges.empty() && strategy_.stored.empty();
 }
 
-int64_t DeltaSimulator::change(const std::vector<Change>& changes) {
+int64_t DeltaSimulator::change(const std::vector<Change>& changes, std::optional<int64_t> bucket_bytes) {
   forget_replaced();
   saved_configs_.clear();
   saved_fragments_.clear();
   saved_step_ns_ = step_ns_;
+  saved_bucket_bytes_ = strategy_.bucket_bytes;
+  strategy_.bucket_bytes = bucket_bytes.value_or(strategy_.bucket_bytes);
   as_built_ = stale_list_.empty() && changed_nodes_.empty();
   rebuilt_ = false;
   std::vector<NodeId> dirty;
@@ -109,7 +113,12 @@ void DeltaSimulator::restore() {
   }
   saved_configs_.clear();
   saved_fragments_.clear();
+  strategy_.bucket_bytes = saved_bucket_bytes_;
   step_ns_ = saved_step_ns_;
+}
+
+int64_t DeltaSimulator::stored_bytes() const {
+  return has_fast_path() ? *std::max_element(stored_.total.begin(), stored_.total.end()) : 0;
 }
 
 std::vector<Change> DeltaSimulator::difference(const Strategy& other) const {
@@ -189,7 +198,20 @@ void DeltaSimulator::forget_replaced() {
     for (TensorState& t : old_inner_.entries[i].second) release(t);
   }
   old_tensors_.used = old_inner_.used = old_slots_.used = 0;
-  old_updates_.clear();
+  updates_.before.clear();
+  stored_.before.clear();
+}
+
+void DeltaSimulator::Sums::set(TensorId t, const std::vector<int64_t>* now, bool remember) {
+  if (now == of[t]) return;
+  if (remember) before.emplace_back(t, of[t]);
+  for (size_t d = 0; d < total.size(); ++d) total[d] += (now ? (*now)[d] : 0) - (of[t] ? (*of[t])[d] : 0);
+  of[t] = now;
+}
+
+void DeltaSimulator::Sums::put_back() {
+  for (const auto& [tensor, was] : before) set(tensor, was, false);
+  before.clear();
 }
 
 void DeltaSimulator::put_back_replaced() {
@@ -198,11 +220,8 @@ void DeltaSimulator::put_back_replaced() {
   for (size_t i = 0; i < old_tensors_.used; ++i) std::swap(tensors_[old_tensors_.entries[i].first], old_tensors_.entries[i].second);
   for (size_t i = 0; i < old_inner_.used; ++i) std::swap(nodes_[old_inner_.entries[i].first].inner, old_inner_.entries[i].second);
   for (size_t i = 0; i < old_slots_.used; ++i) std::swap(nodes_[old_slots_.entries[i].first].slots, old_slots_.entries[i].second);
-  for (const auto& [tensor, before] : old_updates_) {
-    if (before) advance(stored_update_.data(), before->data(), devices_);
-    for (size_t d = 0; d < devices_; ++d) stored_update_[d] -= (*updates_[tensor])[d];
-    updates_[tensor] = before;
-  }
+  updates_.put_back();
+  stored_.put_back();
   std::swap(at_once_, old_at_once_);
   forget_replaced();
 }

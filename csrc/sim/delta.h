@@ -32,10 +32,13 @@ class DeltaSimulator {
   int64_t step_ns() const { return step_ns_; }
   const Strategy& strategy() const { return strategy_; }
   // Step time with the changes. Throws std::invalid_argument when they aren't legal together, and is as it was before.
-  int64_t change(const std::vector<Change>& changes);
+  int64_t change(const std::vector<Change>& changes, std::optional<int64_t> bucket_bytes = std::nullopt);
   // Takes the last change back; once.
   void undo();
-  // The changes that make the current strategy `other` (of the same world size, order and buckets).
+  // What the fullest device stores after a change: parameters with their gradients and the optimizer's state, buffers, inputs. Peak memory is
+  // this and activations. 0 where the strategy is lowered whole.
+  int64_t stored_bytes() const;
+  // The changes that make the current strategy `other`, where all but nodes and buckets are the same.
   std::vector<Change> difference(const Strategy& other) const;
 
  private:
@@ -94,6 +97,15 @@ class DeltaSimulator {
     const DeviceSet* devices = nullptr;
     bool more = false;
   };
+  // A sum over tensors of what each is on every device.
+  struct Sums {
+    std::vector<const std::vector<int64_t>*> of;  // per tensor, null for nothing
+    std::vector<int64_t> total;                   // per device
+    std::vector<std::pair<TensorId, const std::vector<int64_t>*>> before;
+
+    void set(TensorId t, const std::vector<int64_t>* now, bool remember);
+    void put_back();
+  };
   // What a list of states was before the last change. Entries beyond `used` are spare memory.
   template <class State>
   struct Journal {
@@ -128,7 +140,7 @@ class DeltaSimulator {
   void rebuild_backward(NodeId n, Slots& slots);
   Group* group_of(NodeId n, int op, int operand);
   Slot computing(NodeId n, SlotKind kind, int op, Slots& slots);
-  void update_optimizer();
+  void update_stored();
   TensorState& state_of(NodeId node, const FragmentTensor& tensor);
   static void sort_newest_first(std::vector<Group*>& groups);
   void restore();
@@ -161,9 +173,8 @@ class DeltaSimulator {
   std::vector<TensorId> stale_list_;
   std::vector<NodeId> changed_nodes_;  // whose slots and inner tensors must be rebuilt
   std::vector<NodeId> rebuilt_slots_;
-  std::vector<Group*> at_once_;                       // gradients that nothing has to be computed for
-  std::vector<const std::vector<int64_t>*> updates_;  // per tensor: the optimizer's time, null for what it leaves alone
-  std::vector<int64_t> stored_update_;                // per device: their sum
+  std::vector<Group*> at_once_;  // gradients that nothing has to be computed for
+  Sums updates_, stored_;        // the optimizer's time, and bytes
   std::vector<std::unique_ptr<Group>> pool_;
   std::vector<Group*> free_groups_;
   int num_chunked_ = 0;
@@ -172,12 +183,11 @@ class DeltaSimulator {
   // Before the last change. `as_built_`: nothing was left to rebuild then, so undoing can put back what it replaced.
   std::vector<std::pair<NodeId, std::optional<OpConfig>>> saved_configs_;
   std::vector<Saved> saved_fragments_;
-  int64_t saved_step_ns_ = 0;
+  int64_t saved_step_ns_ = 0, saved_bucket_bytes_ = 0;
   bool as_built_ = false, rebuilt_ = false;
   Journal<TensorState> old_tensors_;
   Journal<std::vector<TensorState>> old_inner_;
   Journal<Slots> old_slots_;
-  std::vector<std::pair<TensorId, const std::vector<int64_t>*>> old_updates_;
   std::vector<Group*> old_at_once_;
 
   // Of one run.

@@ -201,21 +201,18 @@ void DeltaSimulator::rebuild_backward(NodeId n, Slots& slots) {
   }
 }
 
-// Of the stale tensors: gradients that are complete at once, and what the optimizer takes.
-void DeltaSimulator::update_optimizer() {
+// Of the stale tensors that are there from the start: gradients that are complete at once, what the optimizer takes and what they hold.
+void DeltaSimulator::update_stored() {
   for (TensorId t : stale_list_) {
-    const Node& producer = graph_.nodes[graph_.tensors[t].producer];
-    if (!graph_.tensors[t].requires_grad || producer.kind == NodeKind::kOp) continue;
+    const Tensor& tensor = graph_.tensors[t];
+    const Node& producer = graph_.nodes[tensor.producer];
+    if (producer.kind == NodeKind::kOp) continue;
+    stored_.set(t, &cache_.stored(tensor, tensors_[t].tiles, producer.kind == NodeKind::kParam && tensor.requires_grad), true);
+    if (!tensor.requires_grad) continue;
     for (Group* g : tensors_[t].groups) {
       if (g->gradient_moves() && g->last.node < 0) at_once_.push_back(g);
     }
-    if (producer.kind != NodeKind::kParam) continue;
-    const std::vector<int64_t>*before = updates_[t], *now = &cache_.update(graph_.tensors[t], tensors_[t].tiles);
-    if (now == before) continue;
-    old_updates_.emplace_back(t, before);
-    advance(stored_update_.data(), now->data(), devices_);
-    for (size_t d = 0; before && d < devices_; ++d) stored_update_[d] -= (*before)[d];
-    updates_[t] = now;
+    if (producer.kind == NodeKind::kParam) updates_.set(t, &cache_.update(tensor, tensors_[t].tiles), true);
   }
   sort_newest_first(at_once_);
 }
@@ -242,7 +239,7 @@ void DeltaSimulator::rebuild() {
     slots_stale_[n] = 0;
     if (!is_store(graph_.nodes[n])) rebuild_slots(n);
   }
-  update_optimizer();
+  update_stored();
   clear_marks();
 }
 

@@ -185,7 +185,7 @@ int64_t DeltaSimulator::run() {
   run_forward();
   run_backward();
   int64_t end = 0;
-  for (size_t d = 0; d < devices_; ++d) end = std::max(end, std::max(compute_clock_[d], movement_clock_[d]) + stored_update_[d]);
+  for (size_t d = 0; d < devices_; ++d) end = std::max(end, std::max(compute_clock_[d], movement_clock_[d]) + updates_.total[d]);
   return end;
 }
 

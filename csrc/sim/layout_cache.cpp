@@ -5,6 +5,8 @@
 #include <set>
 
 #include "base/error.h"
+#include "reshard/flows.h"
+#include "sim/memory.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -177,6 +179,17 @@ const std::vector<int64_t>& LayoutCache::update(const Tensor& tensor, LayoutId t
   return it->second;
 }
 
+const std::vector<int64_t>& LayoutCache::stored(const Tensor& tensor, LayoutId tiles, bool trained) {
+  const auto [it, fresh] = stored_.try_emplace(Numbers{tiles, tensor.element_bytes, int64_t{trained}, 0});
+  if (fresh) {
+    it->second.resize(rows_.size());
+    for (const Coord& c : layout(tiles).coords) {
+      for (int d : c.devices) it->second[d] += volume(c.box) * tensor.element_bytes * (trained ? 2 + kOptimizerCopies : 1);
+    }
+  }
+  return it->second;
+}
+
 LayoutId LayoutCache::derived(NodeId store, LayoutId copies) {
   const Node& n = graph_.nodes[store];
   const bool used = n.kind == NodeKind::kParam && copies >= 0;
@@ -193,12 +206,12 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   const auto [it, fresh] = edges_.try_emplace(Numbers{tiles, copies, (t.element_bytes << 1) | int64_t{gradient}, reduced});
   if (!fresh) return it->second.get();
   auto out = std::make_unique<EdgeMove>();
-  const auto pieces = gradient ? grad_pieces(produced, read, 0) : fill_pieces(produced, read, 0);
-  const Movement m = gradient ? recognise(pieces, read, produced, Reduce::kSum) : recognise(pieces, produced, read, produced.partial);
+  const Flows flows = gradient ? grad_flows(produced, read, 0) : fill_flows(produced, read, 0);
+  const Movement& m = flows.movement;
   out->pattern = m.pattern;
   if (m.pattern != Pattern::kLocal) {
     std::vector<char> from(rows_.size()), to(rows_.size()), takes_part(rows_.size());
-    for (const Piece& x : pieces) from[x.from] = to[x.to] = 1;
+    for (const Flow& x : flows.list) from[x.from] = to[x.to] = 1;
     for (int r : m.ranks) takes_part[r] = 1;
     const auto both = [&](const std::vector<char>& a, const std::vector<char>& b) {
       std::vector<int> devices;
@@ -219,8 +232,8 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   }
   if (m.pattern == Pattern::kExchange) {
     out->traffic.emplace(cost_.machine());
-    for (const Piece& x : pieces) {
-      if (x.from != x.to) out->traffic->add(x.from, x.to, volume(x.box) * t.element_bytes);
+    for (const Flow& x : flows.list) {
+      if (x.from != x.to) out->traffic->add(x.from, x.to, x.elements * t.element_bytes);
     }
     out->price_ns = exchange_ns(cost_.machine(), ranks(out->ranks), *out->traffic);
   }

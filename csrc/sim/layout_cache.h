@@ -115,6 +115,8 @@ class LayoutCache {
   int groups_at_once(const std::vector<int>& rank_sets);
   // The optimizer's time for a parameter stored like this, per device.
   const std::vector<int64_t>& update(const Tensor& tensor, LayoutId tiles);
+  // Bytes of a tensor stored like this, per device; of a trained one with its gradient and the optimizer's state (sim/memory.h: stored).
+  const std::vector<int64_t>& stored(const Tensor& tensor, LayoutId tiles, bool trained);
 
  private:
   std::unique_ptr<Fragment> build(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow);
@@ -134,7 +136,7 @@ class LayoutCache {
   using ByNumbers = std::unordered_map<Numbers, T, NumbersHash>;
   ByNumbers<std::unique_ptr<EdgeMove>> edges_;
   ByNumbers<int64_t> reduce_prices_;
-  ByNumbers<std::vector<int64_t>> updates_;
+  ByNumbers<std::vector<int64_t>> updates_, stored_;
   std::unordered_map<std::string, LayoutId> derived_;
   std::unordered_map<std::string, int64_t> exchange_prices_;  // forgotten when there are kMostExchanges: every bucket is another one
   std::unordered_map<std::string, int> at_once_;
