@@ -10,8 +10,8 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "program/item_flows.h"
 #include "program/order.h"
-#include "reshard/flows.h"
 #include "sharding/expand.h"
 
 namespace soap {
@@ -123,13 +123,6 @@ void check_partials(const Program& p) {
       SOAP_CHECK(total == numel(t.shape), "[lower] {} ({}): the tiles of result {} hold {} elements of {}", node.name, node.target, r, total, numel(t.shape));
     }
   }
-}
-
-Flows item_flows(const Program& p, StepKind kind, const StepItem& item) {
-  const CopyGroup& g = p.groups[item.id];
-  const bool collectives = g.via == Via::kAuto;
-  return kind == StepKind::kGradFill ? grad_flows(p.tiles[g.tensor], g.copies, item.chunk, collectives)
-                                     : fill_flows(p.tiles[g.tensor], g.copies, item.chunk, collectives);
 }
 
 bool crosses(const Program& p, StepKind kind, const StepItem& item) {
@@ -442,6 +435,13 @@ Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& row
   }
   order_steps(p, strategy);
   return p;
+}
+
+Flows item_flows(const Program& p, StepKind kind, const StepItem& item) {
+  const CopyGroup& g = p.groups.at(item.id);
+  const bool collectives = g.via == Via::kAuto;
+  return kind == StepKind::kGradFill ? grad_flows(p.tiles[g.tensor], g.copies, item.chunk, collectives)
+                                     : fill_flows(p.tiles[g.tensor], g.copies, item.chunk, collectives);
 }
 
 std::vector<Piece> item_pieces(const Program& p, StepKind kind, const StepItem& item) {

@@ -1,9 +1,10 @@
 // Chains: several Metropolis walks over strategies at once (FlexFlow, section 6), on as many threads as there are.
 //
 // A chain changes one operator at a time and accepts by Metropolis' rule on the simulated time. Chains walk alone for a fixed number of
-// simulations, a round; between rounds the calling thread looks at what they found, prices the fastest whole for its memory, and lets the
-// chain that is farthest behind go on from the best. They stop at the budget, or, as FlexFlow does, when half of the search so far has brought
-// nothing.
+// simulations, a round; between rounds the calling thread looks at what they found and lets the chain that is farthest behind go on from the
+// best. After the last round, and where memory is short after rounds 1, 2, 4, 8, ..., it prices the fastest whole: where that needs too much memory,
+// its chain goes back to the last that didn't. What is stored (parameters with gradients and the optimizer's state) is held under the limit at every step. They
+// stop at the budget, or, as FlexFlow does, when half of the search so far has brought nothing.
 //
 // The number of chains is the caller's and each has its own random numbers and cache, so the result depends on the seed alone, not on the
 // number of threads or on which is faster.
@@ -22,7 +23,8 @@ struct ChainOptions {
   int chains = 4;
   int simulations = 400;  // of all chains together, at most
   double temperature = 0.02;
-  std::optional<int64_t> memory_limit_bytes;  // what a device may store; activations are left to pricing
+  std::optional<int64_t> memory_limit_bytes;  // per device
+  int threads = 0;                            // 0: as many as the machine has. Changes nothing but the time
 };
 
 struct ChainResult {
@@ -32,7 +34,7 @@ struct ChainResult {
 
 // Prices a strategy whole: its time, its memory, whether it fits. Called by the calling thread only.
 using PriceWhole = std::function<Candidate(const Strategy&)>;
-// After each round, by the calling thread: simulations of chains so far and the fastest time that fits. False: end now.
+// After each round, by the calling thread: simulations of chains so far and the fastest time known to fit. False: end now.
 using BetweenRounds = std::function<bool(int simulations, int64_t best_ns)>;
 
 // `starts` fit and are legal, the best first: chain i begins at start i, those beyond at the first. Never worse than the first.

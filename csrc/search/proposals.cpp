@@ -7,7 +7,7 @@
 namespace soap {
 namespace {
 
-constexpr int64_t kChunkedWork = 1000;  // nodes x devices: what is cut in time is lowered whole, so on larger graphs only the seeds are
+constexpr int64_t kChunkedWork = 100;  // nodes x devices: what is cut in time is lowered whole, so on larger graphs only the seeds are
 constexpr std::array<int64_t, 5> kBuckets{1 << 20, 5 << 20, 25 << 20, 100 << 20, 400 << 20};
 
 // The standard's distributions differ between libraries; the same seed must give the same plan everywhere.
@@ -26,7 +26,8 @@ Proposals::Proposals(const OpGraph& graph, int world_size) : graph_(graph), worl
   std::vector<std::pair<int64_t, const Node*>> sized;
   for (const Node& n : graph.nodes) {
     rules_.push_back(make_rule(graph, n, world_size));
-    if (n.kind != NodeKind::kOp) continue;
+    if (n.kind == NodeKind::kParam && !graph.output(n, 0).shape.empty()) parameters_.push_back(&n);
+    if (n.kind != NodeKind::kOp || rules_.back().view) continue;
     int64_t parameters = 0, activations = 0;
     for (TensorId t : n.inputs) {
       const int64_t bytes = numel(graph.tensors[t].shape) * graph.tensors[t].element_bytes;
@@ -82,6 +83,15 @@ OpConfig Proposals::random_config(const Node& n, std::mt19937_64& random) const 
 
 Proposal Proposals::draw(const Strategy& from, std::mt19937_64& random) const {
   if (below(64, random) == 0) return {.bucket_bytes = kBuckets[below(kBuckets.size(), random)]};
+  if (below(64, random) == 0) {  // all parameters stored in parts, or all where they are used
+    const bool in_parts = std::none_of(parameters_.begin(), parameters_.end(), [&](const Node* p) { return from.nodes.count(p->name) > 0; });
+    Proposal out;
+    for (const Node* p : parameters_) {
+      if (!in_parts && from.nodes.count(p->name) == 0) continue;
+      out.changes.push_back({p->id, in_parts ? std::optional(OpConfig{.cuts = {{"d0", {.tiles = world_}}}}) : std::nullopt});
+    }
+    return out;
+  }
   const Node& n = *operators_[below(std::min<size_t>(operators_.size(), 8 + operators_.size() / 2), random)];
   switch (below(8, random)) {
     case 0: return {{{n.id, std::nullopt}}};

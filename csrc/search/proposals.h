@@ -21,12 +21,12 @@ class Proposals {
  public:
   Proposals(const OpGraph& graph, int world_size);
 
-  // Operators, those with the most bytes of parameters and activations first.
+  // Operators but views, which follow; those with the most bytes of parameters and activations first.
   const std::vector<const Node*>& operators() const { return operators_; }
   // What a person would try: following, the rows of each process, every factor cut over all devices.
   std::vector<std::optional<OpConfig>> usual_configs(const Node& node) const;
   // A random operator gets a random configuration, follows, gets the rows of each process or its parameters stored in parts; or all
-  // gradients travel in buckets of another size.
+  // parameters are, or all gradients travel in buckets of another size.
   Proposal draw(const Strategy& from, std::mt19937_64& random) const;
 
  private:
@@ -34,7 +34,7 @@ class Proposals {
 
   const OpGraph& graph_;
   int world_;
-  std::vector<const Node*> operators_;
+  std::vector<const Node*> operators_, parameters_;
   std::vector<Rule> rules_;  // per node
 };
 
