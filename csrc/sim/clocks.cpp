@@ -28,8 +28,10 @@ SOAP_WIDE void raise_each(int64_t* __restrict clock, const int64_t* __restrict a
 
 }  // namespace
 
-DeviceSet::DeviceSet(std::vector<int> sorted) : devices(std::move(sorted)) {
-  stretch = !devices.empty() && devices.back() - devices.front() + 1 == static_cast<int>(devices.size());
+DeviceSet::DeviceSet(std::vector<int> sorted) : devices(std::move(sorted)), count(static_cast<int>(devices.size())) {
+  if (devices.empty()) return;
+  first = devices.front();
+  stretch = devices.back() - first + 1 == count;
 }
 
 SOAP_WIDE void advance(int64_t* __restrict clock, const int64_t* __restrict spent, size_t devices) {
@@ -44,25 +46,25 @@ SOAP_WIDE void advance_from(int64_t* __restrict clock, const int64_t* __restrict
 }
 
 int64_t latest(const int64_t* clock, const DeviceSet& set) {
-  if (set.stretch) return latest_of(clock + set.devices.front(), set.devices.size());
+  if (set.stretch) return latest_of(clock + set.first, set.count);
   int64_t out = 0;
   for (int d : set.devices) out = std::max(out, clock[d]);
   return out;
 }
 
 void raise(int64_t* clock, const DeviceSet& set, int64_t at) {
-  if (set.stretch) return raise_all(clock + set.devices.front(), at, set.devices.size());
+  if (set.stretch) return raise_all(clock + set.first, at, set.count);
   for (int d : set.devices) clock[d] = std::max(clock[d], at);
 }
 
 void raise(int64_t* clock, const DeviceSet& set, const int64_t* at) {
-  if (set.stretch) return raise_each(clock + set.devices.front(), at + set.devices.front(), set.devices.size());
+  if (set.stretch) return raise_each(clock + set.first, at + set.first, set.count);
   for (int d : set.devices) clock[d] = std::max(clock[d], at[d]);
 }
 
 void assign(int64_t* clock, const DeviceSet& set, int64_t at) {
   if (set.stretch) {
-    std::fill_n(clock + set.devices.front(), set.devices.size(), at);
+    std::fill_n(clock + set.first, set.count, at);
     return;
   }
   for (int d : set.devices) clock[d] = at;

@@ -10,7 +10,8 @@ namespace soap {
 // Sorted. Most sets are stretches: those are read and written without looking at the list.
 struct DeviceSet {
   std::vector<int> devices;
-  bool stretch = false;  // devices[0], devices[0] + 1, ...
+  int first = 0, count = 0;
+  bool stretch = false;  // first, first + 1, ...
 
   explicit DeviceSet(std::vector<int> sorted);
 };

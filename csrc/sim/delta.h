@@ -46,21 +46,22 @@ class DeltaSimulator {
   struct Reader {
     NodeId node = -1;
     int op = 0, operand = 0;
+    bool computes = false, differentiable = false;  // the operator
   };
   // CopyGroup (program/program.h) as far as time goes.
   struct Group {
-    LayoutId copies = -1;
-    std::vector<Reader> readers;                // each reads all coords of the copies
-    bool gradient = false, used_again = false;  // used_again: gathered again in backward (Keep::kUse)
     const EdgeMove* fill = nullptr;
     const EdgeMove* gradient_fill = nullptr;
-    Reader last;      // the reader whose backward completes the gradient; node -1: none, it is complete at once
-    Reader regather;  // the reader whose backward needs the copy again first
-    const Tensor* tensor = nullptr;
-    Reader producer;  // node -1 where the tensor is there from the start
-    bool parameter = false;
-    int64_t bytes = 0;                                         // of the whole tensor
     int64_t filled = -1, refilled = -1, gradient_filled = -1;  // arrivals; of an earlier run where below first_arrival_
+    int64_t bytes = 0;                                         // of the whole tensor
+    bool gradient = false, used_again = false;                 // used_again: gathered again in backward (Keep::kUse)
+    bool parameter = false;
+    Reader producer;              // node -1 where the tensor is there from the start
+    std::vector<Reader> readers;  // each reads all coords of the copies
+    Reader last;                  // the reader whose backward completes the gradient; node -1: none, it is complete at once
+    Reader regather;              // the reader whose backward needs the copy again first
+    LayoutId copies = -1;
+    const Tensor* tensor = nullptr;
 
     bool gradient_moves() const { return gradient && gradient_fill->pattern != Pattern::kLocal; }
   };

@@ -17,7 +17,8 @@ DeltaSimulator::TensorState& DeltaSimulator::state_of(NodeId node, const Fragmen
 }
 
 void DeltaSimulator::add_reader(TensorState& state, const Tensor& tensor, const Reader& reader) {
-  const FragmentRead& read = nodes_[reader.node].fragment->ops[reader.op].reads[reader.operand];
+  const FragmentOp& op = nodes_[reader.node].fragment->ops[reader.op];
+  const FragmentRead& read = op.reads[reader.operand];
   auto group = std::find_if(state.groups.begin(), state.groups.end(), [&](const Group* g) { return g->copies == read.copies; });
   if (group == state.groups.end()) {
     state.groups.push_back(take_group());
@@ -26,7 +27,7 @@ void DeltaSimulator::add_reader(TensorState& state, const Tensor& tensor, const 
     (*group)->tensor = &tensor;
     (*group)->bytes = numel(tensor.shape) * tensor.element_bytes;
   }
-  (*group)->readers.push_back(reader);
+  (*group)->readers.push_back({reader.node, reader.op, reader.operand, op.computes, op.differentiable});
   (*group)->gradient = (*group)->gradient || (tensor.requires_grad && read.differentiable);
 }
 
@@ -37,10 +38,9 @@ void DeltaSimulator::finish(TensorState& state, const Reader& producer, bool par
     g.producer = producer;
     g.parameter = parameter;
     g.fill = cache_.edge(*g.tensor, state.tiles, g.copies, false);
-    const auto differentiable = [&](const Reader& r) { return nodes_[r.node].fragment->ops[r.op].differentiable; };
     if (used_again && g.fill->pattern != Pattern::kLocal) {
       for (const Reader& r : g.readers) {
-        if (differentiable(r)) g.regather = r;  // the last in forward is the first in backward
+        if (r.differentiable) g.regather = r;  // the last in forward is the first in backward
       }
       g.used_again = g.regather.node >= 0;
     }
@@ -48,7 +48,7 @@ void DeltaSimulator::finish(TensorState& state, const Reader& producer, bool par
     g.gradient_fill = cache_.edge(*g.tensor, state.tiles, g.copies, true);
     if (g.gradient_fill->pattern == Pattern::kLocal) continue;
     for (const Reader& r : g.readers) {
-      if (differentiable(r) && (g.last.node < 0 || std::pair(r.node, r.op) < std::pair(g.last.node, g.last.op))) g.last = r;
+      if (r.differentiable && (g.last.node < 0 || std::pair(r.node, r.op) < std::pair(g.last.node, g.last.op))) g.last = r;
     }
   }
 }

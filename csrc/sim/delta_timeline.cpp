@@ -42,8 +42,7 @@ void DeltaSimulator::for_sources(SlotKind kind, const Group& g, const Visit& vis
     return;
   }
   for (const Reader& r : g.readers) {
-    const FragmentOp& op = nodes_[r.node].fragment->ops[r.op];
-    if (kind == SlotKind::kRefill ? op.computes : op.differentiable) visit(end_of(r, kind == SlotKind::kGradientFill));
+    if (kind == SlotKind::kRefill ? r.computes : r.differentiable) visit(end_of(r, kind == SlotKind::kGradientFill));
   }
 }
 
@@ -56,14 +55,13 @@ void DeltaSimulator::transfer(const DeviceSet& ranks, int64_t from, int64_t pric
 void DeltaSimulator::move(SlotKind kind, Group& g) {
   const EdgeMove& m = kind == SlotKind::kGradientFill ? *g.gradient_fill : *g.fill;
   if (m.pattern == Pattern::kLocal) return;
-  const DeviceSet& ranks = cache_.set(m.ranks);
-  int64_t from = latest(movement_clock().data(), ranks);
+  int64_t from = latest(movement_clock().data(), *m.among);
   if (overlap_) {
     (kind == SlotKind::kFill ? g.filled : kind == SlotKind::kRefill ? g.refilled : g.gradient_filled) = first_arrival_ + static_cast<int64_t>(arrivals_.size());
-    const DeviceSet& sources = cache_.set(kind == SlotKind::kRefill ? m.receiving : m.sending);
+    const DeviceSet& sources = kind == SlotKind::kRefill ? *m.receiving : *m.sending;
     for_sources(kind, g, [&](const int64_t* end) { from = std::max(from, latest(end, sources)); });
   }
-  transfer(ranks, from, m.price_ns);
+  transfer(*m.among, from, m.price_ns);
   if (overlap_) arrivals_.back().more = false;
 }
 
@@ -79,7 +77,7 @@ void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& gro
     const EdgeMove& m = kind == SlotKind::kGradientFill ? *g->gradient_fill : *g->fill;
     if (m.pattern == Pattern::kLocal) continue;
     if (overlap_) {
-      const DeviceSet& sources = cache_.set(kind == SlotKind::kRefill ? m.receivers : m.senders);
+      const DeviceSet& sources = kind == SlotKind::kRefill ? *m.receivers : *m.senders;
       for_sources(kind, *g, [&](const int64_t* end) { raise(begin_.data(), sources, end); });
     }
     if (m.pattern == Pattern::kAllReduce) {

@@ -218,13 +218,14 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
       for (size_t d = 0; d < a.size(); ++d) {
         if (a[d] && b[d]) devices.push_back(static_cast<int>(d));
       }
-      return intern_ranks(devices);
+      return &set(intern_ranks(devices));
     };
     out->senders = both(from, from);
     out->receivers = both(to, to);
     out->sending = both(from, takes_part);
     out->receiving = both(to, takes_part);
     out->ranks = intern_ranks(m.ranks);
+    out->among = &set(out->ranks);
   }
   if (m.pattern == Pattern::kAllReduce) {
     out->reduced_bytes = m.elements * reduced;

@@ -62,15 +62,16 @@ struct Fragment {
   bool chunked = false;
 };
 
-// How one tensor moves between two layouts. Sets of devices are ids of LayoutCache::set.
+// How one tensor moves between two layouts. What every run reads comes first.
 struct EdgeMove {
   Pattern pattern = Pattern::kLocal;
-  int ranks = -1;                  // the participants
+  int ranks = -1;        // id of `among`
+  int64_t price_ns = 0;  // where it travels alone
+  // The participants; where pieces begin and end, local ones too; and those of them that take part. Null for kLocal.
+  const DeviceSet* among = nullptr;
+  const DeviceSet *sending = nullptr, *receiving = nullptr, *senders = nullptr, *receivers = nullptr;
   int64_t reduced_bytes = 0;       // kAllReduce
   std::optional<Traffic> traffic;  // kExchange
-  int64_t price_ns = 0;            // where it travels alone
-  // Where pieces begin and end, local ones too; and those of them that take part.
-  int senders = -1, receivers = -1, sending = -1, receiving = -1;
 };
 
 class LayoutCache {
