@@ -4,6 +4,7 @@
 
 #include "bindings/bindings.h"
 #include "report/explain.h"
+#include "search/grid_search.h"
 #include "search/manual.h"
 #include "sim/delta.h"
 
@@ -58,7 +59,37 @@ void bind_search(py::module_& m) {
       .def_readwrite("order", &ManualOptions::order)
       .def_readwrite("zero", &ManualOptions::zero)
       .def_readwrite("zero_group", &ManualOptions::zero_group)
+      .def_readwrite("sequence", &ManualOptions::sequence)
+      .def_readwrite("recompute", &ManualOptions::recompute)
       .def_readwrite("strict", &ManualOptions::strict);
+  py::class_<GridPrice>(m, "GridPrice")
+      .def_readonly("step_ns", &GridPrice::step_ns)
+      .def_readonly("compute_ns", &GridPrice::compute_ns)
+      .def_readonly("communication_ns", &GridPrice::communication_ns)
+      .def_readonly("memory_bytes", &GridPrice::memory_bytes)
+      .def_readonly("stage_memory", &GridPrice::stage_memory);
+  py::class_<GridSearchOptions>(m, "GridSearchOptions")
+      .def(py::init<>())
+      .def_readwrite("memory_limit_bytes", &GridSearchOptions::memory_limit_bytes)
+      .def_readwrite("descents", &GridSearchOptions::descents)
+      .def_readwrite("descent_simulations", &GridSearchOptions::descent_simulations);
+  py::class_<GridCandidate>(m, "GridCandidate")
+      .def_readonly("name", &GridCandidate::name)
+      .def_readonly("options", &GridCandidate::options)
+      .def_readonly("price", &GridCandidate::price)
+      .def_readonly("fits", &GridCandidate::fits);
+  py::class_<GridSearchResult>(m, "GridSearchResult")
+      .def_readonly("candidates", &GridSearchResult::candidates)
+      .def_readonly("strategy", &GridSearchResult::strategy)
+      .def_readonly("simulations", &GridSearchResult::simulations);
+  m.def("search_grids", &search_grids, py::arg("graph"), py::arg("world_size"), py::arg("cost"), py::arg("options"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "grid_price",
+      [](const OpGraph& graph, int world_size, const CostModel& cost, const ManualOptions& options) {
+        const ManualPlanner planner(graph, world_size);
+        return GridPricer(graph, planner, cost).price(options);
+      },
+      py::arg("graph"), py::arg("world_size"), py::arg("cost"), py::arg("options"), "A manual plan priced without naming its devices.");
   m.def("manual_strategy", &manual_strategy, py::arg("graph"), py::arg("world_size"), py::arg("options"));
   py::class_<Constraints>(m, "Constraints").def(py::init<>()).def_readwrite("pin", &Constraints::pin).def_readwrite("forbid", &Constraints::forbid);
   py::class_<SearchOptions>(m, "SearchOptions")

@@ -144,7 +144,7 @@ int64_t movement_ns(const Machine& machine, const std::string& kind, const std::
   double ns = 0;
   const auto load = [&](const Link& link, double device_bytes, int count) {
     if (device_bytes <= 0 && bytes > 0) return;
-    const double busiest = std::max(device_bytes, link.per_host == 0 ? 0.0 : device_bytes * count / link.per_host);
+    const double busiest = std::max(device_bytes, link.per_host == 0 ? 0.0 : device_bytes * count * at_once / link.per_host);
     ns = std::max(ns, link.latency_ns + busiest / link.bytes_per_s * 1e9);
   };
   for (const auto& [host, count] : local) {

@@ -65,7 +65,8 @@ void check(const Machine& machine);
 // Time of one movement among `ranks`: from the measured table of as many ranks within a host, or over hosts (log-linear between points, by
 // bandwidth beyond), or of the nearest number of them: an exchange takes as long, an all-reduce by what a ring sends. Without a table, the
 // models of machine/collectives.h; an exchange then sends `bytes` from each rank, spread evenly over the others.
-// `at_once`: how many all-reduces of such groups leave each host at the same time, sharing its NICs.
+// `at_once`: how many such groups move at the same time at each host, sharing its links: of all-reduces those that leave it, of an exchange all that
+// take part in it.
 int64_t movement_ns(const Machine& machine, const std::string& kind, const std::vector<int>& ranks, int64_t bytes, int at_once = 1);
 
 }  // namespace soap

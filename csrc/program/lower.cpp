@@ -373,22 +373,41 @@ void order_steps(Program& p, const Strategy& strategy) {
     for (Step& s : bucketed(p, with_refills(p, back), strategy.bucket_bytes)) steps.push_back(std::move(s));
   } else {
     std::vector<Task> all = b.forward;
+    // At most: as many as sets of the size of the smallest that works on chunks.
+    size_t smallest = p.world_size;
+    int chunks = 1;
+    for (const Node& n : p.graph.nodes) {
+      if (n.kind != NodeKind::kOp || p.tilings[n.id].chunks() == 1) continue;
+      smallest = std::min(smallest, p.tilings[n.id].devices.size());
+      chunks = std::max(chunks, p.tilings[n.id].chunks());
+    }
+    const int stages = (p.world_size + static_cast<int>(smallest) - 1) / static_cast<int>(smallest);
     const int offset = static_cast<int>(all.size());
     for (Task t : b.backward) {
       for (int& a : t.after) a += offset;
       all.push_back(std::move(t));
     }
     for (const auto& [key, task] : b.compute_back) {
-      const auto [node, chunk] = key;
       Task& t = all[offset + task];
       t.after.push_back(b.compute.at(key));
       t.phase = b.forward[b.compute.at(key)].phase;
       t.rank = -b.forward[b.compute.at(key)].rank;
-      // No more chunks in flight than devices: the memory of 1F1B.
-      const auto later = b.compute.find({node, chunk + p.world_size});
-      if (later != b.compute.end()) all[later->second].after.push_back(offset + task);
     }
-    for (int i : sort_interleaved(all, p.world_size)) steps.push_back(all[i].step);
+    // No more chunks in flight than stages: the memory of 1F1B. Where the loss is no plain sum over chunks, backward waits for all of them.
+    const auto limited = [&](int in_flight) {
+      std::vector<Task> tasks = all;
+      for (const auto& [key, task] : b.compute_back) {
+        const auto later = b.compute.find({key.first, key.second + in_flight});
+        if (later != b.compute.end()) tasks[later->second].after.push_back(offset + task);
+      }
+      return sort_interleaved(tasks, p.world_size);
+    };
+    std::vector<int> order = limited(stages);
+    if (order.size() != all.size()) order = limited(chunks);
+    if (order.size() != all.size()) {
+      user_error("[plan] order 1f1b is impossible: a backward step needs the forward of every chunk (is the loss a plain sum over the chunks?)");
+    }
+    for (int i : order) steps.push_back(all[i].step);
     steps = bucketed(p, with_refills(p, steps), strategy.bucket_bytes);
   }
   p.steps = std::move(steps);

@@ -20,8 +20,8 @@ struct Task {
 // Kahn's algorithm; among ready tasks the smallest (phase, rank, id). Throws InternalError on a cycle.
 std::vector<int> sort_by_priority(const std::vector<Task>& tasks);
 
-// 1F1B: greedy list schedule on per-device clocks that prefers backward tasks. Throws std::invalid_argument when the order is impossible,
-// which means that some backward step needs every chunk's forward (the loss is not a plain sum over chunks).
+// 1F1B: greedy list schedule on per-device clocks that prefers backward tasks. Shorter than `tasks` when the order is impossible, which means that some
+// backward step needs more chunks' forward than may be in flight.
 std::vector<int> sort_interleaved(const std::vector<Task>& tasks, int num_devices);
 
 }  // namespace soap

@@ -115,6 +115,11 @@ struct Projector {
     const Movement m = item_movement(p, kind, item, pieces);
     const Sharding &from = back ? g.copies : p.tiles[g.tensor], &to = back ? p.tiles[g.tensor] : g.copies;
     Transfer t{.item = item, .pattern = m.pattern, .reduce = back ? Reduce::kSum : from.partial, .ranks = m.ranks, .elements = m.elements};
+    if (m.pattern == Pattern::kAllReduce) {
+      const ReduceGroup* group = m.group_of(rank());
+      t.ranks = group ? group->ranks : std::vector<int>{};
+      t.elements = group ? group->elements : 0;
+    }
     const auto value = [&](bool copy, int coord) { return copy ? copy_values.at({item.id, coord}) : tile_values.at({g.tensor, coord}); };
     std::set<int> results;
     for (const Piece& x : pieces) {

@@ -1,6 +1,9 @@
 #include "reshard/flows.h"
 
 #include <algorithm>
+#include <map>
+#include <set>
+#include <tuple>
 
 #include "base/error.h"
 
@@ -53,34 +56,48 @@ std::vector<int64_t> overlaps(const std::vector<Coord>& sources, const std::vect
   return out;
 }
 
-// As `recognise`: every participant holds one whole addend and needs the whole sum. Boxes that overlap in the volume of both are equal.
-bool is_all_reduce(const std::vector<Flow>& flows, const std::vector<int>& ranks, const std::vector<Coord>& sources, const std::vector<Coord>& destinations,
-                   size_t devices) {
-  if (flows.size() != ranks.size() * ranks.size()) return false;
-  const int64_t whole = flows.front().elements;
-  std::vector<char> source_seen(sources.size()), destination_seen(destinations.size());
-  std::vector<char> sends(devices), receives(devices);
-  std::vector<int> source_device(sources.size(), -1);
-  size_t addends = 0, copies = 0;
+// As in reshard.cpp: what `recognise` says of all-reduces in groups. Boxes that overlap in the volume of both are equal.
+std::vector<ReduceGroup> reduce_groups(const std::vector<Flow>& flows, const std::vector<Coord>& sources, const std::vector<Coord>& destinations,
+                                       size_t devices) {
+  std::vector<int64_t> source_volume, destination_volume;
+  for (const Coord& c : sources) source_volume.push_back(volume(c.box));
+  for (const Coord& c : destinations) destination_volume.push_back(volume(c.box));
+  std::vector<int> parent(devices, -1), addend(devices, -1), copy(devices, -1);
+  const auto root = [&](int device) {
+    while (parent[device] != device) device = parent[device];
+    return device;
+  };
   for (const Flow& f : flows) {
-    if (f.elements != whole) return false;
-    if (!source_seen[f.src]) {
-      if (volume(sources[f.src].box) != whole || sends[f.from]) return false;
-      source_seen[f.src] = 1;
-      sends[f.from] = 1;
-      source_device[f.src] = f.from;
-      ++addends;
+    if (source_volume[f.src] != f.elements || destination_volume[f.dst] != f.elements) return {};
+    for (const auto& [coords, device, coord] : {std::tuple(&addend, f.from, f.src), std::tuple(&copy, f.to, f.dst)}) {
+      if ((*coords)[device] < 0) (*coords)[device] = coord;
+      if ((*coords)[device] != coord) return {};
+      if (parent[device] < 0) parent[device] = device;
     }
-    if (source_device[f.src] != f.from) return false;
-    if (!destination_seen[f.dst]) {
-      if (volume(destinations[f.dst].box) != whole) return false;
-      destination_seen[f.dst] = 1;
-      copies += destinations[f.dst].devices.size();
-    }
-    receives[f.to] = 1;
+    const int a = root(f.from), b = root(f.to);
+    parent[std::max(a, b)] = std::min(a, b);
   }
-  if (addends != ranks.size() || copies != ranks.size()) return false;
-  return std::all_of(ranks.begin(), ranks.end(), [&](int r) { return sends[r] && receives[r]; });
+  std::vector<size_t> pieces(devices);
+  for (const Flow& f : flows) ++pieces[root(f.from)];
+  std::vector<ReduceGroup> out;
+  std::map<Box, std::vector<int>> order;  // of the addends of a sum, by rank
+  for (size_t first = 0; first < devices; ++first) {
+    if (parent[first] != static_cast<int>(first)) continue;
+    std::vector<int> coords;
+    ReduceGroup group;
+    for (size_t d = first; d < devices; ++d) {
+      if (parent[d] < 0 || root(static_cast<int>(d)) != static_cast<int>(first)) continue;
+      if (addend[d] < 0 || copy[d] < 0) return {};
+      coords.push_back(addend[d]);
+      group.ranks.push_back(static_cast<int>(d));
+    }
+    const size_t n = coords.size();
+    group.elements = source_volume[coords.front()];
+    if (std::set<int>(coords.begin(), coords.end()).size() != n || pieces[first] != n * n) return {};
+    if (order.emplace(sources[coords.front()].box, coords).first->second != coords) return {};
+    if (n > 1) out.push_back(std::move(group));
+  }
+  return out;
 }
 
 Flows flows(const std::vector<Coord>& sources, const std::vector<Coord>& destinations, int chunk, Reduce reduce, bool covers) {
@@ -92,10 +109,15 @@ Flows flows(const std::vector<Coord>& sources, const std::vector<Coord>& destina
     }
   }
   const size_t devices = last_device + 1;
-  // The replica that serves a device: its own, else by the reader's replica index.
+  // The replica that serves a device: its own, else that of the index of what it holds, else of the reader's own index.
   std::vector<char> holds(sources.size() * devices);
+  std::vector<int> held(devices, -1);
   for (size_t k = 0; k < sources.size(); ++k) {
-    for (int d : sources[k].devices) holds[k * devices + d] = 1;
+    for (size_t r = 0; r < sources[k].devices.size(); ++r) {
+      const int d = sources[k].devices[r];
+      holds[k * devices + d] = 1;
+      if (held[d] < 0) held[d] = static_cast<int>(r);
+    }
   }
   const std::vector<int64_t> elements = overlaps(sources, destinations);
   std::vector<std::pair<int, int64_t>> serving;
@@ -117,7 +139,7 @@ Flows flows(const std::vector<Coord>& sources, const std::vector<Coord>& destina
       const int to = dst.devices[r];
       for (const auto& [k, n] : serving) {
         const auto& replicas = sources[k].devices;
-        const int from = holds[k * devices + to] ? to : replicas[r % replicas.size()];
+        const int from = holds[k * devices + to] ? to : replicas[(held[to] < 0 ? r : held[to]) % replicas.size()];
         out.list.push_back({.src = k, .from = from, .dst = static_cast<int>(j), .to = to, .elements = n});
         if (from == to) continue;
         takes_part[from] = takes_part[to] = 1;
@@ -130,9 +152,12 @@ Flows flows(const std::vector<Coord>& sources, const std::vector<Coord>& destina
   }
   if (out.movement.ranks.empty()) return out;
   out.movement.pattern = Pattern::kExchange;
-  if (reduce == Reduce::kNone || !is_all_reduce(out.list, out.movement.ranks, sources, destinations, devices)) return out;
+  if (reduce == Reduce::kNone) return out;
+  out.movement.groups = reduce_groups(out.list, sources, destinations, devices);
+  if (out.movement.groups.empty()) return out;
   out.movement.pattern = Pattern::kAllReduce;
-  out.movement.elements = out.list.front().elements;
+  out.movement.elements = 0;
+  for (const ReduceGroup& g : out.movement.groups) out.movement.elements += g.elements;
   return out;
 }
 

@@ -33,14 +33,25 @@ std::vector<Piece> grad_pieces(const Sharding& tiles, const Sharding& copies, in
 
 enum class Pattern {
   kLocal,      // nothing crosses devices
-  kAllReduce,  // every participant holds one whole addend and needs the whole sum
+  kAllReduce,  // in groups: every participant holds one whole addend of its group and needs the whole sum
   kExchange,   // anything else: one grouped exchange among the participants
+};
+
+// Ranks that reduce one addend each.
+struct ReduceGroup {
+  std::vector<int> ranks;  // sorted
+  int64_t elements = 0;    // of an addend
+  bool operator==(const ReduceGroup&) const = default;
 };
 
 struct Movement {
   Pattern pattern = Pattern::kLocal;
-  std::vector<int> ranks;  // participants, sorted; empty for kLocal
-  int64_t elements = 0;    // elements that cross devices by the exchange; for kAllReduce the elements reduced
+  std::vector<int> ranks;           // participants, sorted; empty for kLocal
+  int64_t elements = 0;             // elements that cross devices by the exchange; for kAllReduce the elements reduced, of all groups
+  std::vector<ReduceGroup> groups;  // kAllReduce: disjoint, by first rank; replicas of a sum are groups that add in the same order
+
+  // The group that a rank reduces in; null when it doesn't.
+  const ReduceGroup* group_of(int rank) const;
 };
 Movement recognise(const std::vector<Piece>& pieces, const Sharding& src, const Sharding& dst, Reduce reduce);
 

@@ -1,6 +1,7 @@
 #include "search/layouts.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 
 #include "base/error.h"
@@ -111,21 +112,83 @@ std::vector<int> list_of(uint64_t mask) {
 
 }  // namespace
 
-int64_t Layouts::all_reduce(uint64_t ranks, int64_t bytes) {
-  const auto [it, fresh] = all_reduces_.try_emplace({ranks, bytes});
-  if (fresh) it->second = movement_ns(machine_, "all_reduce", list_of(ranks), bytes);
+int64_t Layouts::all_reduce(uint64_t ranks, int64_t bytes, int at_once) {
+  const auto [it, fresh] = all_reduces_.try_emplace({ranks, bytes, at_once});
+  if (fresh) it->second = movement_ns(machine_, "all_reduce", list_of(ranks), bytes, at_once);
   return it->second;
+}
+
+// Every piece is all of its source and of its copy; see reduce_groups in reshard/reshard.cpp for the rules.
+int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, int64_t element_bytes) {
+  std::array<int8_t, kLargestLayoutWorld> parent, addend, copy;
+  parent.fill(-1);
+  addend.fill(-1);
+  copy.fill(-1);
+  const auto root = [&](int device) {
+    while (parent[device] != device) device = parent[device];
+    return device;
+  };
+  const auto claim = [](int8_t& slot, int value) {
+    if (slot < 0) slot = static_cast<int8_t>(value);
+    return slot == value;
+  };
+  for (const Piece& p : pieces) {
+    if (p.source > 127 || p.copy > 127 || !claim(addend[p.from], p.source) || !claim(copy[p.to], p.copy)) return -1;
+    for (int d : {p.from, p.to}) {
+      if (parent[d] < 0) parent[d] = static_cast<int8_t>(d);
+    }
+    const int a = root(p.from), b = root(p.to);
+    parent[std::max(a, b)] = static_cast<int8_t>(std::min(a, b));
+  }
+  struct Group {
+    uint64_t ranks = 0;
+    size_t pieces = 0;
+    const std::vector<int>* sets = nullptr;
+    std::vector<int> addends;
+  };
+  std::map<int, Group> groups;
+  for (const Piece& p : pieces) {
+    Group& g = groups[root(p.from)];
+    g.ranks |= uint64_t{1} << p.from | uint64_t{1} << p.to;
+    ++g.pieces;
+    if (g.sets == nullptr) g.sets = &to.parts[p.copy].sets;
+    if (*g.sets != to.parts[p.copy].sets) return -1;
+  }
+  std::map<std::vector<int>, const std::vector<int>*> order;
+  std::vector<std::vector<int>> reduced;
+  for (auto& [first, g] : groups) {
+    const std::vector<int> ranks = list_of(g.ranks);
+    for (int r : ranks) {
+      if (addend[r] < 0 || copy[r] < 0 || std::count(g.addends.begin(), g.addends.end(), addend[r])) return -1;
+      g.addends.push_back(addend[r]);
+    }
+    if (g.pieces != ranks.size() * ranks.size()) return -1;
+    if (*order.emplace(*g.sets, &g.addends).first->second != g.addends) return -1;
+    if (ranks.size() > 1) reduced.push_back(ranks);
+  }
+  const int at_once = groups_at_once(machine_, reduced);
+  int64_t ns = 0;
+  for (const auto& [first, g] : groups) {
+    if (std::popcount(g.ranks) > 1) ns = std::max(ns, all_reduce(g.ranks, to.parts[copy[first]].volume * element_bytes, at_once));
+  }
+  return ns;
 }
 
 // fill_pieces (or grad_pieces) and recognise in one walk; see there for the rules.
 int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes) {
-  sent_.clear();
+  pieces_.clear();
+  volumes_.clear();
   uint64_t ranks = 0;
-  size_t pieces = 0, copies = 0;
-  bool whole = true;  // every piece is all of its source and all of its copy
-  std::vector<uint64_t> senders(from.parts.size());
-  for (const Layout::Part& copy : to.parts) {
-    copies += copy.devices.size();
+  bool whole = true;                          // every piece is all of its source and all of its copy
+  std::array<int, kLargestLayoutWorld> held;  // the replica that a device holds
+  held.fill(-1);
+  for (const Layout::Part& source : from.parts) {
+    for (size_t r = 0; r < source.devices.size(); ++r) {
+      if (held[source.devices[r]] < 0) held[source.devices[r]] = static_cast<int>(r);
+    }
+  }
+  for (size_t j = 0; j < to.parts.size(); ++j) {
+    const Layout::Part& copy = to.parts[j];
     for (size_t k = 0; k < from.parts.size(); ++k) {
       const Layout::Part& source = from.parts[k];
       int64_t volume = 1;
@@ -134,40 +197,20 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
       whole = whole && volume == source.volume && volume == copy.volume;
       for (size_t r = 0; r < copy.devices.size(); ++r) {
         const int device = copy.devices[r];
-        ++pieces;
-        if (source.mask >> device & 1) {
-          senders[k] |= uint64_t{1} << device;
-          continue;
-        }
-        const int sender = source.devices[r % source.devices.size()];
-        senders[k] |= uint64_t{1} << sender;
-        sent_.push_back({sender, device, volume * element_bytes});
-        ranks |= uint64_t{1} << device | uint64_t{1} << sender;
+        const int sender = source.mask >> device & 1 ? device : source.devices[(held[device] < 0 ? r : held[device]) % source.devices.size()];
+        pieces_.push_back({static_cast<int>(k), static_cast<int>(j), sender, device});
+        volumes_.push_back(volume);
+        if (sender != device) ranks |= uint64_t{1} << device | uint64_t{1} << sender;
       }
     }
   }
   if (ranks == 0) return 0;
-  const auto n = static_cast<size_t>(std::popcount(ranks));
-  // All-reduce: one whole addend and one whole copy on each participant, all of one box.
-  bool all_reduce = reduce != Reduce::kNone && whole && copies == n && pieces == n * n;
-  if (all_reduce) {
-    uint64_t addends = 0, readers = 0;
-    size_t count = 0;
-    for (uint64_t s : senders) {
-      if (s == 0) continue;
-      all_reduce = all_reduce && std::has_single_bit(s) && (addends & s) == 0;
-      addends |= s;
-      ++count;
-    }
-    for (const Layout::Part& copy : to.parts) {
-      readers |= copy.mask;
-      all_reduce = all_reduce && copy.sets == to.parts.front().sets;
-    }
-    all_reduce = all_reduce && count == n && addends == ranks && readers == ranks;
+  if (reduce != Reduce::kNone && whole) {
+    const int64_t ns = all_reduce(pieces_, to, reduced_bytes);
+    if (ns >= 0) return ns;
   }
-  if (all_reduce) return this->all_reduce(ranks, to.parts.front().volume * reduced_bytes);
   Traffic traffic(machine_);
-  for (const Sent& s : sent_) traffic.add(s.from, s.to, s.bytes);
+  for (size_t i = 0; i < pieces_.size(); ++i) traffic.add(pieces_[i].from, pieces_[i].to, volumes_[i] * element_bytes);
   return exchange_ns(machine_, list_of(ranks), traffic);
 }
 

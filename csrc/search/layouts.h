@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <map>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -51,7 +52,13 @@ class Layouts {
  private:
   int64_t common(int a, int b);  // elements of both sets
   int64_t price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes);
-  int64_t all_reduce(uint64_t ranks, int64_t bytes);
+  struct Piece {
+    int source = 0, copy = 0;  // indices of parts
+    int from = 0, to = 0;
+  };
+  // The all-reduces that the pieces are (reshard/reshard.h): -1 when they aren't.
+  int64_t all_reduce(const std::vector<Piece>& pieces, const Layout& to, int64_t element_bytes);
+  int64_t all_reduce(uint64_t ranks, int64_t bytes, int at_once);
 
   const Machine& machine_;
   std::vector<Layout> layouts_;
@@ -65,16 +72,13 @@ class Layouts {
   std::unordered_map<std::vector<int>, int, Hash> known_;  // by everything in it
   std::map<std::vector<Run>, int> known_sets_;
   std::vector<IndexSet> sets_;
-  std::vector<int64_t> sizes_;                                   // of sets
-  std::unordered_map<int, int> storage_;                         // by copies: their sets say the shape
-  std::vector<std::vector<int64_t>> common_;                     // [a][b], b <= a, -1: not yet known
-  std::unordered_map<uint64_t, int64_t> prices_;                 // of (tiles, copies, way, element)
-  std::map<std::pair<uint64_t, int64_t>, int64_t> all_reduces_;  // (ranks, bytes) -> ns
-  struct Sent {
-    int from = 0, to = 0;
-    int64_t bytes = 0;
-  };
-  std::vector<Sent> sent_;  // of the exchange that is being priced
+  std::vector<int64_t> sizes_;                                         // of sets
+  std::unordered_map<int, int> storage_;                               // by copies: their sets say the shape
+  std::vector<std::vector<int64_t>> common_;                           // [a][b], b <= a, -1: not yet known
+  std::unordered_map<uint64_t, int64_t> prices_;                       // of (tiles, copies, way, element)
+  std::map<std::tuple<uint64_t, int64_t, int>, int64_t> all_reduces_;  // (ranks, bytes, at once) -> ns
+  std::vector<Piece> pieces_;                                          // of the movement that is being priced
+  std::vector<int64_t> volumes_;                                       // of the pieces
 };
 
 }  // namespace soap

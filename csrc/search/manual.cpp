@@ -98,6 +98,7 @@ struct Maker {
   const std::vector<Rule>& rules;
   const std::vector<std::string>& sample;
   const ManualOptions& o;
+  const GroupConfigs& configs;
   const std::vector<int>& stage;
   Strategy s;
   std::vector<char> split;       // per tensor: comes cut over the ranks of a tensor group
@@ -131,6 +132,58 @@ struct Maker {
     return c;
   }
 
+  // What the ranks of a group do, done by each replica with its samples.
+  OpConfig over_replicas(const Node& n, OpConfig c) const {
+    const std::string& samples = sample[n.id];
+    const int inner = c.num_tiles() * c.replicas;
+    std::vector<int> ranks = c.devices;
+    if (ranks.empty()) {
+      ranks.resize(inner);
+      std::iota(ranks.begin(), ranks.end(), 0);
+    }
+    c.devices.clear();
+    const auto own = std::find_if(c.cuts.begin(), c.cuts.end(), [&](const FactorCut& f) { return f.factor == samples; });
+    if (samples.empty()) {  // done alike: tiles slowest, replicas of all groups fastest
+      for (int t = 0; t < c.num_tiles(); ++t) {
+        for (int d = 0; d < o.dp; ++d) {
+          for (int r = 0; r < c.replicas; ++r) c.devices.push_back(device(stage[n.id], d, ranks[t * c.replicas + r]));
+        }
+      }
+      c.replicas *= o.dp;
+    } else {
+      if (own != c.cuts.end()) {
+        if (own != c.cuts.begin()) user_error("[grid] {}: a group's configuration cuts samples first", n.name);
+        own->cut.tiles *= o.dp;
+        own->cut.chunks = o.micro_batches;
+      } else if (o.dp * o.micro_batches > 1) {
+        c.cuts.insert(c.cuts.begin(), {samples, {.tiles = o.dp, .chunks = o.micro_batches}});
+      }
+      for (int d = 0; d < o.dp; ++d) {
+        for (int rank : ranks) c.devices.push_back(device(stage[n.id], d, rank));
+      }
+    }
+    drop_plain(c);
+    return c;
+  }
+
+  // An operator with a configuration of its own.
+  void place_configured(const Node& n, const std::optional<OpConfig>& config) {
+    const TensorId main = main_input(graph, n);
+    const bool follows = !config && main >= 0 && stage[graph.tensors[main].producer] == stage[n.id];
+    if (config)
+      s.nodes[n.name] = over_replicas(n, *config);
+    else if (!follows)
+      s.nodes[n.name] = grid(n, "", 1);
+    for (size_t r = 0; r < n.outputs.size(); ++r) {
+      const auto& dims = rules[n.id].results[r].dims;
+      split[n.outputs[r]] = follows && split[main];
+      fused[n.outputs[r]] = follows ? fused[main] : 1;
+      for (const FactorCut& f : config ? config->cuts : std::vector<FactorCut>{}) {
+        if (f.factor != sample[n.id] && has(dims, rules[n.id].factor(f.factor))) split[n.outputs[r]] = 1;
+      }
+    }
+  }
+
   [[noreturn]] void refuse(const Node& n, const std::string& factor, const std::vector<int64_t>& legal) const {
     const Rule& rule = rules[n.id];
     user_error("[manual_plan] tp={}: {} ({}) has {}={}, which can't be cut in {} {}parts; legal here: tp={}", o.tp, n.name, n.target, factor,
@@ -141,6 +194,7 @@ struct Maker {
   std::string tensor_factor(const Node& n, bool input_split) const {
     const Rule& rule = rules[n.id];
     if (first_parameter(graph, n) < 0) {
+      if (n.target == "ce_rows" && input_split && can_cut(rule, "v", o.tp)) return "v";
       const std::string heads = parallel_factor(rule);
       if (heads.empty() || !by_hand(rule, heads)) return "";
       const int64_t size = rule.factors[rule.factor(heads)].size;
@@ -164,9 +218,26 @@ struct Maker {
     return "";
   }
 
+  // The factor of dim 1 of [samples, sequence, ..]; "" where there is none to cut by hand or a parameter lies in it.
+  std::string sequence_factor(const Node& n) const {
+    const Rule& rule = rules[n.id];
+    if (!o.sequence || o.tp == 1 || n.outputs.size() != 1 || graph.output(n, 0).shape.size() < 3) return "";
+    const DimExpr& dim = rule.results[0].dims[1];
+    if (dim.factors.size() != 1 || dim.map) return "";
+    const Factor& f = rule.factors[dim.factors[0]];
+    for (size_t i = 0; i < n.inputs.size(); ++i) {
+      if (graph.nodes[graph.tensors[n.inputs[i]].producer].kind == NodeKind::kParam && has(rule.operands[i].dims, dim.factors[0])) return "";
+    }
+    return f.name != sample[n.id] && by_hand(rule, f.name) && f.size % o.tp == 0 ? f.name : "";
+  }
+
   void place(const Node& n) {
     if (only_data() || n.id < o.tensor_from) {
       s.nodes[n.name] = {.cuts = {{"n", {.tiles = s.world_size, .chunks = o.micro_batches, .fed = true}}}};
+      return;
+    }
+    if (const auto own = configs.find(n.id); own != configs.end()) {
+      place_configured(n, own->second);
       return;
     }
     const TensorId main = main_input(graph, n);
@@ -183,7 +254,7 @@ struct Maker {
     // A normalisation over channels needs them all; one that keeps channels apart (BatchNorm) follows.
     const bool needs_whole = first_parameter(graph, n) >= 0 && factor.empty() && !parameter_factor(graph, n, rules[n.id], FactorKind::kReduction).empty();
     const bool follows = factor.empty() && input_split && !needs_whole && stage[graph.tensors[main].producer] == stage[n.id];
-    if (!follows) s.nodes[n.name] = grid(n, factor, parts);
+    if (!follows) s.nodes[n.name] = grid(n, factor.empty() ? sequence_factor(n) : factor, parts);
     for (size_t r = 0; r < n.outputs.size(); ++r) {
       const bool cut = follows || (!factor.empty() && has(rules[n.id].results[r].dims, rules[n.id].factor(factor)));
       split[n.outputs[r]] = cut;
@@ -293,24 +364,46 @@ ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size) : graph_(grap
     has_loss_ =
         has_loss_ || (n.kind == NodeKind::kReturn && n.target != "buffer_write" && graph.input(n, 0).requires_grad && numel(graph.input(n, 0).shape) == 1);
   }
-  // Where the rows go: follow them through data parallelism.
-  FedRows rows(world_size);
-  for (int r = 0; r < world_size; ++r) rows[r] = rows_ / world_size + (r < rows_ % world_size);
+  // Where the rows go: follow them through data parallelism. Two processes show it as well as thousands.
+  const int probe = std::min(world_size, 2);
+  FedRows rows(probe);
+  for (int r = 0; r < probe; ++r) rows[r] = rows_ / probe + (r < rows_ % probe);
   Resolved resolved;
   try {
-    resolved = resolve(graph, everywhere_fed(graph, world_size), rows);
+    resolved = resolve(graph, everywhere_fed(graph, probe), rows);
   } catch (const std::invalid_argument&) {  // data parallelism isn't legal here: by name alone
     resolved = {};
   }
   for (const Node& n : graph.nodes) {
     const auto id = resolved.graph.find(n.name);
     if (!id) {  // not resolved, or expanded: statistics over samples
+      couples_samples_ = couples_samples_ || n.kind == NodeKind::kOp;
       sample_[n.id] = rules_[n.id].factor("n") >= 0 ? "n" : "";
       continue;
     }
     const FedFactor& fed = resolved.fed[*id];
     const bool parts = std::all_of(fed.parts.begin(), fed.parts.end(), [](const IndexSet& s) { return s.empty() || s.is_interval(); });
     if (fed.factor >= 0 && parts) sample_[n.id] = resolved.rules[*id].factors[fed.factor].name;
+  }
+  for (const Node& n : graph.nodes) {
+    const bool scalar = n.kind == NodeKind::kReturn && n.target != "buffer_write" && graph.input(n, 0).requires_grad && numel(graph.input(n, 0).shape) == 1;
+    if (scalar) loss_is_sum_ = !sample_[graph.input(n, 0).producer].empty();
+  }
+}
+
+ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size, const ManualPlanner& like)
+    : graph_(graph),
+      world_(world_size),
+      rows_(like.rows_),
+      has_loss_(like.has_loss_),
+      loss_is_sum_(like.loss_is_sum_),
+      couples_samples_(like.couples_samples_),
+      sample_(like.sample_),
+      layers_(like.layers_),
+      work_(like.work_) {
+  for (const Node& n : graph.nodes) rules_.push_back(make_rule(graph, n, world_size));
+  for (const Node& n : graph.nodes) {
+    if (n.kind == NodeKind::kFeed && n.sample_dim >= 0) rows_ = graph.output(n, 0).shape[n.sample_dim];
   }
 }
 
@@ -377,10 +470,10 @@ void ManualPlanner::check(const ManualOptions& o) const {
   }
 }
 
-Strategy ManualPlanner::make(const ManualOptions& options) const {
+Strategy ManualPlanner::make(const ManualOptions& options, const GroupConfigs& configs) const {
   check(options);
   const std::vector<int> stage = stages(options.pp);
-  Maker m{.graph = graph_, .rules = rules_, .sample = sample_, .o = options, .stage = stage, .s = {.world_size = world_}};
+  Maker m{.graph = graph_, .rules = rules_, .sample = sample_, .o = options, .configs = configs, .stage = stage, .s = {.world_size = world_}};
   m.split.resize(graph_.tensors.size());
   m.fused.assign(graph_.tensors.size(), 1);
   if (options.micro_batches > 1) m.s.order = options.order;

@@ -2,7 +2,7 @@
 #include <optional>
 
 #include "base/error.h"
-#include "search/manual.h"
+#include "search/grid_search.h"
 #include "search/search.h"
 
 namespace soap {
@@ -64,14 +64,6 @@ std::vector<ManualOptions> grids(int world, bool pipelines) {
   return out;
 }
 
-std::string grid_name(const ManualOptions& o) {
-  std::string out;
-  for (const auto& [name, degree] : std::initializer_list<std::pair<const char*, int>>{{"dp", o.dp}, {"tp", o.tp}, {"pp", o.pp}}) {
-    if (degree > 1) out += fmt::format("{}{} {}", out.empty() ? "" : " x ", name, degree);
-  }
-  return out;
-}
-
 }  // namespace
 
 std::vector<std::pair<std::string, Strategy>> seeds(const OpGraph& graph, int world) {
@@ -109,11 +101,12 @@ std::vector<std::pair<std::string, Strategy>> seeds(const OpGraph& graph, int wo
   for (size_t i = 0, added = 0; i < all.size() && added < kMaxGrids; ++i) {
     ManualOptions o = all[i];
     if (std::max({o.dp, o.tp, o.pp}) == world) continue;  // have names of their own
+    const std::string name = grid_name(o);
     if (o.pp > 1) {
       o.micro_batches = micro_batches(o);
       o.order = Order::kInterleaved;
     }
-    add(grid_name(o), o);
+    add(name, o);
     ++added;
   }
   if (auto s = spatial(graph, planner, world)) out.emplace_back("spatial", std::move(*s));

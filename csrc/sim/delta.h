@@ -195,7 +195,7 @@ class DeltaSimulator {
   std::vector<int64_t> compute_clock_, movement_clock_, begin_;
   std::vector<Arrival> arrivals_;
   int64_t first_arrival_ = 0;  // number of arrivals_[0]; numbers are never used again
-  std::vector<Group*> pending_, bucket_, sorting_;
+  std::vector<Group*> pending_, bucket_, sorting_, alone_;
   std::vector<std::pair<int, int64_t>> reduced_;
   std::vector<const EdgeMove*> exchanged_;
   std::vector<int> ranks_;

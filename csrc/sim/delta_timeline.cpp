@@ -55,6 +55,10 @@ void DeltaSimulator::transfer(const DeviceSet& ranks, int64_t from, int64_t pric
 void DeltaSimulator::move(SlotKind kind, Group& g) {
   const EdgeMove& m = kind == SlotKind::kGradientFill ? *g.gradient_fill : *g.fill;
   if (m.pattern == Pattern::kLocal) return;
+  if (m.reduced.size() > 1) {  // in groups, each with its own clock
+    alone_.assign(1, &g);
+    return move_together(kind, alone_);
+  }
   int64_t from = latest(movement_clock().data(), *m.among);
   if (overlap_) {
     (kind == SlotKind::kFill ? g.filled : kind == SlotKind::kRefill ? g.refilled : g.gradient_filled) = first_arrival_ + static_cast<int64_t>(arrivals_.size());
@@ -67,7 +71,10 @@ void DeltaSimulator::move(SlotKind kind, Group& g) {
 
 // One step of several items, which travel together.
 void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& groups) {
-  if (groups.size() == 1) return move(kind, *groups[0]);
+  if (groups.size() == 1) {
+    const EdgeMove& m = kind == SlotKind::kGradientFill ? *groups[0]->gradient_fill : *groups[0]->fill;
+    if (m.reduced.size() < 2) return move(kind, *groups[0]);
+  }
   begin_ = movement_clock();
   reduced_.clear();
   exchanged_.clear();
@@ -81,11 +88,13 @@ void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& gro
       for_sources(kind, *g, [&](const int64_t* end) { raise(begin_.data(), sources, end); });
     }
     if (m.pattern == Pattern::kAllReduce) {
-      const auto same = std::find_if(reduced_.begin(), reduced_.end(), [&](const auto& r) { return r.first == m.ranks; });
-      if (same == reduced_.end())
-        reduced_.emplace_back(m.ranks, m.reduced_bytes);
-      else
-        same->second += m.reduced_bytes;
+      for (const auto& [ranks, bytes] : m.reduced) {
+        const auto same = std::find_if(reduced_.begin(), reduced_.end(), [&](const auto& r) { return r.first == ranks; });
+        if (same == reduced_.end())
+          reduced_.emplace_back(ranks, bytes);
+        else
+          same->second += bytes;
+      }
       continue;
     }
     mixed = mixed || (exchange >= 0 && exchange != m.ranks);

@@ -228,8 +228,13 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
     out->among = &set(out->ranks);
   }
   if (m.pattern == Pattern::kAllReduce) {
-    out->reduced_bytes = m.elements * reduced;
-    out->price_ns = reduce_price(out->ranks, out->reduced_bytes, groups_at_once({out->ranks}));
+    std::vector<int> groups;
+    for (const ReduceGroup& g : m.groups) {
+      out->reduced.emplace_back(intern_ranks(g.ranks), g.elements * reduced);
+      groups.push_back(out->reduced.back().first);
+    }
+    const int at_once = groups_at_once(groups);
+    for (const auto& [ranks, bytes] : out->reduced) out->price_ns = std::max(out->price_ns, reduce_price(ranks, bytes, at_once));
   }
   if (m.pattern == Pattern::kExchange) {
     out->traffic.emplace(cost_.machine());

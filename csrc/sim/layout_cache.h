@@ -70,8 +70,8 @@ struct EdgeMove {
   // The participants; where pieces begin and end, local ones too; and those of them that take part. Null for kLocal.
   const DeviceSet* among = nullptr;
   const DeviceSet *sending = nullptr, *receiving = nullptr, *senders = nullptr, *receivers = nullptr;
-  int64_t reduced_bytes = 0;       // kAllReduce
-  std::optional<Traffic> traffic;  // kExchange
+  std::vector<std::pair<int, int64_t>> reduced;  // kAllReduce: (id of a group's ranks, bytes of an addend)
+  std::optional<Traffic> traffic;                // kExchange
 };
 
 class LayoutCache {

@@ -131,7 +131,7 @@ struct Simulator {
                                         : t.element_bytes;
       out.moved_bytes[t.producer] += m.elements * element_bytes;
       if (machine.overlap && m.pattern != Pattern::kLocal) sources(step.kind, item, list, begin);
-      if (m.pattern == Pattern::kAllReduce) reduced[m.ranks] += m.elements * element_bytes;
+      for (const ReduceGroup& g : m.groups) reduced[g.ranks] += g.elements * element_bytes;
       if (m.pattern == Pattern::kExchange) {
         exchanging.insert(m.ranks.begin(), m.ranks.end());
         for (const Flow& x : list) {

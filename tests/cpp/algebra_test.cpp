@@ -86,6 +86,7 @@ TEST(Flows, AreThePiecesWithoutTheirBoxes) {
       ASSERT_EQ(flows.movement.pattern, m.pattern) << i;
       ASSERT_EQ(flows.movement.ranks, m.ranks);
       ASSERT_EQ(flows.movement.elements, m.elements);
+      ASSERT_EQ(flows.movement.groups, m.groups);
       all_reduces += m.pattern == Pattern::kAllReduce;
     }
   }

@@ -1,0 +1,450 @@
+#include "search/grid_price.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+
+#include "base/error.h"
+#include "search/replica_graph.h"
+#include "sim/memory.h"
+#include "sim/simulate.h"
+
+namespace soap {
+namespace {
+
+// What moves between the replicas of a stage, by the size of their groups. All groups of a stage do alike at once.
+class ReplicaLinks {
+ public:
+  ReplicaLinks(const Machine& machine, const ManualOptions& o, int stage) : machine_(machine), o_(o), first_(stage * o.dp * o.tp) {}
+
+  // The sum over all replicas, each with `bytes`; `alike`: over all ranks of the stage.
+  int64_t all_reduce(int64_t bytes, bool alike) { return price(alike ? 0 : 1, alike ? o_.dp * o_.tp : o_.dp, alike ? 1 : o_.tp, bytes); }
+  // Every one of `group` neighbouring replicas sends its part of `bytes` to the others.
+  int64_t gather(int64_t bytes, int group) { return price(2, group, o_.tp, bytes / group * (group - 1)); }
+  // Every replica sends to every other the part that it stores.
+  int64_t scatter(int64_t bytes, int group) { return price(3, o_.dp, o_.tp, bytes / group * (o_.dp - 1)); }
+
+ private:
+  int64_t price(int kind, int ranks, int stride, int64_t bytes) {
+    if (ranks < 2 || bytes == 0) return 0;
+    const auto [it, fresh] = prices_.emplace(std::tuple(kind, ranks, bytes), 0);
+    if (fresh) {
+      std::vector<int> list;
+      for (int r = 0; r < ranks; ++r) list.push_back(first_ + r * stride);
+      // Ranks of the stage on the first one's host, over those of this group there.
+      const auto here = [&](int r) { return machine_.host_of[r] == machine_.host_of[first_]; };
+      int all = 0;
+      for (int r = first_; r < first_ + o_.dp * o_.tp && here(r); ++r) ++all;
+      const auto mine = static_cast<int>(std::count_if(list.begin(), list.end(), here));
+      const bool leaves = mine < ranks;
+      it->second = movement_ns(machine_, kind < 2 ? "all_reduce" : "exchange", list, bytes, leaves || kind >= 2 ? std::max(all / mine, 1) : 1);
+    }
+    return it->second;
+  }
+
+  const Machine& machine_;
+  const ManualOptions& o_;
+  int first_ = 0;
+  std::map<std::tuple<int, int, int64_t>, int64_t> prices_;
+};
+
+// "layers.3.ffn.up" -> "layers.3": the repeated block that a node is in, "" for none.
+std::string_view block_of(std::string_view name) {
+  for (size_t begin = 0; begin < name.size();) {
+    const size_t end = std::min(name.find_first_of("./", begin), name.size());
+    const auto part = name.substr(begin, end - begin);
+    if (begin > 0 && !part.empty() && std::all_of(part.begin(), part.end(), [](unsigned char c) { return std::isdigit(c) != 0; })) return name.substr(0, end);
+    if (end < name.size() && name[end] == '/') break;
+    begin = end + 1;
+  }
+  return "";
+}
+
+// A stage's operators on its clocks. Movements take the ranks' compute time, or, where the machine overlaps, run beside it.
+struct Walk {
+  const GroupCost& cost;
+  bool overlap = false;
+  std::vector<int64_t> compute = std::vector<int64_t>(cost.ranks);
+  int64_t movement = 0, moved = 0;
+
+  int64_t now() const { return *std::max_element(compute.begin(), compute.end()); }
+  void spend(const std::vector<int64_t>& ns) {
+    for (size_t d = 0; d < ns.size(); ++d) compute[d] += ns[d];
+  }
+  // `after`: what it sends is there only now. `awaited`: what follows needs it.
+  void move(int64_t ns, bool after, bool awaited) {
+    if (ns == 0) return;
+    moved += ns;
+    const int64_t begin = overlap ? std::max(movement, after ? now() : 0) : now();
+    if (overlap) movement = begin + ns;
+    if (!overlap) std::fill(compute.begin(), compute.end(), begin + ns);
+    if (overlap && awaited) {
+      for (int64_t& c : compute) c = std::max(c, movement);
+    }
+  }
+};
+
+struct Parameter {
+  const GroupParameter* p = nullptr;
+  int group = 1;  // replicas that share its parts
+};
+
+struct Stage {
+  std::vector<NodeId> nodes;                                        // operators
+  std::map<NodeId, std::vector<Parameter>> gathers, refills, ends;  // by first reader, last reader, the reader that completes the gradient
+  std::vector<Parameter> parameters;
+  int64_t forward = 0, backward = 0, first_forward = 0, last_backward = 0,
+          synchronised = 0;        // the last: when gradients are there, after the begin of that backward
+  int64_t compute = 0, moved = 0;  // of a whole step
+  int64_t update = 0, memory = 0;
+  int64_t extra = 0;  // parameters that it shares with an earlier stage
+};
+
+struct Transfer {  // of one micro-batch from a stage to a later one
+  int from = 0, to = 0;
+  int64_t forward_bytes = 0, backward_bytes = 0;
+  int64_t forward_ns = 0, backward_ns = 0;
+};
+
+struct Pricing {
+  const OpGraph& graph;
+  const ManualOptions& o;
+  const std::vector<int>& stage_of;
+  const GroupCost& cost;
+  const std::vector<std::vector<NodeId>>& readers;
+  const Machine& machine;
+  bool early_backward = true;
+  int64_t bucket_bytes = Strategy{}.bucket_bytes;
+  std::vector<Stage> stages = std::vector<Stage>(o.pp);
+  std::vector<Transfer> transfers = {};
+
+  int in_flight(int s) const {
+    const bool early = early_backward && o.order == Order::kInterleaved && o.micro_batches > 1;
+    return early ? std::min(o.micro_batches, o.pp - s) : o.micro_batches;
+  }
+
+  void distribute() {
+    for (const Node& n : graph.nodes) {
+      if (n.kind == NodeKind::kOp) stages[stage_of[n.id]].nodes.push_back(n.id);
+    }
+    for (const GroupParameter& p : cost.parameters) {
+      Parameter q{&p, 1};
+      const int group = o.zero == 0 ? 1 : o.zero_group > 0 ? o.zero_group : o.dp;
+      const bool shared = std::any_of(p.shape.begin(), p.shape.end(), [&](int64_t size) { return size >= group; });
+      if (graph.nodes[p.node].kind == NodeKind::kParam && shared) q.group = group;
+      const int home = stage_of[p.readers.front()];
+      for (NodeId reader : p.readers) {
+        Stage& s = stages[stage_of[reader]];
+        if (stage_of[reader] != home && s.gathers[reader].empty()) {  // its copy comes at the beginning, its gradient goes at the end
+          s.extra += 2 * movement_ns(machine, "exchange", {home * o.dp * o.tp, stage_of[reader] * o.dp * o.tp}, p.bytes);
+          s.memory += 2 * p.bytes;
+        }
+      }
+      Stage& s = stages[home];
+      s.parameters.push_back(q);
+      if (q.group > 1) s.gathers[p.readers.front()].push_back(q);
+      NodeId last_reader = p.readers.front();
+      for (NodeId reader : p.readers) {
+        if (stage_of[reader] == home) last_reader = reader;
+      }
+      if (q.group > 1 && o.zero == 3 && p.trained) s.refills[last_reader].push_back(q);
+      if (p.trained && p.last >= 0) s.ends[p.last].push_back(q);
+    }
+    std::map<std::pair<TensorId, int>, std::pair<int64_t, bool>> sent;
+    for (const GroupEdge& e : cost.edges) {
+      if (graph.nodes[e.consumer].kind != NodeKind::kOp || stage_of[e.producer] == stage_of[e.consumer]) continue;
+      auto& [bytes, gradient] = sent[{e.tensor, stage_of[e.consumer]}];
+      bytes = std::max(bytes, e.bytes);
+      gradient = gradient || e.gradient;
+    }
+    std::map<std::pair<int, int>, Transfer> by_stages;
+    for (const auto& [key, what] : sent) {
+      const int from = stage_of[graph.tensors[key.first].producer];
+      Transfer& t = by_stages[{from, key.second}];
+      t.from = from;
+      t.to = key.second;
+      t.forward_bytes += what.first;
+      if (what.second) t.backward_bytes += what.first;
+    }
+    for (auto& [key, t] : by_stages) {
+      t.forward_ns = between(t, t.forward_bytes);
+      t.backward_ns = between(t, t.backward_bytes);
+      transfers.push_back(t);
+    }
+  }
+
+  // Each device of a stage sends to its counterpart in the other.
+  int64_t between(const Transfer& t, int64_t bytes) const {
+    if (bytes == 0) return 0;
+    const int size = o.dp * o.tp;
+    if (!machine.tables.empty()) return movement_ns(machine, "exchange", {t.from * size, t.to * size}, bytes);
+    std::map<std::pair<int, int>, int64_t> pairs;  // (host, host) -> devices
+    std::map<int, int64_t> leaving;
+    int64_t within = 0, between_hosts = 0;
+    for (int i = 0; i < size; ++i) {
+      const int from = machine.host_of[t.from * size + i], to = machine.host_of[t.to * size + i];
+      int64_t& count = from == to ? within : between_hosts;
+      count = std::max(count, from == to ? ++pairs[{from, to}] : ++leaving[from]);
+    }
+    const auto ns = [&](const Link& link, int64_t senders) {
+      if (senders == 0) return 0.0;
+      const double share = link.per_host == 0 ? 1.0 : std::max(1.0, static_cast<double>(senders) / link.per_host);
+      return link.latency_ns + static_cast<double>(bytes) * share / link.bytes_per_s * 1e9;
+    };
+    return static_cast<int64_t>(std::max(ns(machine.intra, within), ns(machine.inter, between_hosts)));
+  }
+
+  void time(int index) {
+    Stage& s = stages[index];
+    ReplicaLinks links(machine, o, index);
+    const auto gather = [&](Walk& w, const std::map<NodeId, std::vector<Parameter>>& at, NodeId n) {
+      const auto it = at.find(n);
+      if (it == at.end()) return;
+      for (const Parameter& q : it->second) w.move(links.gather(q.p->bytes, q.group), false, true);
+    };
+    const auto forward = [&](bool first) {
+      Walk w{.cost = cost, .overlap = machine.overlap};
+      for (NodeId n : s.nodes) {
+        if (first) gather(w, s.gathers, n);
+        w.move(cost.nodes[n].fill_ns, true, true);
+        w.spend(cost.nodes[n].forward);
+      }
+      (first ? s.first_forward : s.forward) = w.now();
+      s.moved += w.moved * (first ? 1 : o.micro_batches - 1);
+      return w;
+    };
+    const auto backward = [&](bool last) {
+      Walk w{.cost = cost, .overlap = machine.overlap};
+      int64_t bucket = 0, scattered = 0, reduced = 0, reduced_alike = 0;
+      const auto flush = [&] {
+        w.move(scattered, true, false);
+        w.move(links.all_reduce(reduced, false), true, false);
+        w.move(links.all_reduce(reduced_alike, true), true, false);
+        bucket = scattered = reduced = reduced_alike = 0;
+      };
+      for (auto n = s.nodes.rbegin(); n != s.nodes.rend(); ++n) {
+        const GroupNode& node = cost.nodes[*n];
+        if (last) gather(w, s.refills, *n);
+        if (o.recompute && !block_of(graph.nodes[*n].name).empty()) w.spend(node.forward);
+        w.spend(node.backward);
+        w.move(node.gradient_ns, true, true);
+        const auto ends = s.ends.find(*n);
+        if (!last || ends == s.ends.end() || o.dp * o.tp == 1) continue;
+        for (const Parameter& q : ends->second) {
+          const int64_t sum = q.p->bytes / q.p->element_bytes * q.p->reduced_element_bytes;
+          if (q.group > 1) {
+            scattered += links.scatter(q.p->bytes, q.group);
+          } else if (q.p->alike || o.dp > 1) {
+            (q.p->alike ? reduced_alike : reduced) += sum;
+          } else {
+            continue;  // nobody else has it
+          }
+          bucket += q.p->whole_bytes;
+          if (bucket >= bucket_bytes) flush();
+        }
+      }
+      flush();
+      if (!last) s.backward = w.now();
+      if (last) {
+        s.last_backward = w.now();
+        s.synchronised = std::max(w.now(), w.movement);
+      }
+      s.moved += w.moved * (last ? 1 : o.micro_batches - 1);
+      return w;
+    };
+    forward(true);
+    forward(false);
+    backward(false);
+    backward(true);
+    for (NodeId n : s.nodes) {
+      const GroupNode& node = cost.nodes[n];
+      if (node.forward.empty()) continue;
+      const int64_t again = o.recompute && !block_of(graph.nodes[n].name).empty() ? 1 : 0;
+      s.compute += o.micro_batches *
+                   ((1 + again) * *std::max_element(node.forward.begin(), node.forward.end()) + *std::max_element(node.backward.begin(), node.backward.end()));
+    }
+    for (const Parameter& q : s.parameters) {
+      if (q.p->trained) s.update += update_ns(machine, 0, q.p->bytes / q.group);
+    }
+  }
+
+  void remember(int index) {
+    Stage& s = stages[index];
+    int64_t copies = 0, largest = 0, gradients = 0;
+    for (const Parameter& q : s.parameters) {
+      const int64_t part = q.p->bytes / q.group;
+      s.memory += part * (q.p->trained ? 2 + kOptimizerCopies : 1);
+      if (q.group == 1) continue;
+      copies += q.p->bytes;
+      largest = std::max(largest, q.p->bytes);
+      gradients += q.p->bytes;
+    }
+    if (o.zero == 3 && o.micro_batches == 1) copies = 2 * largest;  // given back after each use
+    if (o.micro_batches == 1) gradients = std::min(gradients, bucket_bytes + largest);
+    s.memory += copies;
+    // Activations: of a recomputed block what leaves it and what was moved, and once all of the largest.
+    std::map<std::string_view, int64_t> inside;
+    int64_t kept = 0, working = 0;
+    std::vector<NodeId> last_in_block(graph.nodes.size(), -1);
+    for (NodeId n : s.nodes) {
+      const GroupNode& node = cost.nodes[n];
+      working = std::max(working, node.result_bytes);
+      const std::string_view block = o.recompute ? block_of(graph.nodes[n].name) : "";
+      if (block.empty()) {
+        kept += node.saved_bytes + node.copied_bytes;
+        continue;
+      }
+      const bool leaves = leaves_block(n, block);
+      kept += (leaves ? node.result_bytes : 0) + node.copied_bytes;
+      inside[block] += leaves ? 0 : node.saved_bytes;
+    }
+    int64_t block = 0;
+    for (const auto& [name, bytes] : inside) block = std::max(block, bytes);
+    // Gradients of gathered copies come as activations go, but where they wait for more micro-batches.
+    const int64_t activations = kept * in_flight(index) + block + working;
+    s.memory += o.micro_batches == 1 ? std::max(activations, gradients) : activations + gradients;
+  }
+
+  bool leaves_block(NodeId n, std::string_view block) const {
+    for (NodeId reader : readers[n]) {
+      if (block_of(graph.nodes[reader].name) != block) return true;
+    }
+    return false;
+  }
+  // Micro-batches through the stages, each stage in its own order; a transfer takes both ends' time, or, where the machine overlaps, their links'.
+  int64_t schedule() {
+    const int count = o.micro_batches, depth = o.pp;
+    struct Task {
+      bool backward = false;
+      int chunk = 0;
+    };
+    std::vector<std::vector<Task>> order(depth);
+    for (int s = 0; s < depth; ++s) {
+      const int ahead = in_flight(s);
+      const bool early = early_backward && o.order == Order::kInterleaved;
+      for (int i = 0; i < ahead; ++i) order[s].push_back({false, i});
+      for (int i = 0; i < count; ++i) {
+        order[s].push_back({true, early ? i : count - 1 - i});
+        if (ahead + i < count) order[s].push_back({false, ahead + i});
+      }
+    }
+    const int final_chunk = order[0].back().chunk;
+    std::vector<std::vector<int>> incoming(depth), outgoing(depth);
+    for (size_t t = 0; t < transfers.size(); ++t) {
+      incoming[transfers[t].to].push_back(static_cast<int>(t));
+      outgoing[transfers[t].from].push_back(static_cast<int>(t));
+    }
+    const int64_t never = -1;
+    std::vector<std::vector<int64_t>> done_forward(depth, std::vector<int64_t>(count, never)), done_backward = done_forward;
+    std::vector<int64_t> compute(depth), movement(depth), ends(depth);
+    std::vector<size_t> next(depth);
+    const auto arrive = [&](int at, int from, int64_t ready, int64_t ns) {
+      if (ns == 0) return std::max(compute[at], ready);
+      auto& clock = machine.overlap ? movement : compute;
+      const int64_t begin = std::max({clock[at], ready, clock[from]});
+      clock[at] = clock[from] = begin + ns;
+      return std::max(compute[at], begin + ns);
+    };
+    size_t left = 0;
+    for (const auto& tasks : order) left += tasks.size();
+    // When a stage's next task can begin, as far as is known; `never` when what it waits for isn't done.
+    const auto start = [&](int s) {
+      if (next[s] == order[s].size()) return never;
+      const Task task = order[s][next[s]];
+      int64_t begin = compute[s];
+      for (int t : task.backward ? outgoing[s] : incoming[s]) {
+        if (task.backward && transfers[t].backward_bytes == 0) continue;
+        const int64_t done = task.backward ? done_backward[transfers[t].to][task.chunk] : done_forward[transfers[t].from][task.chunk];
+        if (done == never) return never;
+        begin = std::max(begin, done);
+      }
+      return begin;
+    };
+    for (; left > 0; --left) {
+      int s = -1;
+      int64_t earliest = 0;
+      for (int k = 0; k < depth; ++k) {
+        const int64_t begin = start(k);
+        if (begin == never || (s >= 0 && begin >= earliest)) continue;
+        s = k;
+        earliest = begin;
+      }
+      SOAP_CHECK(s >= 0, "[grid] the schedule of {} stages and {} micro-batches stands still", depth, count);
+      const Task task = order[s][next[s]];
+      int64_t begin = compute[s];
+      for (int t : task.backward ? outgoing[s] : incoming[s]) {
+        const int other = task.backward ? transfers[t].to : transfers[t].from;
+        const int64_t ready = (task.backward ? done_backward : done_forward)[other][task.chunk];
+        begin = std::max(begin, arrive(s, other, ready, task.backward ? transfers[t].backward_ns : transfers[t].forward_ns));
+      }
+      const Stage& stage = stages[s];
+      const bool last = task.backward && task.chunk == final_chunk;
+      const int64_t ns = task.backward ? (last ? stage.last_backward : stage.backward) : (task.chunk == 0 ? stage.first_forward : stage.forward);
+      compute[s] = begin + ns;
+      (task.backward ? done_backward : done_forward)[s][task.chunk] = compute[s];
+      if (last) ends[s] = std::max({compute[s], movement[s], begin + stage.synchronised});
+      ++next[s];
+    }
+    int64_t step = 0;
+    for (int s = 0; s < depth; ++s) step = std::max(step, ends[s] + stages[s].update + stages[s].extra);
+    return step;
+  }
+};
+
+}  // namespace
+
+GridPricer::GridPricer(const OpGraph& graph, const ManualPlanner& planner, const CostModel& cost) : graph_(graph), planner_(planner), cost_(cost) {}
+
+GridPricer::Share& GridPricer::share(int ranks, int64_t parts) {
+  auto& slot = shares_[{ranks, parts}];
+  if (slot) return *slot;
+  auto made = std::make_unique<Share>();
+  made->graph = replica_graph(graph_, planner_, parts);
+  made->planner = std::make_unique<ManualPlanner>(made->graph, ranks, planner_);
+  FedRows rows(ranks);
+  for (int r = 0; r < ranks; ++r) rows[r] = made->planner->rows() / ranks + (r < made->planner->rows() % ranks);
+  made->cache = std::make_unique<LayoutCache>(made->graph, rows, cost_);
+  made->readers.resize(made->graph.nodes.size());
+  for (const Node& n : made->graph.nodes) {
+    for (TensorId t : n.inputs) made->readers[made->graph.tensors[t].producer].push_back(n.id);
+  }
+  slot = std::move(made);
+  return *slot;
+}
+
+GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs) {
+  const int64_t parts = int64_t{o.dp} * o.micro_batches;
+  if (planner_.rows() % parts != 0) user_error("[grid] {} rows can't be shared evenly by dp={} x micro_batches={}", planner_.rows(), o.dp, o.micro_batches);
+  Share& mine = share(o.tp, parts);
+  const ManualOptions inner{.tp = o.tp, .strict = o.strict, .sequence = o.sequence};
+  std::unique_ptr<GroupCost> own;
+  auto& cost = configs.empty() ? mine.manual[o.sequence ? 1 : 0] : own;
+  if (!cost) cost = std::make_unique<GroupCost>(group_cost(*mine.cache, mine.planner->make(inner, configs)));
+  auto& stage_of = stages_[o.pp];
+  if (stage_of.empty()) stage_of = planner_.stages(o.pp);
+  Pricing p{.graph = mine.graph,
+            .o = o,
+            .stage_of = stage_of,
+            .cost = *cost,
+            .readers = mine.readers,
+            .machine = cost_.machine(),
+            .early_backward = planner_.loss_is_sum()};
+  p.distribute();
+  GridPrice out;
+  for (int s = 0; s < o.pp; ++s) {
+    p.time(s);
+    p.remember(s);
+  }
+  out.step_ns = p.schedule();
+  for (const Stage& s : p.stages) {
+    if (s.compute >= out.compute_ns) {
+      out.compute_ns = s.compute;
+      out.communication_ns = s.moved;
+    }
+    out.stage_memory.push_back(s.memory);
+    out.memory_bytes = std::max(out.memory_bytes, s.memory);
+  }
+  return out;
+}
+
+}  // namespace soap

@@ -1,0 +1,61 @@
+// The price of a grid plan (search/manual.h: stages x replicas x ranks) of any size, without naming its devices.
+//
+// All replicas do the same, and so do all micro-batches: one group of ranks is timed on one micro-batch of one replica (search/group_cost.h), the
+// replicas' gradients and stored parts by the size of their groups, and stages by the schedule of their micro-batches. So a plan for 16,384
+// devices is priced as fast as one for the ranks of a group.
+//
+//   stage s, micro-batch i   forward  F = sum over its operators of compute and of movements within the group
+//                            backward B = the same backwards (and F's compute once more where it is recomputed)
+//   first forward            waits for parameters gathered from their parts (ZeRO), in order, beside the compute where the machine overlaps
+//   last backward            brings gradients to the replicas in buckets, likewise
+//   schedule                 GPipe (Huang et al. 2019) or 1F1B (Narayanan et al. 2019); a boundary's tensors take their link's time
+//   step                     the last stage to end, and its update
+//
+// Memory of a stage: parameters, gradients and optimizer state (2x, AdamW) of its parts; what backward keeps of each micro-batch that is under
+// way; gathered copies. tests/cpp/grid_test.cpp holds both against simulate(lower(...)).
+#pragma once
+
+#include <array>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "search/group_cost.h"
+
+namespace soap {
+
+struct GridPrice {
+  int64_t step_ns = 0;
+  int64_t compute_ns = 0;        // of the busiest stage
+  int64_t communication_ns = 0;  // of that stage
+  int64_t memory_bytes = 0;      // of the fullest stage
+  std::vector<int64_t> stage_memory;
+};
+
+class GridPricer {
+ public:
+  // Graph, planner and machine outlive it.
+  GridPricer(const OpGraph& graph, const ManualPlanner& planner, const CostModel& cost);
+  // Throws std::invalid_argument where the grid isn't legal for the graph.
+  GridPrice price(const ManualOptions& options, const GroupConfigs& configs = {});
+
+ private:
+  // The graph of one micro-batch and what lowers it for groups of one size.
+  struct Share {
+    OpGraph graph;
+    std::unique_ptr<ManualPlanner> planner;
+    std::unique_ptr<CostModel> cost;
+    std::unique_ptr<LayoutCache> cache;
+    std::vector<std::vector<NodeId>> readers;          // per node
+    std::array<std::unique_ptr<GroupCost>, 2> manual;  // without and with the sequence cut
+  };
+  Share& share(int ranks, int64_t parts);
+
+  const OpGraph& graph_;
+  const ManualPlanner& planner_;
+  const CostModel& cost_;
+  std::map<std::pair<int, int64_t>, std::unique_ptr<Share>> shares_;
+  std::map<int, std::vector<int>> stages_;
+};
+
+}  // namespace soap
