@@ -213,7 +213,7 @@ def finish(
         report = "report.html (open in a browser), "
     predicted_ms = plan.predicted.get("step_time_ns", 0) / 1e6
     of_loss = max(abs(a - b) for a, b in zip(ours.losses, single.losses, strict=True))
-    say(f"\nstep time, median of {len(ours.seconds) - WARM_UP}: {ours.median_ms:.0f} ms measured, {predicted_ms:.0f} ms predicted")
+    say(f"\nstep time, median of {len(ours.seconds) - WARM_UP}: {ours.median_ms:.0f} ms measured, {predicted_ms:.0f} ms predicted (with AdamW; this is SGD)")
     say(f"DDP in the same run: {ddp.median_ms:.0f} ms ({ddp.median_ms / ours.median_ms:.2f} times ours); one process: {single.median_ms:.0f} ms")
     say(f"largest difference to one process after {len(ours.losses)} steps: loss {of_loss:.1e}, parameters {worst[0]:.1e} ({worst[1]})")
     plot(name, out / "loss.png", {"torch_soap": ours.losses, "DDP (its own random numbers)": ddp.losses, "one process": single.losses})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch_soap import _C
 
@@ -77,6 +77,16 @@ def price(context: Context, strategy: _C.Strategy) -> Price:
 
 def recomputed(strategy: _C.Strategy) -> str:
     return " ".join("+".join(region) for region in strategy.recompute)
+
+
+def figures(simulation: _C.Simulation) -> dict[str, Any]:
+    """What a plan's `predicted` has of its simulation."""
+    return {
+        "step_time_ns": simulation.step_ns,
+        "compute_ns": list(simulation.compute_ns),
+        "communication_ns": list(simulation.communication_ns),
+        "memory_bytes": list(simulation.memory_bytes),
+    }
 
 
 def original(name: str, known: set[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch_soap import _C, calibrate
 from torch_soap.capture import capture
 from torch_soap.capture.graph import Graph
-from torch_soap.compare import Context
+from torch_soap.compare import Context, figures
 from torch_soap.constraints import Forbid, Pin, constraints
 from torch_soap.grids import is_large, plan_grids
 from torch_soap.measuring import known_error
@@ -141,10 +141,7 @@ def described(context: Context, strategy: _C.Strategy, stats: dict[str, Any], fo
     program = _C.lower(context.graph, strategy, context.rows)
     simulation = _C.simulate(program, context.cost)
     predicted = {
-        "step_time_ns": simulation.step_ns,
-        "compute_ns": list(simulation.compute_ns),
-        "communication_ns": list(simulation.communication_ns),
-        "memory_bytes": list(simulation.memory_bytes),
+        **figures(simulation),
         "chosen": found["chosen"],
         "seeds": found["seeds"],
     }

@@ -19,7 +19,7 @@ import torch
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
-from torch_soap.compare import Context
+from torch_soap.compare import Context, figures
 from torch_soap.plan import Plan, make_plan
 from torch_soap.runtime.engine import Engine
 from torch_soap.runtime.storage import cut, stored_boxes
@@ -73,10 +73,7 @@ def tried(parallel: Parallel, plan: Plan, graph: Graph, tensors: Sequence[torch.
     simulation = _C.simulate(program, context.cost)
     predicted = {
         **plan.predicted,
-        "step_time_ns": simulation.step_ns,
-        "compute_ns": list(simulation.compute_ns),
-        "communication_ns": list(simulation.communication_ns),
-        "memory_bytes": list(simulation.memory_bytes),
+        **figures(simulation),
         "chosen": candidates[best],
     }
     explanation = _C.explain(program, simulation)

@@ -14,8 +14,8 @@ namespace soap {
 
 struct GridSearchOptions {
   std::optional<int64_t> memory_limit_bytes;  // per device; default: the machine's
-  int descents = 3;                           // from so many of the best grids
-  int descent_simulations = 60;               // of each
+  int descents = 2;                           // from so many of the best grids
+  int descent_simulations = 200;              // of each
 };
 
 struct GridCandidate {

@@ -150,54 +150,50 @@ struct Builder {
     }
   }
 
-  void add_parameters() {
-    std::map<TensorId, size_t> index;
+  // visit(node, read, tensor) for every read of a tensor of the graph, in order.
+  template <class Visit>
+  void for_reads(const Visit& visit) const {
     for (const Node& n : graph.nodes) {
-      const Fragment& f = *fragments[n.id];
-      for (const FragmentOp& op : f.ops) {
+      for (const FragmentOp& op : fragments[n.id]->ops) {
         for (const FragmentRead& read : op.reads) {
-          if (read.tensor.kind != FragmentTensor::Kind::kOperand) continue;
-          const Tensor& t = graph.tensors[cache.distinct_inputs(n.id)[read.tensor.index]];
-          const Node& store = graph.nodes[t.producer];
-          if (!is_store(store)) continue;
-          const auto [it, fresh] = index.emplace(t.id, out.parameters.size());
-          if (fresh) {
-            const LayoutId tiles = cache.derived(store.id, read.copies);
-            const auto& coords = cache.layout(tiles).coords;
-            GroupParameter p{.node = store.id, .whole_bytes = numel(t.shape) * t.element_bytes, .element_bytes = t.element_bytes};
-            p.reduced_element_bytes = reduced_element_bytes(t, Reduce::kSum);
-            p.trained = store.kind == NodeKind::kParam && t.requires_grad;
-            p.shape = coords.empty() ? t.shape : shape(coords.front().box);
-            p.bytes = fullest(t, tiles);
-            out.parameters.push_back(std::move(p));
-          }
-          GroupParameter& p = out.parameters[it->second];
-          if (p.readers.empty() || p.readers.back() != n.id) p.readers.push_back(n.id);
-          if (!p.trained || !read.differentiable) continue;
-          if (p.last < 0) p.last = n.id;
-          const LayoutId tiles = cache.derived(store.id, read.copies);
-          p.alike = p.alike || cache.edge(t, tiles, read.copies, true)->pattern == Pattern::kAllReduce;
+          if (read.tensor.kind == FragmentTensor::Kind::kOperand) visit(n, read, graph.tensors[cache.distinct_inputs(n.id)[read.tensor.index]]);
         }
       }
     }
   }
 
-  void add_edges() {
-    std::map<std::pair<TensorId, LayoutId>, size_t> seen;
-    for (const Node& n : graph.nodes) {
-      const Fragment& f = *fragments[n.id];
-      for (const FragmentOp& op : f.ops) {
-        for (const FragmentRead& read : op.reads) {
-          if (read.tensor.kind != FragmentTensor::Kind::kOperand) continue;
-          const Tensor& t = graph.tensors[cache.distinct_inputs(n.id)[read.tensor.index]];
-          if (graph.nodes[t.producer].kind != NodeKind::kOp) continue;
-          const Sharding& tiles = cache.layout(fragments[t.producer]->tiles[t.result]);
-          int64_t bytes = fullest(t, read.copies);
-          if (tiles.partial != Reduce::kNone) bytes *= static_cast<int64_t>(tiles.coords.size());
-          out.edges.push_back({t.id, t.producer, n.id, bytes, read.differentiable && t.requires_grad});
-        }
+  void add_parameters() {
+    std::map<TensorId, size_t> index;
+    for_reads([&](const Node& n, const FragmentRead& read, const Tensor& t) {
+      const Node& store = graph.nodes[t.producer];
+      if (!is_store(store)) return;
+      const LayoutId tiles = cache.derived(store.id, read.copies);
+      const auto [it, fresh] = index.emplace(t.id, out.parameters.size());
+      if (fresh) {
+        const auto& coords = cache.layout(tiles).coords;
+        GroupParameter p{.node = store.id, .whole_bytes = numel(t.shape) * t.element_bytes, .element_bytes = t.element_bytes};
+        p.reduced_element_bytes = reduced_element_bytes(t, Reduce::kSum);
+        p.trained = store.kind == NodeKind::kParam && t.requires_grad;
+        p.shape = coords.empty() ? t.shape : shape(coords.front().box);
+        p.bytes = fullest(t, tiles);
+        out.parameters.push_back(std::move(p));
       }
-    }
+      GroupParameter& p = out.parameters[it->second];
+      if (p.readers.empty() || p.readers.back() != n.id) p.readers.push_back(n.id);
+      if (!p.trained || !read.differentiable) return;
+      if (p.last < 0) p.last = n.id;
+      p.alike = p.alike || cache.edge(t, tiles, read.copies, true)->pattern == Pattern::kAllReduce;
+    });
+  }
+
+  void add_edges() {
+    for_reads([&](const Node& n, const FragmentRead& read, const Tensor& t) {
+      if (graph.nodes[t.producer].kind != NodeKind::kOp) return;
+      const Sharding& tiles = cache.layout(fragments[t.producer]->tiles[t.result]);
+      int64_t bytes = fullest(t, read.copies);
+      if (tiles.partial != Reduce::kNone) bytes *= static_cast<int64_t>(tiles.coords.size());
+      out.edges.push_back({t.id, t.producer, n.id, bytes, read.differentiable && t.requires_grad});
+    });
   }
 };
 
