@@ -9,9 +9,10 @@
 namespace soap {
 namespace {
 
-constexpr int kRounds = 24;        // of the whole budget
-constexpr int kExchange = 3;       // rounds between two exchanges
+constexpr int kRounds = 24;        // of the whole budget, at least
+constexpr int kExchanges = 8;      // of the whole budget
 constexpr int kLeastPerRound = 8;  // simulations of a chain
+constexpr int kMostPerRound = 32;  // so that whoever watches is soon heard
 constexpr int kTries = 2;          // of each operator, before the search may end for want of luck
 constexpr int kLeast = 256;        // simulations before that
 
@@ -148,9 +149,11 @@ ChainResult run_chains(const OpGraph& graph, const FedRows& rows, const CostMode
     const Strategy& start = starts[i < starts.size() ? i : 0].strategy;
     chains[i] = std::make_unique<Chain>(graph, rows, cost, proposals, constraints, start, options, static_cast<int>(i));
   });
-  const int steps = std::max(options.simulations / count / kRounds, kLeastPerRound);
+  const int each_chain = options.simulations / count;
+  const int steps = std::clamp(each_chain / kRounds, kLeastPerRound, kMostPerRound);
+  const int exchange = std::max(each_chain / steps / kExchanges, 1);  // rounds between two
   const int patience = std::max(kLeast, kTries * static_cast<int>(proposals.operators().size()));
-  int left = options.simulations / count, done = 0, lucky = 0;  // of each chain, of all
+  int left = each_chain, done = 0, lucky = 0;  // of each chain, of all
   int64_t seen_ns = out.best.step_ns;
   for (int round = 1, next_settling = 1; left > 0; ++round) {
     const int now = std::min(steps, left);
@@ -168,7 +171,7 @@ ChainResult run_chains(const OpGraph& graph, const FedRows& rows, const CostMode
     }
     if (round == next_settling) next_settling *= 2;
     if (!between(done, out.best.step_ns) || end) break;
-    if (round % kExchange == 0 && count > 1) catch_up(chains, out.best.strategy);
+    if (round % exchange == 0 && count > 1) catch_up(chains, out.best.strategy);
   }
   for (const auto& c : chains) {
     out.simulations += c->simulations;

@@ -192,7 +192,7 @@ struct Memory {
               const Key key{g, p.groups[g].copies.coords[copy].chunk};
               const int at = again.at({u.node, static_cast<int>(i) % chunks});
               filled_again[key] = filled_again.count(key) ? std::min(filled_again[key], at) : at;
-              for (const Piece& x : pieces[fill.at(key)][item_of_fill.at(key)].pieces) {
+              for (const Flow& x : pieces[fill.at(key)][item_of_fill.at(key)].pieces) {
                 int& mine = again.at({n->id, p.tiles[t].coords[x.src].chunk});
                 if (x.dst == copy) mine = std::min(mine, at);
               }

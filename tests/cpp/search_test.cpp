@@ -56,7 +56,7 @@ TEST(Search, SameSeedSamePlan) {
 
 // Chains' random numbers and meetings depend on the seed alone.
 TEST(Search, ThreadsDoNotChangeThePlan) {
-  const OpGraph g = wide_mlp(128);
+  const OpGraph g = wide_mlp(512);
   const CostModel cost(slow_links(4));
   const FedRows rows{4, 4, 4, 4};
   const Proposals proposals(g, 4);
