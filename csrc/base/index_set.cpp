@@ -8,39 +8,43 @@ namespace soap {
 
 IndexSet IndexSet::interval(int64_t begin, int64_t end) {
   IndexSet set;
-  if (begin < end) set.runs_.push_back({begin, end});
+  if (begin < end) set.first_ = {begin, end};
   return set;
 }
 
 IndexSet IndexSet::from_runs(std::vector<Run> runs) {
   std::erase_if(runs, [](const Run& r) { return r.begin >= r.end; });
+  if (runs.empty()) return {};
   std::sort(runs.begin(), runs.end());
-  IndexSet set;
-  for (const Run& r : runs) {
-    if (!set.runs_.empty() && r.begin <= set.runs_.back().end) {
-      set.runs_.back().end = std::max(set.runs_.back().end, r.end);
+  size_t last = 0;
+  for (size_t i = 1; i < runs.size(); ++i) {
+    if (runs[i].begin <= runs[last].end) {
+      runs[last].end = std::max(runs[last].end, runs[i].end);
     } else {
-      set.runs_.push_back(r);
+      runs[++last] = runs[i];
     }
   }
+  runs.resize(last + 1);
+  IndexSet set;
+  set.first_ = runs.front();
+  if (runs.size() > 1) set.more_ = std::move(runs);
   return set;
 }
 
 int64_t IndexSet::size() const {
+  if (is_interval()) return first_.end - first_.begin;
   int64_t n = 0;
-  for (const Run& r : runs_) n += r.end - r.begin;
+  for (const Run& r : more_) n += r.end - r.begin;
   return n;
 }
 
-bool IndexSet::is_all(int64_t size) const {
-  return *this == all(size);
-}
-
 bool IndexSet::contains(int64_t index) const {
-  return std::any_of(runs_.begin(), runs_.end(), [&](const Run& r) { return r.begin <= index && index < r.end; });
+  const auto all = runs();
+  return std::any_of(all.begin(), all.end(), [&](const Run& r) { return r.begin <= index && index < r.end; });
 }
 
 IndexSet intersect(const IndexSet& a, const IndexSet& b) {
+  if (a.is_interval() && b.is_interval()) return IndexSet::interval(std::max(a.begin(), b.begin()), std::min(a.end(), b.end()));
   std::vector<Run> out;
   for (size_t i = 0, j = 0; i < a.runs().size() && j < b.runs().size();) {
     const Run &x = a.runs()[i], &y = b.runs()[j];
@@ -52,12 +56,13 @@ IndexSet intersect(const IndexSet& a, const IndexSet& b) {
 }
 
 IndexSet unite(const IndexSet& a, const IndexSet& b) {
-  std::vector<Run> runs = a.runs();
+  std::vector<Run> runs(a.runs().begin(), a.runs().end());
   runs.insert(runs.end(), b.runs().begin(), b.runs().end());
   return IndexSet::from_runs(std::move(runs));
 }
 
 IndexSet shift(const IndexSet& set, int64_t offset, int64_t size) {
+  if (set.is_interval()) return IndexSet::interval(std::max<int64_t>(set.begin() + offset, 0), std::min(set.end() + offset, size));
   std::vector<Run> runs;
   for (const Run& r : set.runs()) {
     runs.push_back({std::max<int64_t>(r.begin + offset, 0), std::min(r.end + offset, size)});
@@ -68,6 +73,7 @@ IndexSet shift(const IndexSet& set, int64_t offset, int64_t size) {
 IndexSet product(const IndexSet& outer, const IndexSet& inner, int64_t inner_size) {
   std::vector<Run> runs;
   if (inner.is_all(inner_size)) {
+    if (outer.is_interval()) return IndexSet::interval(outer.begin() * inner_size, outer.end() * inner_size);
     for (const Run& r : outer.runs()) runs.push_back({r.begin * inner_size, r.end * inner_size});
     return IndexSet::from_runs(std::move(runs));
   }
@@ -113,6 +119,7 @@ IndexSet positions(const IndexSet& sub, const IndexSet& set) {
 }
 
 IndexSet slice(const IndexSet& set, int64_t begin, int64_t end) {
+  if (set.is_interval()) return IndexSet::interval(set.begin() + std::max<int64_t>(begin, 0), std::min(set.begin() + end, set.end()));
   std::vector<Run> out;
   int64_t before = 0;
   for (const Run& r : set.runs()) {

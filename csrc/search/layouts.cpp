@@ -11,7 +11,7 @@
 namespace soap {
 
 int Layouts::set(const IndexSet& set) {
-  const auto [it, fresh] = known_sets_.try_emplace(set.runs(), static_cast<int>(sets_.size()));
+  const auto [it, fresh] = known_sets_.try_emplace(set, static_cast<int>(sets_.size()));
   if (fresh) {
     sets_.push_back(set);
     sizes_.push_back(set.size());

@@ -70,7 +70,7 @@ class Layouts {
     }
   };
   std::unordered_map<std::vector<int>, int, Hash> known_;  // by everything in it
-  std::map<std::vector<Run>, int> known_sets_;
+  std::map<IndexSet, int> known_sets_;
   std::vector<IndexSet> sets_;
   std::vector<int64_t> sizes_;                                         // of sets
   std::unordered_map<int, int> storage_;                               // by copies: their sets say the shape

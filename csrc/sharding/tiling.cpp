@@ -44,6 +44,7 @@ const IndexSet* Tiling::part(int factor, int tile, int chunk) const {
 
 std::vector<IndexSet> factor_sets(const Rule& rule, const Tiling& tiling, int tile, int chunk) {
   std::vector<IndexSet> sets;
+  sets.reserve(rule.factors.size());
   for (size_t f = 0; f < rule.factors.size(); ++f) {
     const IndexSet* part = tiling.part(static_cast<int>(f), tile, chunk);
     sets.push_back(part ? *part : IndexSet::all(rule.factors[f].size));
@@ -53,6 +54,7 @@ std::vector<IndexSet> factor_sets(const Rule& rule, const Tiling& tiling, int ti
 
 Box box_of(const std::vector<DimExpr>& dims, const Rule& rule, const std::vector<int64_t>& shape, const std::vector<IndexSet>& sets) {
   Box box;
+  box.reserve(dims.size());
   for (size_t d = 0; d < dims.size(); ++d) {
     const auto& factors = dims[d].factors;
     if (factors.empty()) {
