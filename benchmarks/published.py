@@ -180,7 +180,8 @@ def predict(cluster_name: str, table: list[Row]) -> tuple[float, Iterator[Predic
     fixed = next(r for r in mine if (r.model, r.length, r.gpus) == cluster.fixed_by)
 
     def pricer(row: Row) -> Pricer:
-        return pricer_for(row.model, row.length, tuple(sorted({r.batch for r in table if (r.model, r.length) == (row.model, row.length)})))
+        alike = {r.batch for r in table if r.model == row.model and r.length == row.length}
+        return pricer_for(row.model, row.length, tuple(sorted(alike)))
 
     scale = scale_for(pricer(fixed), fixed, cluster)
 

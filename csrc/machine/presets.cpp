@@ -94,6 +94,7 @@ Machine h100() {
       {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.37}, {"normalization", 0.43},
       {"pointwise", 1.07},   {"embedding", 0.14}, {"recurrent", 0.07}, {"other", 0.29},
   };
+  m.update = {{640'000, 5'614}, {67'108'864, 501'000}};  // the same file: torch.optim.AdamW in float32 as it comes (foreach)
   return m;
 }
 
@@ -106,6 +107,7 @@ Machine h200() {
       {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.38}, {"normalization", 0.32},
       {"pointwise", 1.04},   {"embedding", 0.11}, {"recurrent", 0.08}, {"other", 0.24},
   };
+  m.update = {{640'000, 4'600}, {67'108'864, 372'215}};
   return m;
 }
 

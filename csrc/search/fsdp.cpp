@@ -69,7 +69,16 @@ struct Units {
     }
   }
 
-  bool computed_again(NodeId n) const { return o.recompute && region_of[n] >= 0; }
+  // How many of a unit's first operators are computed again: none after the last one that keeps something, which computes only where that is its result.
+  size_t computed_again(const Unit& u) const {
+    if (!o.recompute || region_of[stage.nodes[u.first]] < 0) return 0;
+    for (size_t i = u.last + 1; i-- > u.first;) {
+      const GroupNode& node = cost.nodes[stage.nodes[i]];
+      if (node.keeps_result) return i + 1 - u.first;
+      if (node.keeps_operand) return i - u.first;
+    }
+    return 0;
+  }
 
   // The ranks of a tensor parallel group wait for what moves among them.
   static void within_group(Walk& w, int64_t ns) {
@@ -94,12 +103,13 @@ struct Units {
     for (size_t u = all.size(); u-- > 0;) {
       backward.await(there);
       if (u > 0) there = backward.queue(all[u - 1].again_ns, backward.now());
+      for (size_t i = all[u].first, end = i + computed_again(all[u]); i < end; ++i) {
+        const GroupNode& node = cost.nodes[stage.nodes[i]];
+        within_group(backward, node.fill_ns);
+        backward.spend(node.forward);
+      }
       for (size_t i = all[u].last + 1; i-- > all[u].first;) {
         const GroupNode& node = cost.nodes[stage.nodes[i]];
-        if (computed_again(stage.nodes[i])) {
-          within_group(backward, node.fill_ns);
-          backward.spend(node.forward);
-        }
         backward.spend(node.backward);
         within_group(backward, node.gradient_ns);
       }

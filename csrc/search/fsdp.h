@@ -5,6 +5,8 @@
 //               hosts (gather_ns in machine/collectives.h)
 //   forward     unit i+1's all-gather runs beside unit i's compute
 //   backward    unit i-1's likewise (ZeRO-3: gathered again); unit i's reduce-scatter, in float32, runs beside unit i-1's compute
+//   recompute   block by block, until everything that its backward keeps is there again (early stop in torch.utils.checkpoint): not its last product
+//   update      of float32 parts, whatever type the parameters are gathered in
 //   HSDP        an all-reduce of the parts over the groups follows each reduce-scatter
 //
 // Every micro-batch does all of it. Movements within a tensor parallel group take its links and its time.

@@ -179,7 +179,9 @@ struct Pricing {
                                       *std::max_element(node.backward.begin(), node.backward.end()));
     }
     for (const Parameter& q : s.parameters) {
-      if (q.p->trained) s.update += update_ns(machine, 0, q.p->bytes / q.group);
+      if (!q.p->trained) continue;
+      const int64_t element = o.fsdp ? q.p->reduced_element_bytes : q.p->element_bytes;
+      s.update += update_ns(machine, 0, q.p->bytes / q.p->element_bytes * element / q.group);
     }
   }
 
