@@ -13,7 +13,7 @@ import csv
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -137,7 +137,7 @@ class Pricer:
         self.batch = math.lcm(*batches)
         tokens = torch.zeros(self.batch, length, dtype=torch.long, device="meta")
         self.graph = graph_for(module_of(model, length), (tokens, tokens), None, 1)[0]
-        self.of_batch = lru_cache(maxsize=None)(lambda batch: _C.replica_graph(self.graph, self.batch // batch))
+        self.of_batch = cache(lambda batch: _C.replica_graph(self.graph, self.batch // batch))
 
     def price(self, row: Row, machine: Machine, recompute: bool, fsdp: bool) -> _C.GridPrice:
         options = _C.ManualOptions()
@@ -193,6 +193,6 @@ def predict(cluster_name: str, table: list[Row]) -> tuple[float, Iterator[Predic
     return scale, each()
 
 
-@lru_cache(maxsize=None)
+@cache
 def pricer_for(model: str, length: int, batches: tuple[int, ...]) -> Pricer:
     return Pricer(model, length, batches)
