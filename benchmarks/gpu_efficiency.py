@@ -39,6 +39,7 @@ class Case:
     inputs: tuple[Any, ...]
     flops: float = 0.0
     table: bool = False  # of the weight no more is read than is given
+    reads: int = 1  # of the inputs: 2 where statistics are an operator of their own
     types: tuple[str, ...] = ("float32", "bfloat16")
 
 
@@ -88,8 +89,8 @@ def attention(name: str, batch: int, heads: int, key_heads: int, length: int, wi
     return Case(label, "attention", module, shapes, 4.0 * batch * heads * pairs * width, types=types)
 
 
-def simple(name: str, family: str, module: Callable[[], nn.Module], *inputs: Any, table: bool = False, flops: float = 0.0) -> Case:
-    return Case(name, family, module, inputs, flops, table)
+def simple(name: str, family: str, module: Callable[[], nn.Module], *inputs: Any, table: bool = False, reads: int = 1, flops: float = 0.0) -> Case:
+    return Case(name, family, module, inputs, flops, table, reads)
 
 
 def cases() -> list[Case]:
@@ -136,9 +137,9 @@ def cases() -> list[Case]:
         attention("Llama 8B, two sequences", 2, 32, 8, 8192, 128),
         attention("Llama 70B, an eighth", 2, 8, 1, 8192, 128),
         attention("Llama 8B", 1, 32, 8, 2048, 128),
-        simple("batch norm 64x64x112x112", "normalization", lambda: nn.BatchNorm2d(64), (64, 64, 112, 112)),
-        simple("batch norm 64x256x56x56", "normalization", lambda: nn.BatchNorm2d(256), (64, 256, 56, 56)),
-        simple("batch norm 64x2048x7x7", "normalization", lambda: nn.BatchNorm2d(2048), (64, 2048, 7, 7)),
+        simple("batch norm 64x64x112x112", "normalization", lambda: nn.BatchNorm2d(64), (64, 64, 112, 112), reads=2),
+        simple("batch norm 64x256x56x56", "normalization", lambda: nn.BatchNorm2d(256), (64, 256, 56, 56), reads=2),
+        simple("batch norm 64x2048x7x7", "normalization", lambda: nn.BatchNorm2d(2048), (64, 2048, 7, 7), reads=2),
         simple("layer norm 8x1024x768", "normalization", lambda: nn.LayerNorm(768), (8, 1024, 768)),
         simple("RMS norm 8192x4096", "normalization", lambda: nn.RMSNorm(hidden, eps=1e-5), (*tokens, hidden)),
         simple("softmax 96x1024x1024", "normalization", lambda: nn.Softmax(-1), (96, 1024, 1024)),
@@ -168,10 +169,10 @@ def made(case: Case, kind: str, device: str) -> tuple[nn.Module, list[torch.Tens
 
 
 def bytes_of(case: Case, module: nn.Module, tensors: list[torch.Tensor], result: torch.Tensor) -> int:
-    """Operands read and results written once."""
+    """Operands read and results written once, as the simulator counts its operators."""
     size = lambda t: t.numel() * t.element_size()  # noqa: E731
     weights = size(result) if case.table else sum(size(t) for t in module.parameters())
-    return weights + sum(size(t) for t in tensors) + size(result)
+    return weights + case.reads * sum(size(t) for t in tensors) + size(result)
 
 
 @dataclass

@@ -91,7 +91,7 @@ Machine h100() {
   m.inter = {kNetworkStep, 400 * kGigabits, 0};  // a ConnectX-7 for each device
   // benchmarks/results/gpu_h100_2026-11-26.json: forward and backward, median over the shapes of each family
   m.efficiency = {
-      {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.37}, {"normalization", 0.43},
+      {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.37}, {"normalization", 0.48},
       {"pointwise", 1.07},   {"embedding", 0.14}, {"recurrent", 0.07}, {"other", 0.29},
   };
   m.update = {{640'000, 5'614}, {67'108'864, 501'000}};  // the same file: torch.optim.AdamW in float32 as it comes (foreach)
@@ -104,7 +104,7 @@ Machine h200() {
   m.memory_bytes = 141 * kGigabytes;
   m.efficiency = {
       // benchmarks/results/gpu_h200_2026-11-26.json
-      {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.38}, {"normalization", 0.32},
+      {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.38}, {"normalization", 0.40},
       {"pointwise", 1.04},   {"embedding", 0.11}, {"recurrent", 0.08}, {"other", 0.24},
   };
   m.update = {{640'000, 4'600}, {67'108'864, 372'215}};

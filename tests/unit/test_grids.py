@@ -195,3 +195,19 @@ def test_fully_shard_recomputes_what_backward_needs_but_not_the_last_product(lla
 def test_fully_shard_stores_parts(llama: _C.OpGraph, zero: int) -> None:
     with pytest.raises(ValueError, match=rf"fsdp needs zero=2 .* or zero=3 .*, not zero={zero}"):
         _C.grid_price(llama, 8, _C.CostModel(machine("h100")), options(dp=8, zero=zero, fsdp=True))
+
+
+def test_a_person_can_price_fully_shard() -> None:
+    with torch.device("meta"):
+        module = Llama(SMALL, context=LENGTH).to(torch.bfloat16)
+    given = {"machine": machine("h100"), "dp": 8, "zero": 3}
+    plan = torch_soap.manual_plan(module, (tokens(), tokens()), **given, fsdp=True)
+    assert plan.predicted["chosen"] == "dp 8, zero-3 as fully_shard"
+    assert plan.predicted["step_time_ns"] == as_fsdp_default(module)
+    with pytest.raises(ValueError, match="fsdp=True prices what another runtime does"):
+        torch_soap.manual_plan(module, (tokens(), tokens()), dp=8, zero=3, fsdp=True)
+
+
+def as_fsdp_default(module: nn.Module) -> int:
+    graph = graph_for(module, (tokens(), tokens()), None, 8)[0]
+    return _C.grid_price(graph, 8, _C.CostModel(machine("h100")), options(dp=8, zero=3, fsdp=True)).step_ns
