@@ -33,6 +33,7 @@ def manual_plan(
     zero_group: int | None = None,
     sequence: bool = False,
     recompute: bool | str | Sequence[str] = False,
+    fsdp: bool = False,
 ) -> Plan:
     """A plan with given degrees, priced on a machine; the module may be on the meta device.
 
@@ -52,6 +53,8 @@ def manual_plan(
         sequence: what the ranks of a tensor group would do alike (normalisations, residuals) is cut along dim 1, the sequence.
         recompute: what backward computes again instead of keeping its activations: each repeated block (True), or modules by name or pattern as in
             a plan's `recompute` line ("h.*", "features.0+features.1"), each a region.
+        fsdp: what PyTorch's fully_shard would take for this, with zero 2 or 3: a price alone, of block-wise all-gathers and reduce-scatters by rings
+            and gradients in float32 in every micro-batch; the plan that comes with it runs with this runtime's own exchanges. Needs a machine.
 
     Raises:
         ValueError: a degree that this model or batch doesn't allow: names the operator and what would be legal.
@@ -59,6 +62,8 @@ def manual_plan(
     begin = time.perf_counter()
     if schedule not in ORDERS:
         raise ValueError(f'[manual_plan] schedule "{schedule}" is not one of {", ".join(ORDERS)}')
+    if fsdp and machine is None:
+        raise ValueError("[manual_plan] fsdp=True prices what another runtime does, by a model of the machine, not by what was measured here: machine=None")
     world = world_size or dp * tp * pp
     graph, captured, rows = graph_for(module, example_inputs, loss, world)
     seconds = time.perf_counter() - begin
@@ -68,13 +73,18 @@ def manual_plan(
     strategy = _C.manual_strategy(graph, world, options)
     strategy.recompute = regions(graph, recompute)
     name = " x ".join(f"{k} {v}" for k, v in (("dp", dp), ("tp", tp), ("pp", pp)) if v > 1) or "one device"
-    name += (f", zero-{zero}" if zero else "") + (", sequence" if sequence else "") + (", recompute" if strategy.recompute else "")
-    if machine is not None and is_large(graph, world):
+    name += (
+        (f", zero-{zero}" if zero else "")
+        + (" as fully_shard" if fsdp else "")
+        + (", sequence" if sequence else "")
+        + (", recompute" if strategy.recompute else "")
+    )
+    if machine is not None and (fsdp or is_large(graph, world)):
         if not isinstance(recompute, bool):
             raise ValueError(
                 f"[manual_plan] {world} devices are priced by their grid, where recompute is True (each repeated block) or False, not {recompute!r}"
             )
-        options.recompute = recompute
+        options.recompute, options.fsdp = recompute, fsdp
         cost = _C.CostModel(machine)
         price = _C.grid_price(graph, world, cost, options)
         stats = {"seconds": time.perf_counter() - begin, "capture_seconds": seconds, "simulations": 1, "chains": 0, "measured_operators": 0}

@@ -10,6 +10,7 @@
 #include "search/grid_search.h"
 #include "search/manual.h"
 #include "search/recompute.h"
+#include "search/replica_graph.h"
 #include "sim/delta.h"
 
 namespace py = pybind11;
@@ -77,6 +78,7 @@ void bind_search(py::module_& m) {
       .def_readwrite("zero_group", &ManualOptions::zero_group)
       .def_readwrite("sequence", &ManualOptions::sequence)
       .def_readwrite("recompute", &ManualOptions::recompute)
+      .def_readwrite("fsdp", &ManualOptions::fsdp)
       .def_readwrite("strict", &ManualOptions::strict);
   py::class_<GridPrice>(m, "GridPrice")
       .def_readonly("step_ns", &GridPrice::step_ns)
@@ -106,6 +108,9 @@ void bind_search(py::module_& m) {
         return GridPricer(graph, planner, cost).price(options);
       },
       py::arg("graph"), py::arg("world_size"), py::arg("cost"), py::arg("options"), "A manual plan priced without naming its devices.");
+  m.def(
+      "replica_graph", [](const OpGraph& graph, int64_t parts) { return replica_graph(graph, ManualPlanner(graph, 1), parts); }, py::arg("graph"),
+      py::arg("parts"), "What one of `parts` equal shares of the samples computes.");
   m.def("manual_strategy", &manual_strategy, py::arg("graph"), py::arg("world_size"), py::arg("options"));
   py::class_<Constraints>(m, "Constraints").def(py::init<>()).def_readwrite("pin", &Constraints::pin).def_readwrite("forbid", &Constraints::forbid);
   py::class_<SearchOptions>(m, "SearchOptions")

@@ -73,6 +73,20 @@ double all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, doub
   return std::min(flat_all_reduce_ns(machine, ranks, bytes, at_once), hierarchical_all_reduce_ns(machine, ranks, bytes, at_once));
 }
 
+double gather_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once) {
+  if (ranks.size() < 2) return 0;
+  const auto hosts = per_host(machine, ranks);
+  int largest = 0, smallest = std::numeric_limits<int>::max();
+  for (const auto& [host, count] : hosts) {
+    largest = std::max(largest, count);
+    smallest = std::min(smallest, count);
+  }
+  const auto n = static_cast<double>(ranks.size()), h = static_cast<double>(hosts.size());
+  const double within = largest == 1 ? 0 : (n - 1) / n * bytes / rate(machine.intra, largest);
+  const double between = (h - 1) / h * bytes / (smallest * rate(machine.inter, smallest * at_once));
+  return (h - 1) * machine.inter.latency_ns + (n - h) * machine.intra.latency_ns + std::max(within, between) * 1e9;
+}
+
 int groups_at_once(const Machine& machine, const std::vector<std::vector<int>>& groups) {
   std::map<int, int> leaving;
   int out = 1;

@@ -9,6 +9,9 @@
 //                 2 [(k-1) a_intra + (k-1)/k B / b_intra] + flat(h ranks, B / k, b_nic)
 //                 uneven hosts: the most ranks of a host within, the fewest between
 //   all-reduce    min(flat, hierarchical)
+//   gather        (h-1) a_nic + (n-h) a_intra + max((n-1)/n B / b_intra, (h-1)/h B / (k b_nic))         B: of the whole tensor
+//                 an all-gather, or a reduce-scatter: k rings over all ranks, in the order of hosts, each entering and leaving a host once by a
+//                 NIC of its own, so that what a host lacks enters it once. NCCL's rings; an exchange sends it to each rank of the host
 //
 // A link that serves several devices of a host (Link::per_host = m) gives each of s that send at once min(1, m / s) of its rate.
 #pragma once
@@ -55,6 +58,9 @@ double tree_ns(double latency_ns, double bytes_per_s, int ranks, double bytes);
 double flat_all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once = 1);
 double hierarchical_all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once = 1);
 double all_reduce_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once = 1);
+
+// An all-gather or a reduce-scatter of a tensor of `bytes` by rings.
+double gather_ns(const Machine& machine, const std::vector<int>& ranks, double bytes, int at_once = 1);
 
 // How many of these groups of ranks leave one host, at the host where they are most: they share its NICs.
 int groups_at_once(const Machine& machine, const std::vector<std::vector<int>>& groups);

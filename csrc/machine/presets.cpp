@@ -1,8 +1,9 @@
 // Peak rates are from the makers' data sheets, dense (no sparsity), for one device; memory sizes are what the sheet says, of which a process can use
 // less. Bandwidths of links are of one direction; data sheets of NVLink give the sum of both. Latencies are those of one step of a ring in NCCL's own
 // model of itself (src/graph/tuning.cc, hwLat of Ring with the Simple protocol): NVLink 3.4 us, PCI 5.7 us, network 14 us.
-// Efficiencies are round figures of ours, the same for all GPUs, to be replaced by what one measured step of the real machine says;
-// published: FlashAttention-2 reaches 50 to 73 % of an A100's peak (arXiv:2307.08691) and 35 % of an H100's, version 3 up to 75 % (arXiv:2407.08608).
+// Efficiencies of h100 and h200 are measured (docs/machines.md, "Measured GPUs"). Those of the others are round figures of ours, to be replaced by what
+// one measured step of the real machine says; published: FlashAttention-2 reaches 50 to 73 % of an A100's peak (arXiv:2307.08691) and 35 % of an H100's,
+// version 3 up to 75 % (arXiv:2407.08608).
 #include "machine/presets.h"
 
 #include <functional>
@@ -88,6 +89,12 @@ Machine h100() {
   m.memory_bytes = 80 * kGigabytes;
   m.intra = {kNvlinkStep, 450 * kGiga, 0};       // 18 NVLinks 4.0 to switches, 900 GB/s both directions
   m.inter = {kNetworkStep, 400 * kGigabits, 0};  // a ConnectX-7 for each device
+  // benchmarks/results/gpu_h100_2026-11-26.json: forward and backward, median over the shapes of each family
+  m.efficiency = {
+      {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.37}, {"normalization", 0.48},
+      {"pointwise", 1.07},   {"embedding", 0.14}, {"recurrent", 0.07}, {"other", 0.29},
+  };
+  m.update = {{640'000, 5'614}, {67'108'864, 501'000}};  // the same file: torch.optim.AdamW in float32 as it comes (foreach)
   return m;
 }
 
@@ -95,6 +102,12 @@ Machine h200() {
   Machine m = h100();  // NVIDIA H200 data sheet (2023), SXM5: H100's rates, more and faster memory
   m.memory_bytes_per_s = 4800 * kGiga;
   m.memory_bytes = 141 * kGigabytes;
+  m.efficiency = {
+      // benchmarks/results/gpu_h200_2026-11-26.json
+      {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.38}, {"normalization", 0.40},
+      {"pointwise", 1.04},   {"embedding", 0.11}, {"recurrent", 0.08}, {"other", 0.24},
+  };
+  m.update = {{640'000, 4'600}, {67'108'864, 372'215}};
   return m;
 }
 

@@ -4,6 +4,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "search/fsdp.h"
 #include "search/replica_graph.h"
 #include "sharding/region.h"
 #include "sim/memory.h"
@@ -46,30 +47,6 @@ class ReplicaLinks {
   const ManualOptions& o_;
   int first_ = 0;
   std::map<std::tuple<int, int, int64_t>, int64_t> prices_;
-};
-
-// A stage's operators on its clocks. Movements take the ranks' compute time, or, where the machine overlaps, run beside it.
-struct Walk {
-  const GroupCost& cost;
-  bool overlap = false;
-  std::vector<int64_t> compute = std::vector<int64_t>(cost.ranks);
-  int64_t movement = 0, moved = 0;
-
-  int64_t now() const { return *std::max_element(compute.begin(), compute.end()); }
-  void spend(const std::vector<int64_t>& ns) {
-    for (size_t d = 0; d < ns.size(); ++d) compute[d] += ns[d];
-  }
-  // `after`: what it sends is there only now. `awaited`: what follows needs it.
-  void move(int64_t ns, bool after, bool awaited) {
-    if (ns == 0) return;
-    moved += ns;
-    const int64_t begin = overlap ? std::max(movement, after ? now() : 0) : now();
-    if (overlap) movement = begin + ns;
-    if (!overlap) std::fill(compute.begin(), compute.end(), begin + ns);
-    if (overlap && awaited) {
-      for (int64_t& c : compute) c = std::max(c, movement);
-    }
-  }
 };
 
 struct Parameter {
@@ -186,6 +163,30 @@ struct Pricing {
 
   void time(int index) {
     Stage& s = stages[index];
+    if (o.fsdp) {
+      const FsdpTimes t = fsdp_times({.nodes = s.nodes, .first_device = index * o.dp * o.tp}, cost, o, region_of, machine);
+      s.first_forward = s.forward = t.forward;
+      s.last_backward = s.backward = t.backward;
+      s.synchronised = t.synchronised;
+      s.moved = t.moved * o.micro_batches;
+    } else {
+      time_exchanges(s, index);
+    }
+    for (NodeId n : s.nodes) {
+      const GroupNode& node = cost.nodes[n];
+      if (node.forward.empty()) continue;
+      s.compute += o.micro_batches * ((again(n) ? 2 : 1) * *std::max_element(node.forward.begin(), node.forward.end()) +
+                                      *std::max_element(node.backward.begin(), node.backward.end()));
+    }
+    for (const Parameter& q : s.parameters) {
+      if (!q.p->trained) continue;
+      const int64_t element = o.fsdp ? q.p->reduced_element_bytes : q.p->element_bytes;
+      s.update += update_ns(machine, 0, q.p->bytes / q.p->element_bytes * element / q.group);
+    }
+  }
+
+  // As this runtime moves what is stored in parts: each parameter by an exchange.
+  void time_exchanges(Stage& s, int index) const {
     ReplicaLinks links(machine, o, index);
     const auto gather = [&](Walk& w, const std::map<NodeId, std::vector<Parameter>>& at, NodeId n) {
       const auto it = at.find(n);
@@ -246,15 +247,6 @@ struct Pricing {
     forward(false);
     backward(false);
     backward(true);
-    for (NodeId n : s.nodes) {
-      const GroupNode& node = cost.nodes[n];
-      if (node.forward.empty()) continue;
-      s.compute += o.micro_batches * ((again(n) ? 2 : 1) * *std::max_element(node.forward.begin(), node.forward.end()) +
-                                      *std::max_element(node.backward.begin(), node.backward.end()));
-    }
-    for (const Parameter& q : s.parameters) {
-      if (q.p->trained) s.update += update_ns(machine, 0, q.p->bytes / q.group);
-    }
   }
 
   void remember(int index) {
@@ -407,6 +399,7 @@ GridPricer::Share& GridPricer::share(int ranks, int64_t parts) {
 
 GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs) {
   const int64_t parts = int64_t{o.dp} * o.micro_batches;
+  if (o.fsdp && o.zero != 2 && o.zero != 3) user_error("[grid] fsdp needs zero=2 (kept until backward) or zero=3 (for each use), not zero={}", o.zero);
   if (planner_.rows() % parts != 0) user_error("[grid] {} rows can't be shared evenly by dp={} x micro_batches={}", planner_.rows(), o.dp, o.micro_batches);
   Share& mine = share(o.tp, parts);
   const ManualOptions inner{.tp = o.tp, .strict = o.strict, .sequence = o.sequence};

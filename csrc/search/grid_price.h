@@ -8,6 +8,7 @@
 //                            backward B = the same backwards (and F's compute once more where it is recomputed)
 //   first forward            waits for parameters gathered from their parts (ZeRO), in order, beside the compute where the machine overlaps
 //   last backward            brings gradients to the replicas in buckets, likewise
+//   options.fsdp             these two as PyTorch's fully_shard does them, in every micro-batch (search/fsdp.h)
 //   schedule                 GPipe (Huang et al. 2019) or 1F1B (Narayanan et al. 2019); a boundary's tensors take their link's time
 //   step                     the last stage to end, and its update
 //

@@ -128,6 +128,7 @@ struct Builder {
       for (size_t r = 0; r < n->outputs.size(); ++r) {
         const Tensor& t = graph.output(*n, static_cast<int>(r));
         if (rule.results[r].saved && differentiable && t.requires_grad) kept[t.id] = 1;
+        cost.keeps_result = cost.keeps_result || (rule.results[r].saved && differentiable);
         if (rule.view && r == 0) {
           if (kept[t.id] != 0) keep(*n, 0);
           continue;
@@ -142,7 +143,9 @@ struct Builder {
         if (t.requires_grad) cost.saved_bytes += fullest(t, inner.tiles);
       }
       for (size_t i = 0; i < n->inputs.size() && differentiable; ++i) {
-        if (rule.operands[i].saved) keep(*n, i);
+        if (!rule.operands[i].saved) continue;
+        keep(*n, i);
+        cost.keeps_operand = true;
       }
     }
     for (const auto& [key, copy] : copies) {

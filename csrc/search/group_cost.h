@@ -17,6 +17,7 @@ struct GroupNode {
   int64_t gradient_ns = 0;                 // movements of gradients among the ranks, before and after its backward, of activations
   // Of the fullest rank: results (views are nothing); those of them that backward keeps; copies moved for it that backward keeps.
   int64_t result_bytes = 0, saved_bytes = 0, copied_bytes = 0;
+  bool keeps_operand = false, keeps_result = false;  // for backward
 };
 
 struct GroupParameter {

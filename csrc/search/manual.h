@@ -36,6 +36,8 @@ struct ManualOptions {
   // What the ranks of a group would do alike (normalisations, residuals, dropout) is cut along the sequence, dim 1 (Korthikanti et al. 2022).
   bool sequence = false;
   bool recompute = false;  // repeated blocks keep only what enters and leaves them, and compute the rest again in backward (Chen et al. 2016)
+  // For prices alone, with zero 2 or 3: parts move as PyTorch's fully_shard moves them (search/fsdp.h), not as this runtime does.
+  bool fsdp = false;
 };
 
 // Configurations of operators over the ranks of one tensor parallel group, in place of what the manual plan says; nullopt: follow.

@@ -96,6 +96,20 @@ TEST(Collectives, HierarchicalBeatsFlatWhereHostsHaveSeveralNics) {
   EXPECT_DOUBLE_EQ(hierarchical_all_reduce_ns(m, first(8), 1e9), flat_all_reduce_ns(m, first(8), 1e9));
 }
 
+// 4 hosts of 8, a NIC of 10 GB/s for each device: a ring takes 3 steps over NICs and 28 within. What a host lacks, 600 of 800 MB, enters it once by 8
+// NICs in 7.5 ms, while within 775 MB take 7.75 ms; with one NIC 60 ms. An exchange would send 24/31 of 775 MB from each device: 60 ms with all NICs.
+TEST(Collectives, RingsEnterAHostOnce) {
+  const std::vector<int> all = first(32);
+  EXPECT_NEAR(gather_ns(pod(4, 8, 0), all, 800e6), 3 * 10e3 + 28 * 1e3 + 7.75e6, 1);
+  EXPECT_NEAR(gather_ns(pod(4, 8, 1), all, 800e6), 3 * 10e3 + 28 * 1e3 + 60e6, 1);
+  EXPECT_NEAR(gather_ns(pod(4, 8, 0), first(8), 800e6), 7 * 1e3 + 7e6, 1);
+  EXPECT_EQ(gather_ns(pod(4, 8, 0), {3}, 800e6), 0);
+  // One rank of each host: by its own NIC; four such groups share two.
+  const std::vector<int> across{0, 8, 16, 24};
+  EXPECT_NEAR(gather_ns(pod(4, 8, 0), across, 800e6, 4), 3 * 10e3 + 60e6, 1);
+  EXPECT_NEAR(gather_ns(pod(4, 8, 2), across, 800e6, 4), 3 * 10e3 + 120e6, 1);
+}
+
 // The bytes of large tensors: what two devices of a host send through one NIC takes twice as long as through two, and so do two groups at once.
 TEST(Collectives, ASharedNicHalves) {
   const std::vector<int> all = first(4);

@@ -158,3 +158,56 @@ def test_tensor_parallel_groups_reduce_among_themselves(llama: _C.OpGraph) -> No
     assert set(patterns(program, lambda name: name.endswith("attention.o"))) == {"fill all_reduce"}
     assert set(patterns(program, lambda name: name == "param:layers.0.ffn.up.weight")) == {"grad_fill all_reduce"}
     assert set(patterns(program, lambda name: name == "param:layers.0.ffn_norm.weight")) == {"grad_fill all_reduce"}
+
+
+def as_fsdp(graph: _C.OpGraph, gigabytes_per_s: float, **degrees: Any) -> _C.GridPrice:
+    on = machine("h100")
+    on.intra.bytes_per_s = on.inter.bytes_per_s = gigabytes_per_s * 1e9
+    return _C.grid_price(graph, 8, _C.CostModel(on), options(dp=8, zero=3, fsdp=True, **degrees))
+
+
+def test_fully_shard_hides_its_movements_behind_compute_or_the_other_way_round(llama: _C.OpGraph) -> None:
+    """Fast links: all that shows is the first gather and the last reduce-scatter; slow ones: all that shows is movements."""
+    fast, slow, slower = (as_fsdp(llama, rate) for rate in (1e4, 1.0, 0.5))
+    assert fast.compute_ns < fast.step_ns < 1.2 * fast.compute_ns
+    assert slow.communication_ns > 5 * slow.compute_ns and slow.step_ns == pytest.approx(slow.communication_ns, rel=0.1)
+    assert slower.step_ns == pytest.approx(2 * slow.step_ns, rel=0.05)
+
+
+def test_fully_shard_gathers_in_every_micro_batch_and_keeps_until_backward_with_zero_2(llama: _C.OpGraph) -> None:
+    one, two = as_fsdp(llama, 1.0), as_fsdp(llama, 1.0, micro_batches=2)
+    assert two.communication_ns == pytest.approx(2 * one.communication_ns, rel=1e-3)
+    # bfloat16: two gathers and a reduce-scatter in float32 are 8 bytes for a parameter, with one gather 6
+    on = machine("h100")
+    on.intra.bytes_per_s = on.inter.bytes_per_s = 1e9
+    kept = _C.grid_price(llama, 8, _C.CostModel(on), options(dp=8, zero=2, fsdp=True))
+    assert kept.communication_ns / one.communication_ns == pytest.approx(6 / 8, rel=0.01)
+
+
+def test_fully_shard_recomputes_what_backward_needs_but_not_the_last_product(llama: _C.OpGraph) -> None:
+    plain, again = as_fsdp(llama, 1e4), as_fsdp(llama, 1e4, recompute=True)
+    whole = _C.grid_price(llama, 8, _C.CostModel(machine("h100")), options(dp=8, zero=3, recompute=True))
+    everything = whole.compute_ns - plain.compute_ns  # once more, all of the blocks
+    assert 0.5 * everything < again.step_ns - plain.step_ns < 0.95 * everything
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_fully_shard_stores_parts(llama: _C.OpGraph, zero: int) -> None:
+    with pytest.raises(ValueError, match=rf"fsdp needs zero=2 .* or zero=3 .*, not zero={zero}"):
+        _C.grid_price(llama, 8, _C.CostModel(machine("h100")), options(dp=8, zero=zero, fsdp=True))
+
+
+def test_a_person_can_price_fully_shard() -> None:
+    with torch.device("meta"):
+        module = Llama(SMALL, context=LENGTH).to(torch.bfloat16)
+    given = {"machine": machine("h100"), "dp": 8, "zero": 3}
+    plan = torch_soap.manual_plan(module, (tokens(), tokens()), **given, fsdp=True)
+    assert plan.predicted["chosen"] == "dp 8, zero-3 as fully_shard"
+    assert plan.predicted["step_time_ns"] == as_fsdp_default(module)
+    with pytest.raises(ValueError, match="fsdp=True prices what another runtime does"):
+        torch_soap.manual_plan(module, (tokens(), tokens()), dp=8, zero=3, fsdp=True)
+
+
+def as_fsdp_default(module: nn.Module) -> int:
+    graph = graph_for(module, (tokens(), tokens()), None, 8)[0]
+    return _C.grid_price(graph, 8, _C.CostModel(machine("h100")), options(dp=8, zero=3, fsdp=True)).step_ns
