@@ -26,7 +26,7 @@ struct Chain {
   DeltaSimulator delta;
   std::mt19937_64 random;
   int64_t current_ns, fastest_ns;
-  std::optional<Strategy> fastest;  // since the last time that it was taken
+  Strategy fastest;  // where it has been, since it was last sent somewhere
   int simulations = 0, illegal = 0;
 
   Chain(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const Proposals& proposals, const Constraints& constraints, const Strategy& start,
@@ -39,7 +39,8 @@ struct Chain {
         delta(cache, start, rows),
         random(options.seed * 0x9e3779b97f4a7c15 + static_cast<uint64_t>(index)),
         current_ns(delta.step_ns()),
-        fastest_ns(current_ns) {}
+        fastest_ns(current_ns),
+        fastest(start) {}
 
   bool legal() const {
     if (options.memory_limit_bytes && delta.stored_bytes() > *options.memory_limit_bytes) return false;
@@ -78,7 +79,7 @@ struct Chain {
 
   void go_to(const Strategy& where) {
     current_ns = fastest_ns = delta.change(delta.difference(where), where.bucket_bytes);
-    fastest.reset();
+    fastest = where;
   }
 };
 
@@ -93,8 +94,8 @@ std::vector<Chain*> by_speed(const std::vector<std::unique_ptr<Chain>>& chains) 
 // The fastest that fits becomes the best; the chains that are faster and don't fit go back to it.
 void settle(const std::vector<std::unique_ptr<Chain>>& chains, const PriceWhole& price, Candidate& best) {
   for (Chain* c : by_speed(chains)) {
-    if (!c->fastest || c->fastest_ns >= best.step_ns) return;
-    Candidate found = price(*c->fastest);
+    if (c->fastest_ns >= best.step_ns) return;
+    Candidate found = price(c->fastest);
     if (found.fits && found.step_ns >= 0 && found.step_ns < best.step_ns) {
       best = std::move(found);
     } else {
@@ -104,10 +105,10 @@ void settle(const std::vector<std::unique_ptr<Chain>>& chains, const PriceWhole&
 }
 
 // The chain that is farthest behind goes on from the fastest seen.
-void catch_up(const std::vector<std::unique_ptr<Chain>>& chains, const Strategy& best) {
+void catch_up(const std::vector<std::unique_ptr<Chain>>& chains) {
   const std::vector<Chain*> order = by_speed(chains);
   Chain* last = *std::max_element(order.begin(), order.end(), [](const Chain* a, const Chain* b) { return a->current_ns < b->current_ns; });
-  if (last != order.front() && last->current_ns > order.front()->fastest_ns) last->go_to(order.front()->fastest ? *order.front()->fastest : best);
+  if (last != order.front() && last->current_ns > order.front()->fastest_ns) last->go_to(order.front()->fastest);
 }
 
 // Each chain once, on as many threads as the machine has; the calling one is one of them.
@@ -171,7 +172,7 @@ ChainResult run_chains(const OpGraph& graph, const FedRows& rows, const CostMode
     }
     if (round == next_settling) next_settling *= 2;
     if (!between(done, out.best.step_ns) || end) break;
-    if (round % exchange == 0 && count > 1) catch_up(chains, out.best.strategy);
+    if (round % exchange == 0 && count > 1) catch_up(chains);
   }
   for (const auto& c : chains) {
     out.simulations += c->simulations;
