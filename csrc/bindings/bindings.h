@@ -55,5 +55,6 @@ void bind_machine(pybind11::module_& m);
 void bind_search(pybind11::module_& m);
 void bind_rewrite_search(pybind11::module_& m);
 void bind_layers(pybind11::module_& m);
+void bind_exhaustive(pybind11::module_& m);
 
 }  // namespace soap
