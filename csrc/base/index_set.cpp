@@ -8,39 +8,47 @@ namespace soap {
 
 IndexSet IndexSet::interval(int64_t begin, int64_t end) {
   IndexSet set;
-  if (begin < end) set.runs_.push_back({begin, end});
+  if (begin < end) set.one_ = {begin, end};
   return set;
 }
 
 IndexSet IndexSet::from_runs(std::vector<Run> runs) {
-  std::erase_if(runs, [](const Run& r) { return r.begin >= r.end; });
-  std::sort(runs.begin(), runs.end());
-  IndexSet set;
-  for (const Run& r : runs) {
-    if (!set.runs_.empty() && r.begin <= set.runs_.back().end) {
-      set.runs_.back().end = std::max(set.runs_.back().end, r.end);
+  if (!std::is_sorted(runs.begin(), runs.end())) std::sort(runs.begin(), runs.end());
+  size_t count = 0;
+  for (const Run r : runs) {
+    if (r.begin >= r.end) continue;
+    if (count > 0 && r.begin <= runs[count - 1].end) {
+      runs[count - 1].end = std::max(runs[count - 1].end, r.end);
     } else {
-      set.runs_.push_back(r);
+      runs[count++] = r;
     }
   }
+  if (count == 0) return {};
+  if (count == 1) return interval(runs[0].begin, runs[0].end);
+  runs.resize(count);
+  IndexSet set;
+  set.many_ = std::move(runs);
   return set;
+}
+
+std::strong_ordering IndexSet::operator<=>(const IndexSet& other) const {
+  const auto a = runs(), b = other.runs();
+  return std::lexicographical_compare_three_way(a.begin(), a.end(), b.begin(), b.end());
 }
 
 int64_t IndexSet::size() const {
   int64_t n = 0;
-  for (const Run& r : runs_) n += r.end - r.begin;
+  for (const Run& r : runs()) n += r.end - r.begin;
   return n;
 }
 
-bool IndexSet::is_all(int64_t size) const {
-  return *this == all(size);
-}
-
 bool IndexSet::contains(int64_t index) const {
-  return std::any_of(runs_.begin(), runs_.end(), [&](const Run& r) { return r.begin <= index && index < r.end; });
+  const auto all = runs();
+  return std::any_of(all.begin(), all.end(), [&](const Run& r) { return r.begin <= index && index < r.end; });
 }
 
 IndexSet intersect(const IndexSet& a, const IndexSet& b) {
+  if (a.is_interval() && b.is_interval()) return IndexSet::interval(std::max(a.begin(), b.begin()), std::min(a.end(), b.end()));
   std::vector<Run> out;
   for (size_t i = 0, j = 0; i < a.runs().size() && j < b.runs().size();) {
     const Run &x = a.runs()[i], &y = b.runs()[j];
@@ -52,12 +60,15 @@ IndexSet intersect(const IndexSet& a, const IndexSet& b) {
 }
 
 IndexSet unite(const IndexSet& a, const IndexSet& b) {
-  std::vector<Run> runs = a.runs();
+  if (a.empty()) return b;
+  if (b.empty()) return a;
+  std::vector<Run> runs(a.runs().begin(), a.runs().end());
   runs.insert(runs.end(), b.runs().begin(), b.runs().end());
   return IndexSet::from_runs(std::move(runs));
 }
 
 IndexSet shift(const IndexSet& set, int64_t offset, int64_t size) {
+  if (set.is_interval()) return set.empty() ? set : IndexSet::interval(std::max<int64_t>(set.begin() + offset, 0), std::min(set.end() + offset, size));
   std::vector<Run> runs;
   for (const Run& r : set.runs()) {
     runs.push_back({std::max<int64_t>(r.begin + offset, 0), std::min(r.end + offset, size)});
@@ -66,6 +77,7 @@ IndexSet shift(const IndexSet& set, int64_t offset, int64_t size) {
 }
 
 IndexSet product(const IndexSet& outer, const IndexSet& inner, int64_t inner_size) {
+  if (outer.is_interval() && inner.is_all(inner_size)) return IndexSet::interval(outer.begin() * inner_size, outer.end() * inner_size);
   std::vector<Run> runs;
   if (inner.is_all(inner_size)) {
     for (const Run& r : outer.runs()) runs.push_back({r.begin * inner_size, r.end * inner_size});
@@ -80,6 +92,7 @@ IndexSet product(const IndexSet& outer, const IndexSet& inner, int64_t inner_siz
 }
 
 IndexSet digit(const IndexSet& set, int64_t inner_size, int64_t digit_size) {
+  if (set.is_interval() && inner_size == 1 && set.end() <= digit_size) return set;
   std::vector<Run> runs;
   for (const Run& r : set.runs()) {
     const int64_t first = r.begin / inner_size, last = (r.end - 1) / inner_size;

@@ -5,7 +5,9 @@
 // of `(b s)` along `s` has `b` runs; a zigzag tile has two.
 #pragma once
 
+#include <compare>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -27,21 +29,25 @@ class IndexSet {
   // Sorts and merges; runs may overlap.
   static IndexSet from_runs(std::vector<Run> runs);
 
-  const std::vector<Run>& runs() const { return runs_; }
+  // Valid as long as the set.
+  std::span<const Run> runs() const { return many_.empty() ? std::span(&one_, one_.begin < one_.end ? 1 : 0) : std::span(many_); }
   int64_t size() const;
-  bool empty() const { return runs_.empty(); }
-  bool is_interval() const { return runs_.size() <= 1; }
-  bool is_all(int64_t size) const;
+  bool empty() const { return many_.empty() && one_.begin >= one_.end; }
+  bool is_interval() const { return many_.empty(); }
+  bool is_all(int64_t size) const { return *this == all(size); }
   // Smallest index and one past the largest; 0 and 0 when empty.
-  int64_t begin() const { return runs_.empty() ? 0 : runs_.front().begin; }
-  int64_t end() const { return runs_.empty() ? 0 : runs_.back().end; }
+  int64_t begin() const { return many_.empty() ? one_.begin : many_.front().begin; }
+  int64_t end() const { return many_.empty() ? one_.end : many_.back().end; }
   bool contains(int64_t index) const;
 
   bool operator==(const IndexSet&) const = default;
-  auto operator<=>(const IndexSet&) const = default;
+  // By runs, one after another.
+  std::strong_ordering operator<=>(const IndexSet& other) const;
 
  private:
-  std::vector<Run> runs_;
+  // Nearly all sets are intervals, which take no memory of their own: `one_` is the run, [0, 0) when there is none or more than one.
+  Run one_;
+  std::vector<Run> many_;
 };
 
 IndexSet intersect(const IndexSet& a, const IndexSet& b);

@@ -13,6 +13,7 @@
 namespace soap {
 
 int Machine::num_hosts(const std::vector<int>& ranks) const {
+  if (std::all_of(ranks.begin(), ranks.end(), [&](int r) { return host_of.at(r) == host_of.at(ranks[0]); })) return ranks.empty() ? 0 : 1;
   std::set<int> hosts;
   for (int r : ranks) hosts.insert(host_of.at(r));
   return static_cast<int>(hosts.size());

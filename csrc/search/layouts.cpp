@@ -5,17 +5,15 @@
 #include <bit>
 
 #include "base/error.h"
-#include "machine/collectives.h"
 #include "sim/simulate.h"
 
 namespace soap {
 
 int Layouts::set(const IndexSet& set) {
-  const auto [it, fresh] = known_sets_.try_emplace(set.runs(), static_cast<int>(sets_.size()));
+  const auto [it, fresh] = known_sets_.try_emplace(set, static_cast<int>(sets_.size()));
   if (fresh) {
-    sets_.push_back(set);
+    sets_.push_back(&it->first);
     sizes_.push_back(set.size());
-    common_.emplace_back(sets_.size(), -1);
   }
   return it->second;
 }
@@ -32,8 +30,7 @@ int Layouts::add(const Sharding& sharding) {
 }
 
 int Layouts::add(Layout layout) {
-  std::vector<int> key{static_cast<int>(layout.partial)};
-  key.reserve(64);
+  key_.assign(1, static_cast<int>(layout.partial));
   bool empty = false;
   for (Layout::Part& part : layout.parts) {
     part.volume = 1;
@@ -45,15 +42,36 @@ int Layouts::add(Layout layout) {
       SOAP_CHECK(d < kLargestLayoutWorld, "[layout] device {} of at most {}", d, kLargestLayoutWorld);
       part.mask |= uint64_t{1} << d;
     }
-    key.push_back(-1);
-    key.insert(key.end(), part.sets.begin(), part.sets.end());
-    key.push_back(-2);
-    key.insert(key.end(), part.devices.begin(), part.devices.end());
+    key_.push_back(-1);
+    key_.insert(key_.end(), part.sets.begin(), part.sets.end());
+    key_.push_back(-2);
+    key_.insert(key_.end(), part.devices.begin(), part.devices.end());
   }
   if (empty) std::erase_if(layout.parts, [](const Layout::Part& p) { return p.volume == 0; });
-  const auto [it, fresh] = known_.try_emplace(std::move(key), static_cast<int>(layouts_.size()));
+  const auto [it, fresh] = known_.try_emplace(key_, static_cast<int>(layouts_.size()));
   if (fresh) layouts_.push_back(std::move(layout));
   return it->second;
+}
+
+int Layouts::add(Reduce partial, const Tiles& tiles) {
+  key_.assign(1, static_cast<int>(partial));
+  for (size_t t = 0; t < tiles.count; ++t) {
+    const int *sets = tiles.sets + t * tiles.dims, *devices = tiles.devices + t * tiles.replicas;
+    if (tiles.here && !tiles.here[t]) continue;
+    if (std::any_of(sets, sets + tiles.dims, [&](int s) { return sizes_[s] == 0; })) continue;
+    key_.push_back(-1);
+    key_.insert(key_.end(), sets, sets + tiles.dims);
+    key_.push_back(-2);
+    key_.insert(key_.end(), devices, devices + tiles.replicas);
+  }
+  const auto it = known_.find(key_);
+  if (it != known_.end()) return it->second;
+  Layout layout{.partial = partial};
+  for (size_t t = 0; t < tiles.count; ++t) {
+    const int *sets = tiles.sets + t * tiles.dims, *devices = tiles.devices + t * tiles.replicas;
+    if (!tiles.here || tiles.here[t]) layout.parts.push_back({.sets = {sets, sets + tiles.dims}, .devices = {devices, devices + tiles.replicas}});
+  }
+  return add(std::move(layout));
 }
 
 int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_size) {
@@ -77,7 +95,7 @@ int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_si
       }
       kept.push_back(&part);
       Box box;
-      for (int s : part.sets) box.push_back(sets_[s]);
+      for (int s : part.sets) box.push_back(*sets_[s]);
       out.coords.push_back({.box = std::move(box)});
       covered += part.volume;
     }
@@ -96,10 +114,12 @@ int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_si
 }
 
 int64_t Layouts::common(int a, int b) {
-  if (a == b) return sets_[a].size();
-  int64_t& known = common_[std::max(a, b)][std::min(a, b)];
-  if (known < 0) known = intersect(sets_[a], sets_[b]).size();
-  return known;
+  if (a == b) return sizes_[a];
+  const IndexSet &x = *sets_[a], &y = *sets_[b];
+  if (x.is_interval() && y.is_interval()) return std::max<int64_t>(std::min(x.end(), y.end()) - std::max(x.begin(), y.begin()), 0);
+  const auto [it, fresh] = common_.try_emplace(static_cast<uint64_t>(std::max(a, b)) << 32 | static_cast<uint64_t>(std::min(a, b)));
+  if (fresh) it->second = intersect(x, y).size();
+  return it->second;
 }
 
 namespace {
@@ -209,9 +229,11 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
     const int64_t ns = all_reduce(pieces_, to, reduced_bytes);
     if (ns >= 0) return ns;
   }
-  Traffic traffic(machine_);
-  for (size_t i = 0; i < pieces_.size(); ++i) traffic.add(pieces_[i].from, pieces_[i].to, volumes_[i] * element_bytes);
-  return exchange_ns(machine_, list_of(ranks), traffic);
+  traffic_.clear();
+  for (size_t i = 0; i < pieces_.size(); ++i) traffic_.add(pieces_[i].from, pieces_[i].to, volumes_[i] * element_bytes);
+  ranks_.clear();
+  for (; ranks != 0; ranks &= ranks - 1) ranks_.push_back(std::countr_zero(ranks));
+  return exchange_ns(machine_, ranks_, traffic_);
 }
 
 namespace {

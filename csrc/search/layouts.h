@@ -11,7 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "machine/machine.h"
+#include "machine/collectives.h"
 #include "reshard/reshard.h"
 
 namespace soap {
@@ -31,10 +31,18 @@ struct Layout {
 
 class Layouts {
  public:
-  explicit Layouts(const Machine& machine) : machine_(machine) {}
+  explicit Layouts(const Machine& machine) : machine_(machine), traffic_(machine) {}
 
   int add(const Sharding& sharding);
   int add(Layout layout);  // volumes and masks filled in here; parts may be empty
+  // The same from arrays: tile t has the sets [t * dims, (t + 1) * dims) and the devices [t * replicas, (t + 1) * replicas); only tiles with here[t].
+  struct Tiles {
+    size_t count = 0, dims = 0, replicas = 0;
+    const int* sets = nullptr;
+    const int* devices = nullptr;
+    const char* here = nullptr;
+  };
+  int add(Reduce partial, const Tiles& tiles);
   int set(const IndexSet& set);
   int64_t size(int set) const { return sizes_[set]; }
   const Layout& operator[](int layout) const { return layouts_[layout]; }
@@ -70,15 +78,27 @@ class Layouts {
     }
   };
   std::unordered_map<std::vector<int>, int, Hash> known_;  // by everything in it
-  std::map<std::vector<Run>, int> known_sets_;
-  std::vector<IndexSet> sets_;
+  struct SetHash {
+    size_t operator()(const IndexSet& set) const {
+      uint64_t h = 0;
+      for (const Run& r : set.runs()) {
+        h = (h ^ static_cast<uint64_t>(r.begin)) * 0x9e3779b97f4a7c15ULL;
+        h = (h ^ static_cast<uint64_t>(r.end) ^ h >> 29) * 0x9e3779b97f4a7c15ULL;
+      }
+      return h ^ h >> 32;
+    }
+  };
+  std::unordered_map<IndexSet, int, SetHash> known_sets_;
+  std::vector<const IndexSet*> sets_;
   std::vector<int64_t> sizes_;                                         // of sets
   std::unordered_map<int, int> storage_;                               // by copies: their sets say the shape
-  std::vector<std::vector<int64_t>> common_;                           // [a][b], b <= a, -1: not yet known
+  std::unordered_map<uint64_t, int64_t> common_;                       // of (a, b), b <= a, where one of them isn't an interval
   std::unordered_map<uint64_t, int64_t> prices_;                       // of (tiles, copies, way, element)
   std::map<std::tuple<uint64_t, int64_t, int>, int64_t> all_reduces_;  // (ranks, bytes, at once) -> ns
   std::vector<Piece> pieces_;                                          // of the movement that is being priced
   std::vector<int64_t> volumes_;                                       // of the pieces
+  Traffic traffic_;
+  std::vector<int> key_, ranks_;  // of what is looked up or priced
 };
 
 }  // namespace soap

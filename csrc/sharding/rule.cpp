@@ -17,6 +17,10 @@ int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 IndexSet each_run(const IndexSet& set, int64_t size, const std::function<Run(const Run&)>& f) {
+  if (set.is_interval() && !set.empty()) {
+    const Run out = f(set.runs()[0]);
+    return IndexSet::interval(std::max<int64_t>(out.begin, 0), std::min(out.end, size));
+  }
   std::vector<Run> runs;
   for (const Run& r : set.runs()) {
     Run out = f(r);
