@@ -62,8 +62,8 @@ IndexSet intersect(const IndexSet& a, const IndexSet& b) {
 IndexSet unite(const IndexSet& a, const IndexSet& b) {
   if (a.empty()) return b;
   if (b.empty()) return a;
-  std::vector<Run> runs(a.runs().begin(), a.runs().end());
-  runs.insert(runs.end(), b.runs().begin(), b.runs().end());
+  std::vector<Run> runs(a.runs().size() + b.runs().size());
+  std::merge(a.runs().begin(), a.runs().end(), b.runs().begin(), b.runs().end(), runs.begin());
   return IndexSet::from_runs(std::move(runs));
 }
 

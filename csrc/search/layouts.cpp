@@ -12,8 +12,7 @@ namespace soap {
 int Layouts::set(const IndexSet& set) {
   const auto [it, fresh] = known_sets_.try_emplace(set, static_cast<int>(sets_.size()));
   if (fresh) {
-    sets_.push_back(&it->first);
-    sizes_.push_back(set.size());
+    sets_.push_back({.begin = set.begin(), .end = set.end(), .size = set.size(), .interval = set.is_interval(), .set = &it->first});
   }
   return it->second;
 }
@@ -34,7 +33,7 @@ int Layouts::add(Layout layout) {
   bool empty = false;
   for (Layout::Part& part : layout.parts) {
     part.volume = 1;
-    for (int s : part.sets) part.volume *= sizes_[s];
+    for (int s : part.sets) part.volume *= sets_[s].size;
     empty = empty || part.volume == 0;
     if (part.volume == 0) continue;
     part.mask = 0;
@@ -58,7 +57,7 @@ int Layouts::add(Reduce partial, const Tiles& tiles) {
   for (size_t t = 0; t < tiles.count; ++t) {
     const int *sets = tiles.sets + t * tiles.dims, *devices = tiles.devices + t * tiles.replicas;
     if (tiles.here && !tiles.here[t]) continue;
-    if (std::any_of(sets, sets + tiles.dims, [&](int s) { return sizes_[s] == 0; })) continue;
+    if (std::any_of(sets, sets + tiles.dims, [&](int s) { return sets_[s].size == 0; })) continue;
     key_.push_back(-1);
     key_.insert(key_.end(), sets, sets + tiles.dims);
     key_.push_back(-2);
@@ -95,7 +94,7 @@ int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_si
       }
       kept.push_back(&part);
       Box box;
-      for (int s : part.sets) box.push_back(*sets_[s]);
+      for (int s : part.sets) box.push_back(*sets_[s].set);
       out.coords.push_back({.box = std::move(box)});
       covered += part.volume;
     }
@@ -113,12 +112,9 @@ int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_si
   return stored;
 }
 
-int64_t Layouts::common(int a, int b) {
-  if (a == b) return sizes_[a];
-  const IndexSet &x = *sets_[a], &y = *sets_[b];
-  if (x.is_interval() && y.is_interval()) return std::max<int64_t>(std::min(x.end(), y.end()) - std::max(x.begin(), y.begin()), 0);
+int64_t Layouts::common_of_many(int a, int b) {
   const auto [it, fresh] = common_.try_emplace(static_cast<uint64_t>(std::max(a, b)) << 32 | static_cast<uint64_t>(std::min(a, b)));
-  if (fresh) it->second = intersect(x, y).size();
+  if (fresh) it->second = intersect(*sets_[a].set, *sets_[b].set).size();
   return it->second;
 }
 
@@ -197,9 +193,8 @@ int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, 
 // fill_pieces (or grad_pieces) and recognise in one walk; see there for the rules.
 int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes) {
   pieces_.clear();
-  volumes_.clear();
   uint64_t ranks = 0;
-  bool whole = true;                          // every piece is all of its source and all of its copy
+  bool whole = reduce != Reduce::kNone;       // every piece is all of its source and all of its copy, and they are summed
   std::array<int, kLargestLayoutWorld> held;  // the replica that a device holds
   held.fill(-1);
   for (const Layout::Part& source : from.parts) {
@@ -218,19 +213,19 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
       for (size_t r = 0; r < copy.devices.size(); ++r) {
         const int device = copy.devices[r];
         const int sender = source.mask >> device & 1 ? device : source.devices[(held[device] < 0 ? r : held[device]) % source.devices.size()];
-        pieces_.push_back({static_cast<int>(k), static_cast<int>(j), sender, device});
-        volumes_.push_back(volume);
-        if (sender != device) ranks |= uint64_t{1} << device | uint64_t{1} << sender;
+        if (whole) pieces_.push_back({static_cast<int>(k), static_cast<int>(j), sender, device});
+        if (sender == device) continue;
+        if (ranks == 0) traffic_.clear();
+        traffic_.add(sender, device, volume * element_bytes);
+        ranks |= uint64_t{1} << device | uint64_t{1} << sender;
       }
     }
   }
   if (ranks == 0) return 0;
-  if (reduce != Reduce::kNone && whole) {
+  if (whole) {
     const int64_t ns = all_reduce(pieces_, to, reduced_bytes);
     if (ns >= 0) return ns;
   }
-  traffic_.clear();
-  for (size_t i = 0; i < pieces_.size(); ++i) traffic_.add(pieces_[i].from, pieces_[i].to, volumes_[i] * element_bytes);
   ranks_.clear();
   for (; ranks != 0; ranks &= ranks - 1) ranks_.push_back(std::countr_zero(ranks));
   return exchange_ns(machine_, ranks_, traffic_);
