@@ -78,7 +78,7 @@ def search_plan(
     rewriting = rewrite_options(captured, known if measuring else None) if rewrites else None
     found: dict[str, Any] = {}
     measured = 0
-    spent: dict[str, Any] = {"search_seconds": 0.0, "simulations": 0, "illegal_proposals": 0, "progress": []}
+    spent: dict[str, Any] = {"search_seconds": 0.0, "simulations": 0, "chains": 0, "illegal_proposals": 0, "progress": []}
     with SearchProgress(comm) as progress:
         if measuring:  # these seeds' operators first, so that no search runs on guesses alone; what it finds is measured after it
             progress.doing("measuring")
@@ -102,7 +102,7 @@ def search_plan(
             progress.say_interrupted(spent["simulations"], found["step_ns"], found["chosen"])
     if measured:
         calibrate.save(world, known, host_of)
-    stats = {"seconds": time.perf_counter() - begin, **spent, "chains": 1, "measured_operators": measured, "interrupted": interrupted, "lead": found["lead"]}
+    stats = {"seconds": time.perf_counter() - begin, **spent, "measured_operators": measured, "interrupted": interrupted, "lead": found["lead"]}
     if measuring:
         error = known_error(known)
         stats["known_error"] = error if comm is None else comm.gather_objects(error)[0]
@@ -131,6 +131,7 @@ def add_to(spent: dict[str, Any], found: dict[str, Any]) -> None:
     before = spent["simulations"]
     spent["search_seconds"] += found["seconds"]
     spent["simulations"] += found["simulations"]
+    spent["chains"] = max(spent["chains"], found["chains"])
     spent["illegal_proposals"] += found["illegal"]
     spent["progress"] += [[before + simulations, step_ns, phase] for simulations, step_ns, phase in found["progress"]]
 
@@ -188,13 +189,13 @@ def resolved(plan: Plan, context: Context, pin: Pin | None, forbid: Forbid | Non
     if context.memory_limit is not None:
         options.memory_limit_bytes = context.memory_limit
     options.starts = [(n, s) for n, s in [("before", plan.strategy), *context.starts] if n == "before" or s != plan.strategy]
-    spent: dict[str, Any] = {"search_seconds": 0.0, "simulations": 0, "illegal_proposals": 0, "progress": []}
+    spent: dict[str, Any] = {"search_seconds": 0.0, "simulations": 0, "chains": 0, "illegal_proposals": 0, "progress": []}
     with SearchProgress(None) as progress:
         found = searched(context.graph, context.rows, context.cost, options, None, progress)
         if progress.interrupted:
             progress.say_interrupted(found["simulations"], found["step_ns"], found["chosen"])
     add_to(spent, found)
-    stats = {"seconds": time.perf_counter() - begin, **spent, "chains": 1, "measured_operators": 0, "interrupted": progress.interrupted}
+    stats = {"seconds": time.perf_counter() - begin, **spent, "measured_operators": 0, "interrupted": progress.interrupted}
     strategy = _C.parse_plan(context.graph, found["plan"], plan.world_size)
     # The next one begins from here and from all that was known: what a constraint ruled out may come back.
     starts = [*found["starts"], *context.starts][: 2 * STARTS]
@@ -283,6 +284,7 @@ def searched(
             "seeds": {c.name: {"step_time_ns": c.step_ns, "memory_bytes": c.memory_bytes, "fits": c.fits} for c in candidates},
             "table": _C.candidates_table(candidates),
             "simulations": simulations,
+            "chains": result.chains,
             "illegal": illegal,
             "seconds": time.perf_counter() - begin,
             "progress": [(p.simulations, p.best_ns, p.phase) for p in result.progress],

@@ -8,37 +8,33 @@ namespace soap {
 
 IndexSet IndexSet::interval(int64_t begin, int64_t end) {
   IndexSet set;
-  if (begin < end) set.one_ = {begin, end};
+  if (begin < end) set.first_ = {begin, end};
   return set;
 }
 
 IndexSet IndexSet::from_runs(std::vector<Run> runs) {
+  std::erase_if(runs, [](const Run& r) { return r.begin >= r.end; });
+  if (runs.empty()) return {};
   if (!std::is_sorted(runs.begin(), runs.end())) std::sort(runs.begin(), runs.end());
-  size_t count = 0;
-  for (const Run r : runs) {
-    if (r.begin >= r.end) continue;
-    if (count > 0 && r.begin <= runs[count - 1].end) {
-      runs[count - 1].end = std::max(runs[count - 1].end, r.end);
+  size_t last = 0;
+  for (size_t i = 1; i < runs.size(); ++i) {
+    if (runs[i].begin <= runs[last].end) {
+      runs[last].end = std::max(runs[last].end, runs[i].end);
     } else {
-      runs[count++] = r;
+      runs[++last] = runs[i];
     }
   }
-  if (count == 0) return {};
-  if (count == 1) return interval(runs[0].begin, runs[0].end);
-  runs.resize(count);
+  runs.resize(last + 1);
   IndexSet set;
-  set.many_ = std::move(runs);
+  set.first_ = runs.front();
+  if (runs.size() > 1) set.more_ = std::move(runs);
   return set;
 }
 
-std::strong_ordering IndexSet::operator<=>(const IndexSet& other) const {
-  const auto a = runs(), b = other.runs();
-  return std::lexicographical_compare_three_way(a.begin(), a.end(), b.begin(), b.end());
-}
-
 int64_t IndexSet::size() const {
+  if (is_interval()) return first_.end - first_.begin;
   int64_t n = 0;
-  for (const Run& r : runs()) n += r.end - r.begin;
+  for (const Run& r : more_) n += r.end - r.begin;
   return n;
 }
 
@@ -60,15 +56,13 @@ IndexSet intersect(const IndexSet& a, const IndexSet& b) {
 }
 
 IndexSet unite(const IndexSet& a, const IndexSet& b) {
-  if (a.empty()) return b;
-  if (b.empty()) return a;
   std::vector<Run> runs(a.runs().size() + b.runs().size());
   std::merge(a.runs().begin(), a.runs().end(), b.runs().begin(), b.runs().end(), runs.begin());
   return IndexSet::from_runs(std::move(runs));
 }
 
 IndexSet shift(const IndexSet& set, int64_t offset, int64_t size) {
-  if (set.is_interval()) return set.empty() ? set : IndexSet::interval(std::max<int64_t>(set.begin() + offset, 0), std::min(set.end() + offset, size));
+  if (set.is_interval()) return IndexSet::interval(std::max<int64_t>(set.begin() + offset, 0), std::min(set.end() + offset, size));
   std::vector<Run> runs;
   for (const Run& r : set.runs()) {
     runs.push_back({std::max<int64_t>(r.begin + offset, 0), std::min(r.end + offset, size)});
@@ -77,9 +71,9 @@ IndexSet shift(const IndexSet& set, int64_t offset, int64_t size) {
 }
 
 IndexSet product(const IndexSet& outer, const IndexSet& inner, int64_t inner_size) {
-  if (outer.is_interval() && inner.is_all(inner_size)) return IndexSet::interval(outer.begin() * inner_size, outer.end() * inner_size);
   std::vector<Run> runs;
   if (inner.is_all(inner_size)) {
+    if (outer.is_interval()) return IndexSet::interval(outer.begin() * inner_size, outer.end() * inner_size);
     for (const Run& r : outer.runs()) runs.push_back({r.begin * inner_size, r.end * inner_size});
     return IndexSet::from_runs(std::move(runs));
   }
@@ -126,6 +120,7 @@ IndexSet positions(const IndexSet& sub, const IndexSet& set) {
 }
 
 IndexSet slice(const IndexSet& set, int64_t begin, int64_t end) {
+  if (set.is_interval()) return IndexSet::interval(set.begin() + std::max<int64_t>(begin, 0), std::min(set.begin() + end, set.end()));
   std::vector<Run> out;
   int64_t before = 0;
   for (const Run& r : set.runs()) {

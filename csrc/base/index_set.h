@@ -2,10 +2,9 @@
 //
 // A tile of a factor is a set of indices, a tile of a tensor a product of one set per dim (a Box). Sets are kept as sorted, disjoint,
 // non-touching runs, so equality is structural and every operation is linear in the number of runs. An interval is one run; a cut
-// of `(b s)` along `s` has `b` runs; a zigzag tile has two.
+// of `(b s)` along `s` has `b` runs; a zigzag tile has two. Nearly all sets are intervals: those own no memory.
 #pragma once
 
-#include <compare>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -29,25 +28,24 @@ class IndexSet {
   // Sorts and merges; runs may overlap.
   static IndexSet from_runs(std::vector<Run> runs);
 
-  // Valid as long as the set.
-  std::span<const Run> runs() const { return many_.empty() ? std::span(&one_, one_.begin < one_.end ? 1 : 0) : std::span(many_); }
+  // Of this set: not to be asked of one that goes away.
+  std::span<const Run> runs() const& { return more_.empty() ? std::span(&first_, empty() ? 0 : 1) : std::span(more_); }
+  std::span<const Run> runs() const&& = delete;
   int64_t size() const;
-  bool empty() const { return many_.empty() && one_.begin >= one_.end; }
-  bool is_interval() const { return many_.empty(); }
-  bool is_all(int64_t size) const { return *this == all(size); }
+  bool empty() const { return first_.begin == first_.end; }
+  bool is_interval() const { return more_.empty(); }
+  bool is_all(int64_t size) const { return is_interval() && first_ == Run{0, size}; }
   // Smallest index and one past the largest; 0 and 0 when empty.
-  int64_t begin() const { return many_.empty() ? one_.begin : many_.front().begin; }
-  int64_t end() const { return many_.empty() ? one_.end : many_.back().end; }
+  int64_t begin() const { return first_.begin; }
+  int64_t end() const { return more_.empty() ? first_.end : more_.back().end; }
   bool contains(int64_t index) const;
 
   bool operator==(const IndexSet&) const = default;
-  // By runs, one after another.
-  std::strong_ordering operator<=>(const IndexSet& other) const;
+  auto operator<=>(const IndexSet&) const = default;
 
  private:
-  // Nearly all sets are intervals, which take no memory of their own: `one_` is the run, [0, 0) when there is none or more than one.
-  Run one_;
-  std::vector<Run> many_;
+  Run first_;              // {0, 0} when there is none
+  std::vector<Run> more_;  // all of them, when there are several
 };
 
 IndexSet intersect(const IndexSet& a, const IndexSet& b);

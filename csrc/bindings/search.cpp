@@ -58,9 +58,13 @@ void bind_search(py::module_& m) {
            py::arg("graph"), py::arg("strategy"), py::arg("rows"), py::arg("cost"), py::keep_alive<1, 2>(), py::keep_alive<1, 5>())
       .def_property_readonly("step_ns", [](const OwnedDelta& d) { return d.simulator.step_ns(); })
       .def_property_readonly("strategy", [](const OwnedDelta& d) { return d.simulator.strategy(); })
+      .def_property_readonly("stored_bytes", [](const OwnedDelta& d) { return d.simulator.stored_bytes(); })
       .def(
           "change", [](OwnedDelta& d, NodeId node, std::optional<OpConfig> config) { return d.simulator.change({{node, std::move(config)}}); }, py::arg("node"),
           py::arg("config"), "Step time with a node's new configuration; None: it follows. ValueError when it isn't legal.")
+      .def(
+          "change_buckets", [](OwnedDelta& d, int64_t bytes) { return d.simulator.change({}, bytes); }, py::arg("bytes"),
+          "Step time with gradients in buckets of another size.")
       .def("undo", [](OwnedDelta& d) { d.simulator.undo(); });
   py::class_<ManualOptions>(m, "ManualOptions")
       .def(py::init<>())
@@ -109,6 +113,7 @@ void bind_search(py::module_& m) {
       .def_readwrite("seed", &SearchOptions::seed)
       .def_readwrite("descent_simulations", &SearchOptions::descent_simulations)
       .def_readwrite("mcmc_simulations", &SearchOptions::mcmc_simulations)
+      .def_readwrite("chains", &SearchOptions::chains)
       .def_readwrite("temperature", &SearchOptions::temperature)
       .def_readwrite("memory_limit_bytes", &SearchOptions::memory_limit_bytes)
       .def_readwrite("constraints", &SearchOptions::constraints)
@@ -128,6 +133,7 @@ void bind_search(py::module_& m) {
       .def_readonly("candidates", &SearchResult::candidates)
       .def_readonly("best", &SearchResult::best)
       .def_readonly("simulations", &SearchResult::simulations)
+      .def_readonly("chains", &SearchResult::chains)
       .def_readonly("illegal", &SearchResult::illegal)
       .def_readonly("progress", &SearchResult::progress)
       .def_readonly("interrupted", &SearchResult::interrupted);

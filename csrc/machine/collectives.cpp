@@ -105,6 +105,20 @@ void Traffic::add(int from, int to, int64_t bytes) {
   most_sent_ = std::max(most_sent_, sent_[from] += bytes);
 }
 
+void Traffic::add(const Traffic& other) {
+  const auto sum = [](std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+    for (size_t i = 0; i < to.size(); ++i) to[i] += from[i];
+  };
+  for (const auto& [to, from] : {std::pair{&within_, &other.within_}, {&between_, &other.between_}}) {
+    sum(to->out, from->out);
+    sum(to->in, from->in);
+    sum(to->host_out, from->host_out);
+    sum(to->host_in, from->host_in);
+  }
+  sum(sent_, other.sent_);
+  most_sent_ = *std::max_element(sent_.begin(), sent_.end());
+}
+
 double Traffic::Load::ns(const Link& link) const {
   const int64_t device = most(out, in);
   if (device == 0) return 0;

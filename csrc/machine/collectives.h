@@ -26,6 +26,8 @@ class Traffic {
   explicit Traffic(const Machine& machine);  // the machine must outlive it
   explicit Traffic(Machine&&) = delete;
   void add(int from, int to, int64_t bytes);
+  // All of another exchange of this machine, at the same time.
+  void add(const Traffic& other);
   bool empty() const { return most_sent_ == 0; }
   int64_t most_sent() const { return most_sent_; }  // by one device: what measured tables are keyed by
   // Latency of the slowest link used and the time of the busiest one.

@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "program/item_flows.h"
 #include "program/lower_rewritten.h"
 #include "program/order.h"
 #include "sharding/expand.h"
@@ -126,13 +127,12 @@ void check_partials(const Program& p) {
 }
 
 bool crosses(const Program& p, StepKind kind, const StepItem& item) {
-  const auto pieces = item_pieces(p, kind, item);
-  return std::any_of(pieces.begin(), pieces.end(), [](const Piece& x) { return x.from != x.to; });
+  return !item_flows(p, kind, item).movement.ranks.empty();
 }
 
-std::vector<int> devices_of(const std::vector<Piece>& pieces) {
+std::vector<int> devices_of(const Flows& flows) {
   std::set<int> out;
-  for (const Piece& x : pieces) out.insert({x.from, x.to});
+  for (const Flow& x : flows.list) out.insert({x.from, x.to});
   return {out.begin(), out.end()};
 }
 
@@ -208,18 +208,17 @@ struct TaskBuilder {
     const auto it = fill.find({g, tag});
     if (it != fill.end()) return it->second;
     const CopyGroup& group = p.groups[g];
+    const StepItem item{g, tag};
+    const Flows flows = item_flows(p, StepKind::kFill, item);
     std::set<int> after;
     if (is_op(group.tensor)) {
       const NodeId producer = p.graph.tensors[group.tensor].producer;
-      for (const Piece& x : fill_pieces(p.tiles[group.tensor], group.copies, tag)) {
-        after.insert(compute.at({producer, p.tiles[group.tensor].coords[x.src].chunk}));
-      }
+      for (const Flow& x : flows.list) after.insert(compute.at({producer, p.tiles[group.tensor].coords[x.src].chunk}));
     }
-    const StepItem item{g, tag};
     const int id = static_cast<int>(forward.size());
     forward.push_back({.step = {StepKind::kFill, {item}},
                        .after = {after.begin(), after.end()},
-                       .devices = devices_of(item_pieces(p, StepKind::kFill, item)),
+                       .devices = devices_of(flows),
                        .phase = phase(consumer, chunk),
                        .rank = consumer.id * 2,
                        .work = 0});
@@ -259,8 +258,8 @@ struct TaskBuilder {
     const CopyGroup& group = p.groups[g];
     for (int chunk : source_chunks(group)) {
       std::set<int> after, copies;
-      const auto pieces = grad_pieces(p.tiles[group.tensor], group.copies, chunk);
-      for (const Piece& x : pieces) copies.insert(x.src);
+      const Flows flows = item_flows(p, StepKind::kGradFill, {g, chunk});
+      for (const Flow& x : flows.list) copies.insert(x.src);
       for (const Use& u : group.uses) {
         if (!p.differentiable[u.node] || p.graph.nodes[u.node].kind != NodeKind::kOp) continue;
         const int chunks = p.tilings[u.node].chunks();
@@ -270,7 +269,7 @@ struct TaskBuilder {
       }
       grad_fill[{g, chunk}] = static_cast<int>(backward.size());
       backward.push_back(
-          {.step = {StepKind::kGradFill, {{g, chunk}}}, .after = {after.begin(), after.end()}, .devices = devices_of(pieces), .work = 0, .backward = true});
+          {.step = {StepKind::kGradFill, {{g, chunk}}}, .after = {after.begin(), after.end()}, .devices = devices_of(flows), .work = 0, .backward = true});
     }
   }
 };
@@ -314,8 +313,7 @@ std::vector<Step> merged(const Program& p, const std::vector<Step>& steps) {
       out.push_back(step);
       continue;
     }
-    const auto pieces = item_pieces(p, step.kind, step.items[0]);
-    const std::vector<int> ranks = item_movement(p, step.kind, step.items[0], pieces).ranks;
+    const std::vector<int> ranks = item_flows(p, step.kind, step.items[0]).movement.ranks;
     if (!ranks.empty() && ranks == last && out.back().kind == step.kind) {
       out.back().items.insert(out.back().items.end(), step.items.begin(), step.items.end());
     } else {
@@ -473,20 +471,6 @@ Program lower(const OpGraph& graph, const Strategy& strategy, const FedRows& row
   }
   order_steps(p, strategy);
   return p;
-}
-
-std::vector<Piece> item_pieces(const Program& p, StepKind kind, const StepItem& item) {
-  const CopyGroup& g = p.groups.at(item.id);
-  if (kind == StepKind::kGradFill) return grad_pieces(p.tiles[g.tensor], g.copies, item.chunk);
-  SOAP_CHECK(kind == StepKind::kFill || kind == StepKind::kRefill, "[program] step {} moves nothing", to_string(kind));
-  return fill_pieces(p.tiles[g.tensor], g.copies, item.chunk);
-}
-
-Movement item_movement(const Program& p, StepKind kind, const StepItem& item, const std::vector<Piece>& pieces) {
-  const CopyGroup& g = p.groups.at(item.id);
-  const bool collectives = g.via == Via::kAuto;
-  if (kind == StepKind::kGradFill) return recognise(pieces, g.copies, p.tiles[g.tensor], collectives ? Reduce::kSum : Reduce::kNone);
-  return recognise(pieces, p.tiles[g.tensor], g.copies, collectives ? p.tiles[g.tensor].partial : Reduce::kNone);
 }
 
 }  // namespace soap

@@ -44,6 +44,7 @@ struct RewriteSearcher {
       out.search.progress.push_back(std::move(p));
     }
     out.search.interrupted = out.search.interrupted || found.interrupted;
+    out.search.chains = std::max(out.search.chains, found.chains);
     out.search.simulations += found.simulations;
     out.search.illegal += found.illegal;
   }

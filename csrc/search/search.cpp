@@ -1,12 +1,10 @@
 #include "search/search.h"
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
 #include <random>
-#include <set>
 
 #include "base/error.h"
+#include "search/chains.h"
 #include "search/layouts.h"
 #include "search/optimize_layers.h"
 #include "search/recompute.h"
@@ -16,11 +14,9 @@ namespace soap {
 namespace {
 
 constexpr int64_t kIllegal = -1;
-constexpr int kMemoryChecks = 32;  // of a walk
 constexpr int kLayerWiseTries = 3;
-constexpr int64_t kChunkedWork = 1000;  // nodes x devices
-constexpr int64_t kRegionsWork = 200;   // nodes x devices
-constexpr int kRecomputed = 6;          // plans that are too large and tried with recomputation
+constexpr int64_t kRegionsWork = 200;  // nodes x devices
+constexpr int kRecomputed = 6;         // plans that are too large and tried with recomputation
 
 struct Searcher {
   const OpGraph& graph;
@@ -31,8 +27,7 @@ struct Searcher {
   SearchResult result;
   std::mt19937_64 random;
   LayoutCache cache;
-  std::vector<const Node*> operators;  // with work, largest parameters first
-  std::vector<Rule> rules;
+  Proposals proposals;
 
   int64_t memory_limit() const { return options.memory_limit_bytes.value_or(cost.machine().memory_bytes); }
   int world() const { return static_cast<int>(rows.size()); }
@@ -63,36 +58,12 @@ struct Searcher {
     return a.fits ? a.step_ns < b.step_ns : a.memory_bytes < b.memory_bytes;
   }
 
-  void rank_operators() {
-    for (const Node& n : graph.nodes) rules.push_back(make_rule(graph, n, world()));
-    std::vector<std::pair<int64_t, const Node*>> sized;
-    for (const Node& n : graph.nodes) {
-      if (n.kind != NodeKind::kOp) continue;
-      int64_t parameters = 0, activations = 0;
-      for (TensorId t : n.inputs) {
-        const int64_t bytes = numel(graph.tensors[t].shape) * graph.tensors[t].element_bytes;
-        (graph.nodes[graph.tensors[t].producer].kind == NodeKind::kParam ? parameters : activations) += bytes;
-      }
-      sized.emplace_back(parameters * 4 + activations, &n);
-    }
-    std::stable_sort(sized.begin(), sized.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
-    for (const auto& [bytes, node] : sized) operators.push_back(node);
-  }
-
-  std::vector<std::optional<OpConfig>> usual_configs(const Node& n) const {
-    std::vector<std::optional<OpConfig>> out{std::nullopt, OpConfig{.cuts = {{"n", {.tiles = world(), .fed = true}}}}};
-    for (const Factor& f : rules[n.id].factors) {
-      if (f.cut != Cuttable::kWhole && f.size / f.unit >= world()) out.push_back(OpConfig{.cuts = {{f.name, {.tiles = world()}}}});
-    }
-    return out;
-  }
-
   // The step time with these changes, which stay unless they aren't legal.
-  std::optional<int64_t> attempt(DeltaSimulator& delta, const std::vector<Change>& changes) {
+  std::optional<int64_t> attempt(DeltaSimulator& delta, const Proposal& proposal) {
     ++result.simulations;
     watch.simulated();
     try {
-      const int64_t time = delta.change(changes);
+      const int64_t time = delta.change(proposal.changes, proposal.bucket_bytes);
       if (options.constraints.empty() || allowed(graph, delta.strategy(), rows, options.constraints)) return time;
       delta.undo();
     } catch (const std::invalid_argument&) {  // a proposal, not a mistake
@@ -106,13 +77,13 @@ struct Searcher {
     DeltaSimulator delta(cache, best.strategy, rows);
     for (bool improved = true; improved;) {
       improved = false;
-      for (const Node* n : operators) {
+      for (const Node* n : proposals.operators()) {
         if (options.constraints.pinned(n->name)) continue;
-        for (const auto& config : usual_configs(*n)) {
+        for (const auto& config : proposals.usual_configs(*n)) {
           if (left-- <= 0 || watch.stopped()) return best;
           const auto it = best.strategy.nodes.find(n->name);
           if (config ? it != best.strategy.nodes.end() && it->second == *config : it == best.strategy.nodes.end()) continue;
-          const std::optional<int64_t> time = attempt(delta, {{n->id, config}});
+          const std::optional<int64_t> time = attempt(delta, {.changes = {{n->id, config}}});
           if (!time) continue;
           // A tie is no reason to leave what a person would write.
           if (!best.fits || *time < best.step_ns - best.step_ns / 500) {
@@ -130,109 +101,41 @@ struct Searcher {
     return best;
   }
 
-  template <class T>
-  T draw(T n) {
-    return static_cast<T>(random() % static_cast<uint64_t>(n));
-  }
-
-  // What is cut in time is lowered whole: on large graphs only the seeds are.
-  bool may_chunk() const { return static_cast<int64_t>(graph.nodes.size()) * world() <= kChunkedWork; }
-
-  // Any legal configuration: up to two factors, degrees up to the world, sometimes chunks, uneven parts, any devices.
-  OpConfig random_config(const Node& n) {
-    OpConfig c;
-    std::vector<const Factor*> factors;
-    for (const Factor& f : rules[n.id].factors) {
-      if (f.cut != Cuttable::kWhole && f.size >= 2) factors.push_back(&f);
-    }
-    int tiles = 1;
-    for (int cuts = 1 + draw(4) / 3; cuts > 0 && !factors.empty(); --cuts) {
-      const size_t at = draw(factors.size());
-      const Factor& f = *factors[at];
-      factors.erase(factors.begin() + static_cast<int64_t>(at));
-      const int degree = std::min<int>(world() / tiles, static_cast<int>(f.size / f.unit));
-      if (degree < 2) continue;
-      Cut cut{.tiles = 2 + draw(degree - 1)};
-      if (draw(16) == 0 && f.size / f.unit >= cut.tiles * 2 && may_chunk()) cut.chunks = 2;
-      if (draw(8) == 0 && cut.tiles == 2 && f.size > 2 && f.unit == 1) cut.bounds = {0, 1 + draw(f.size - 1), f.size};
-      tiles *= cut.tiles;
-      c.cuts.push_back({f.name, cut});
-    }
-    if (draw(4) == 0 && world() / tiles >= 2) c.replicas = world() / tiles;
-    c.devices.resize(world());
-    std::iota(c.devices.begin(), c.devices.end(), 0);
-    if (draw(4) == 0) std::shuffle(c.devices.begin(), c.devices.end(), random);
-    c.devices.resize(static_cast<size_t>(tiles) * c.replicas);
-    return c;
-  }
-
-  std::vector<Change> propose(const Strategy& from) {
-    const Node& n = *operators[draw(std::min<size_t>(operators.size(), 8 + operators.size() / 2))];
-    switch (draw(8)) {
-      case 0: return {{n.id, std::nullopt}};
-      case 1: return {{n.id, OpConfig{.cuts = {{"n", {.tiles = world(), .fed = true}}}}}};
-      case 2: {  // an operator's parameters stored in parts, or where they are used
-        std::vector<Change> out;
-        for (TensorId t : n.inputs) {
-          const Node& producer = graph.nodes[graph.tensors[t].producer];
-          if (producer.kind != NodeKind::kParam || graph.tensors[t].shape.empty()) continue;
-          if (from.nodes.count(producer.name))
-            out.push_back({producer.id, std::nullopt});
-          else
-            out.push_back({producer.id, OpConfig{.cuts = {{"d0", {.tiles = world()}}}, .keep = draw(2) ? Keep::kUse : Keep::kUntilBackward}});
-        }
-        return out;
-      }
-      default: return {{n.id, random_config(n)}};
-    }
-  }
-
-  // Metropolis' rule on the simulated time. Memory takes the whole simulation, so it is looked at now and then: where the fastest so far doesn't
-  // fit, the walk goes back to the last that does.
-  Candidate anneal(Candidate best) {
-    DeltaSimulator delta(cache, best.strategy, rows);
-    int64_t current = delta.step_ns(), fastest_ns = current;
-    Strategy fastest;
-    const auto settle = [&] {
-      if (fastest_ns >= best.step_ns) return;
-      Candidate c = price("mcmc", fastest);
-      if (better(c, best)) {
-        best = std::move(c);
-      } else {
-        delta.change(delta.difference(best.strategy));
-        current = fastest_ns = best.step_ns;
-      }
+  // Chains from the fastest candidates that fit and differ from the best in nodes and buckets only.
+  Candidate anneal(const Candidate& best) {
+    const auto frame = [](Strategy s) {
+      s.nodes.clear();
+      s.bucket_bytes = 0;
+      return s;
     };
-    const int interval = std::max(options.mcmc_simulations / kMemoryChecks, 1);
-    int since = 0;
-    for (int i = 1; i <= options.mcmc_simulations && ++since <= std::max(options.mcmc_simulations / 2, 1); ++i) {
-      const std::optional<int64_t> time = attempt(delta, propose(delta.strategy()));
-      if (time) {
-        const double loss = static_cast<double>(*time - current) / static_cast<double>(std::max<int64_t>(current, 1));
-        const double luck = static_cast<double>(random() >> 11) * 0x1p-53;
-        if (*time > current && luck >= std::exp(-loss / options.temperature)) {
-          delta.undo();
-        } else {
-          current = *time;
-        }
-        if (current < fastest_ns) {
-          fastest_ns = current;
-          fastest = delta.strategy();
-          since = 0;
-        }
-      }
-      if (watch.stopped()) break;
-      if (i % interval == 0) settle();
+    std::vector<Candidate> starts{best};
+    for (const Candidate& c : result.candidates) {
+      if (c.step_ns != kIllegal && c.fits && frame(c.strategy) == frame(best.strategy) && !(c.strategy == best.strategy)) starts.push_back(c);
     }
-    settle();
-    return best;
+    std::stable_sort(starts.begin() + 1, starts.end(), [](const Candidate& a, const Candidate& b) { return a.step_ns < b.step_ns; });
+    const ChainOptions chains{.seed = options.seed,
+                              .chains = options.chains,
+                              .simulations = options.mcmc_simulations,
+                              .temperature = options.temperature,
+                              .memory_limit_bytes = memory_limit()};
+    ChainResult found = run_chains(
+        graph, rows, cost, proposals, options.constraints, starts, chains, [&](const Strategy& s) { return price("mcmc", s); },
+        [&, told = 0](int simulations, int64_t best_ns) mutable {
+          for (; told < simulations; ++told) watch.simulated();
+          watch.priced(best_ns);
+          return !watch.stopped();
+        });
+    result.chains = found.chains;
+    result.simulations += found.simulations;
+    result.illegal += found.illegal;
+    return std::move(found.best);
   }
 
-  // The same walk where nothing fits yet: towards less memory, every step priced whole.
+  // A walk where nothing fits yet: towards less memory, every step priced whole.
   Candidate shrink(Candidate best) {
     DeltaSimulator delta(cache, best.strategy, rows);
     for (int i = 0; i < options.descent_simulations && !best.fits && !watch.stopped(); ++i) {
-      if (!attempt(delta, propose(delta.strategy()))) continue;
+      if (!attempt(delta, proposals.draw(delta.strategy(), random))) continue;
       Candidate c = price("mcmc", delta.strategy());
       if (better(c, best)) {
         best = std::move(c);
@@ -269,7 +172,6 @@ struct Searcher {
   }
 
   void run() {
-    rank_operators();
     const auto starts = options.starts.empty() ? seeds(graph, world()) : options.starts;
     watch.set_budget(static_cast<int>(starts.size()) + kLayerWiseTries + 2 * options.descent_simulations + options.mcmc_simulations);
     watch.enter("seeds");
@@ -310,7 +212,7 @@ struct Searcher {
       watch.enter("mcmc");
       Candidate found = result.candidates[best_so_far()];
       if (!found.fits) found = shrink(std::move(found));
-      if (found.fits && walks(found)) found = without_spare_regions(anneal(std::move(found)), pricing);
+      if (found.fits && walks(found)) found = without_spare_regions(anneal(found), pricing);
       if (better(found, result.candidates[best_so_far()])) result.candidates.push_back(std::move(found));
     }
     result.best = static_cast<int>(best_so_far());
@@ -336,7 +238,8 @@ SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& 
              .options = options,
              .watch = watch,
              .random = std::mt19937_64(options.seed),
-             .cache = LayoutCache(graph, rows, cost)};
+             .cache = LayoutCache(graph, rows, cost),
+             .proposals = Proposals(graph, static_cast<int>(rows.size()))};
   s.run();
   return std::move(s.result);
 }

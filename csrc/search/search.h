@@ -8,11 +8,12 @@
 //    What is simulated whole (chunks in time on large graphs, regions beside keep=use) stays as the seed is.
 // 3. Descent: from the best seeds, operator by operator in the order of their parameters' bytes, each configuration that a person would
 //    try (follow, fed, every factor cut over all devices). The hybrids come from here.
-// 4. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time.
+// 4. MCMC (FlexFlow, section 6): a random operator gets a random legal configuration; accepted by Metropolis' rule on the simulated time;
+//    several chains on threads, until the budget or until half of the search has brought nothing (search/chains.h).
 //
 // Descent and MCMC re-time only what they change (sim/delta.h).
 //
-// Same seed, same plan: budgets are numbers of simulations, never seconds.
+// Same seed, same plan, on any number of threads: budgets are numbers of simulations, never seconds.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,8 @@ namespace soap {
 struct SearchOptions {
   uint64_t seed = 0;
   int descent_simulations = 400;
-  int mcmc_simulations = 400;
+  int mcmc_simulations = 400;  // of all chains together
+  int chains = 4;
   double temperature = 0.02;                  // accepted with exp(-relative loss / temperature)
   std::optional<int64_t> memory_limit_bytes;  // per device; default: the machine's
   Constraints constraints;
@@ -50,6 +52,7 @@ struct SearchResult {
   std::vector<Candidate> candidates;  // seeds in order, then what was found; the best is `candidates[best]`
   int best = 0;
   int simulations = 0;
+  int chains = 0;                  // of MCMC
   int illegal = 0;                 // proposals that lowering refused
   std::vector<Progress> progress;  // where the best step time or the phase changed, and the end
   bool interrupted = false;        // the observer ended the search

@@ -17,17 +17,17 @@ int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 IndexSet each_run(const IndexSet& set, int64_t size, const std::function<Run(const Run&)>& f) {
-  if (set.is_interval() && !set.empty()) {
-    const Run out = f(set.runs()[0]);
-    return IndexSet::interval(std::max<int64_t>(out.begin, 0), std::min(out.end, size));
+  const auto clipped = [&](const Run& r) {
+    const Run out = f(r);
+    return Run{std::max<int64_t>(out.begin, 0), std::min(out.end, size)};
+  };
+  if (set.empty()) return {};
+  if (set.is_interval()) {
+    const Run out = clipped({set.begin(), set.end()});
+    return IndexSet::interval(out.begin, out.end);
   }
   std::vector<Run> runs;
-  for (const Run& r : set.runs()) {
-    Run out = f(r);
-    out.begin = std::max<int64_t>(out.begin, 0);
-    out.end = std::min(out.end, size);
-    runs.push_back(out);
-  }
+  for (const Run& r : set.runs()) runs.push_back(clipped(r));
   return IndexSet::from_runs(std::move(runs));
 }
 

@@ -6,78 +6,92 @@
 
 namespace soap {
 
-void DeltaSimulator::wait(int arrival) {
-  if (arrival < 0) return;
-  const int64_t* at = &arrivals_[static_cast<size_t>(arrival) * devices_];
-  for (size_t d = 0; d < devices_; ++d) begin_[d] = std::max(begin_[d], at[d]);
+void DeltaSimulator::wait(int64_t arrival) {
+  if (arrival < first_arrival_) return;
+  const Arrival* a = &arrivals_[arrival - first_arrival_];
+  while (true) {
+    raise(begin_.data(), *a->devices, a->at);
+    if (!a->more) return;
+    ++a;
+  }
 }
 
-void DeltaSimulator::compute(NodeState& state, const Slot& slot) {
-  const int64_t* spent = slot.spent->data();
+void DeltaSimulator::compute(Slots& slots, const Slot& slot) {
   int64_t* clock = compute_clock_.data();
   if (shared_) {
-    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), spent[d], -1, state.fragment->ops[slot.op].differentiable);
+    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), slot.spent[d], -1, slot.differentiable);
     return;
   }
-  if (!overlap_) {
-    for (size_t d = 0; d < devices_; ++d) clock[d] += spent[d];
-    return;
+  if (slot.first_wait == slot.end_wait) {
+    advance(clock, slot.spent, devices_);
+  } else {
+    std::fill(begin_.begin(), begin_.end(), 0);
+    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i]);
+    advance_from(clock, begin_.data(), slot.spent, devices_);
   }
-  const bool backward = slot.kind == SlotKind::kBackward;
-  begin_ = compute_clock_;
-  for (const Group* g : slot.reads) wait(backward ? g->refilled : g->filled);
-  if (backward) {
-    for (const Group* g : slot.writes) wait(g->gradient_filled);
-  }
-  for (size_t d = 0; d < devices_; ++d) clock[d] = spent[d] ? begin_[d] + spent[d] : clock[d];
-  std::copy(clock, clock + devices_, (backward ? state.backward_end : state.forward_end).begin() + static_cast<int64_t>(slot.op * devices_));
+  if (!slot.read_later) return;
+  const size_t at = slot.op * devices_ + (slot.kind == SlotKind::kBackward ? slots.ends.size() / 2 : 0);
+  std::copy(clock, clock + devices_, slots.ends.begin() + static_cast<int64_t>(at));
 }
 
-void DeltaSimulator::wait_for_sources(SlotKind kind, const Group& g) {
-  const auto wait_at = [&](const Reader& r, int device, bool backward) {
-    const NodeState& state = nodes_[r.node];
-    begin_[device] = std::max(begin_[device], (backward ? state.backward_end : state.forward_end)[r.op * devices_ + device]);
-  };
-  switch (kind) {
-    case SlotKind::kFill:
-      if (g.producer.node < 0) return;
-      for (const auto& [coord, device] : g.fill->from) wait_at(g.producer, device, false);
-      return;
-    case SlotKind::kRefill:
-      for (const auto& [reader, device] : g.refill_waits) wait_at(reader, device, false);
-      return;
-    default:
-      for (const auto& [reader, device] : g.gradient_waits) wait_at(reader, device, true);
+const int64_t* DeltaSimulator::end_of(const Reader& r, bool backward) const {
+  const std::vector<int64_t>& ends = nodes_[r.node].slots.ends;
+  return ends.data() + r.op * devices_ + (backward ? ends.size() / 2 : 0);
+}
+
+template <class Visit>
+void DeltaSimulator::for_sources(SlotKind kind, const Group& g, const Visit& visit) const {
+  if (kind == SlotKind::kFill) {
+    if (g.producer.node >= 0) visit(end_of(g.producer, false));
+    return;
+  }
+  for (const Reader& r : g.readers) {
+    if (kind == SlotKind::kRefill ? r.computes : r.differentiable) visit(end_of(r, kind == SlotKind::kGradientFill));
   }
 }
 
-void DeltaSimulator::transfer(int ranks, int64_t price) {
-  if (shared_) {
-    timeline_.move(cache_.ranks(ranks), price);
-    return;
-  }
-  std::vector<int64_t>& clock = overlap_ ? movement_clock_ : compute_clock_;
-  int64_t from = 0;
-  for (int r : cache_.ranks(ranks)) from = std::max({from, clock[r], begin_[r]});
-  int64_t* arrival = overlap_ ? &arrivals_[arrivals_.size() - devices_] : nullptr;
-  for (int r : cache_.ranks(ranks)) {
-    clock[r] = from + price;
-    if (arrival) arrival[r] = clock[r];
-  }
+void DeltaSimulator::transfer(const DeviceSet& ranks, int64_t from, int64_t price) {
+  if (shared_) return timeline_.move(ranks.devices, price);
+  assign(movement_clock().data(), ranks, from + price);
+  if (overlap_) arrivals_.push_back({.at = from + price, .devices = &ranks, .more = true});
 }
 
-// One step of the Program: its items travel together.
-void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
-  begin_ = overlap_ ? movement_clock_ : compute_clock_;
+// A step of one item.
+void DeltaSimulator::move(SlotKind kind, Group& g) {
+  const EdgeMove& m = kind == SlotKind::kGradientFill ? *g.gradient_fill : *g.fill;
+  if (m.pattern == Pattern::kLocal) return;
+  if (m.reduced.size() > 1) {  // in groups, each with its own clock
+    alone_.assign(1, &g);
+    return move_together(kind, alone_);
+  }
+  int64_t from = latest(movement_clock().data(), *m.among);
+  if (overlap_) {
+    (kind == SlotKind::kFill ? g.filled : kind == SlotKind::kRefill ? g.refilled : g.gradient_filled) = first_arrival_ + static_cast<int64_t>(arrivals_.size());
+    const DeviceSet& sources = kind == SlotKind::kRefill ? *m.receiving : *m.sending;
+    for_sources(kind, g, [&](const int64_t* end) { from = std::max(from, latest(end, sources)); });
+  }
+  transfer(*m.among, from, m.price_ns);
+  if (overlap_) arrivals_.back().more = false;
+}
+
+// One step of several items, which travel together.
+void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& groups) {
+  if (groups.size() == 1) {
+    const EdgeMove& m = kind == SlotKind::kGradientFill ? *groups[0]->gradient_fill : *groups[0]->fill;
+    if (m.reduced.size() < 2) return move(kind, *groups[0]);
+  }
+  begin_ = movement_clock();
   reduced_.clear();
   exchanged_.clear();
-  std::vector<int> exchanging;
   int exchange = -1;
   bool mixed = false;
   for (const Group* g : groups) {
     const EdgeMove& m = kind == SlotKind::kGradientFill ? *g->gradient_fill : *g->fill;
     if (m.pattern == Pattern::kLocal) continue;
-    if (overlap_) wait_for_sources(kind, *g);
+    if (overlap_) {
+      const DeviceSet& sources = kind == SlotKind::kRefill ? *m.receivers : *m.senders;
+      for_sources(kind, *g, [&](const int64_t* end) { raise(begin_.data(), sources, end); });
+    }
     if (m.pattern == Pattern::kAllReduce) {
       for (const auto& [ranks, bytes] : m.reduced) {
         const auto same = std::find_if(reduced_.begin(), reduced_.end(), [&](const auto& r) { return r.first == ranks; });
@@ -88,66 +102,52 @@ void DeltaSimulator::move(SlotKind kind, const std::vector<Group*>& groups) {
       }
       continue;
     }
-    if (exchange < 0) {
-      exchange = m.ranks;
-    } else if (exchange != m.ranks || mixed) {
-      if (!mixed) exchanging = cache_.ranks(exchange);
-      exchanging.insert(exchanging.end(), cache_.ranks(m.ranks).begin(), cache_.ranks(m.ranks).end());
-      mixed = true;
-    }
+    mixed = mixed || (exchange >= 0 && exchange != m.ranks);
+    exchange = m.ranks;
     exchanged_.push_back(&m);
   }
   if (exchange < 0 && reduced_.empty()) return;
   if (mixed) {
-    std::sort(exchanging.begin(), exchanging.end());
-    exchanging.erase(std::unique(exchanging.begin(), exchanging.end()), exchanging.end());
-    exchange = cache_.intern_ranks(exchanging);
+    std::vector<char> takes_part(devices_);
+    for (const EdgeMove* m : exchanged_) {
+      for (int d : cache_.ranks(m->ranks)) takes_part[d] = 1;
+    }
+    ranks_.clear();
+    for (size_t d = 0; d < devices_; ++d) {
+      if (takes_part[d]) ranks_.push_back(static_cast<int>(d));
+    }
+    exchange = cache_.intern_ranks(ranks_);
   }
   if (overlap_) {
-    const int arrival = static_cast<int>(arrivals_.size() / devices_);
-    arrivals_.resize(arrivals_.size() + devices_, 0);
+    const int64_t arrival = first_arrival_ + static_cast<int64_t>(arrivals_.size());
     for (Group* g : groups) (kind == SlotKind::kFill ? g->filled : kind == SlotKind::kRefill ? g->refilled : g->gradient_filled) = arrival;
   }
-  if (groups.size() == 1 && reduced_.size() < 2) {
-    const EdgeMove& m = kind == SlotKind::kGradientFill ? *groups[0]->gradient_fill : *groups[0]->fill;
-    transfer(m.ranks, m.price_ns);
-    return;
-  }
-  if (exchange >= 0) transfer(exchange, cache_.exchange_price(exchange, exchanged_));
+  const auto among = [&](int id, int64_t price) {
+    const DeviceSet& ranks = cache_.set(id);
+    transfer(ranks, std::max(latest(movement_clock().data(), ranks), latest(begin_.data(), ranks)), price);
+  };
+  if (exchange >= 0) among(exchange, cache_.exchange_price(exchange, exchanged_));
   std::sort(reduced_.begin(), reduced_.end(), [&](const auto& a, const auto& b) { return cache_.ranks(a.first) < cache_.ranks(b.first); });
-  std::vector<int> rank_sets;
-  for (const auto& [ranks, bytes] : reduced_) rank_sets.push_back(ranks);
-  const int at_once = reduced_.empty() ? 1 : cache_.groups_at_once(rank_sets);
-  for (const auto& [ranks, bytes] : reduced_) transfer(ranks, cache_.reduce_price(ranks, bytes, at_once));
+  ranks_.clear();
+  for (const auto& [ranks, bytes] : reduced_) ranks_.push_back(ranks);
+  const int at_once = reduced_.empty() ? 1 : cache_.groups_at_once(ranks_);
+  for (const auto& [ranks, bytes] : reduced_) among(ranks, cache_.reduce_price(ranks, bytes, at_once));
+  if (overlap_) arrivals_.back().more = false;
 }
 
-int64_t DeltaSimulator::run() {
-  if (!has_fast_path()) return simulate(lower(graph_, strategy_, rows_), cache_.cost()).step_ns;
-  rebuild();
-  compute_clock_.assign(devices_, 0);
-  movement_clock_.assign(devices_, 0);
-  begin_.assign(devices_, 0);
-  arrivals_.clear();
-  if (overlap_) {
-    const auto forget = [](TensorState& state) {
-      for (auto& g : state.groups) g->filled = g->refilled = g->gradient_filled = -1;
-    };
-    for (TensorState& t : tensors_) forget(t);
-    for (NodeState& n : nodes_) {
-      for (TensorState& t : n.inner) forget(t);
-    }
-  }
-  // Forward: neighbouring fills among the same ranks travel together.
+// Neighbouring fills among the same ranks travel together.
+void DeltaSimulator::run_forward() {
   pending_.clear();
   const auto flush = [&] {
-    if (!pending_.empty()) move(SlotKind::kFill, pending_);
+    if (!pending_.empty()) move_together(SlotKind::kFill, pending_);
     pending_.clear();
   };
-  for (NodeId n = 0; n < static_cast<NodeId>(nodes_.size()); ++n) {
-    for (const Slot& slot : nodes_[n].forward) {
+  for (NodeId n : timed_) {
+    Slots& slots = nodes_[n].slots;
+    for (const Slot& slot : slots.forward) {
       if (slot.kind == SlotKind::kCompute) {
         flush();
-        compute(nodes_[n], slot);
+        compute(slots, slot);
         continue;
       }
       const bool local = slot.group->fill->pattern == Pattern::kLocal;
@@ -156,44 +156,53 @@ int64_t DeltaSimulator::run() {
     }
   }
   flush();
-  // Backward: parameters' gradients wait for a bucket to fill.
+}
+
+// Parameters' gradients wait for a bucket to fill.
+void DeltaSimulator::run_backward() {
   bucket_.clear();
   int64_t bucket_bytes = 0;
-  std::vector<Group*> one(1);
   const auto gradient = [&](Group* g) {
-    if (!g->parameter) {
-      one[0] = g;
-      move(SlotKind::kGradientFill, one);
-      return;
-    }
+    if (!g->parameter) return move(SlotKind::kGradientFill, *g);
     bucket_.push_back(g);
-    bucket_bytes += numel(g->tensor->shape) * g->tensor->element_bytes;
+    bucket_bytes += g->bytes;
     if (bucket_bytes < strategy_.bucket_bytes) return;
-    move(SlotKind::kGradientFill, bucket_);
+    move_together(SlotKind::kGradientFill, bucket_);
     bucket_.clear();
     bucket_bytes = 0;
   };
   for (Group* g : at_once_) gradient(g);
-  for (NodeId n = static_cast<NodeId>(nodes_.size()) - 1; n >= 0; --n) {
-    for (const Slot& slot : nodes_[n].backward) {
+  for (auto n = timed_.rbegin(); n != timed_.rend(); ++n) {
+    Slots& slots = nodes_[*n].slots;
+    for (const Slot& slot : slots.backward) {
       if (slot.kind == SlotKind::kBackward) {
-        compute(nodes_[n], slot);
+        compute(slots, slot);
       } else if (slot.kind == SlotKind::kRefill) {
-        one[0] = slot.group;
-        move(SlotKind::kRefill, one);
+        move(SlotKind::kRefill, *slot.group);
       } else {
         gradient(slot.group);
       }
     }
   }
-  if (!bucket_.empty()) move(SlotKind::kGradientFill, bucket_);
+  if (!bucket_.empty()) move_together(SlotKind::kGradientFill, bucket_);
+}
+
+int64_t DeltaSimulator::run() {
+  if (!has_fast_path()) return simulate(lower(graph_, strategy_, rows_), cache_.cost()).step_ns;
+  rebuild();
+  std::fill(compute_clock_.begin(), compute_clock_.end(), 0);
+  std::fill(movement_clock_.begin(), movement_clock_.end(), 0);
+  first_arrival_ += static_cast<int64_t>(arrivals_.size());
+  arrivals_.clear();
+  run_forward();
+  run_backward();
   int64_t end = 0;
   if (shared_) {
-    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), stored_update_[d]);
+    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), updates_.total[d]);
     const std::vector<int64_t> done = timeline_.run();
     end = *std::max_element(done.begin(), done.begin() + static_cast<int64_t>(devices_));
   } else {
-    for (size_t d = 0; d < devices_; ++d) end = std::max(end, std::max(compute_clock_[d], movement_clock_[d]) + stored_update_[d]);
+    for (size_t d = 0; d < devices_; ++d) end = std::max(end, std::max(compute_clock_[d], movement_clock_[d]) + updates_.total[d]);
   }
   return end + static_cast<int64_t>(cache_.cost().machine().step_overhead_ns);
 }

@@ -5,26 +5,32 @@
 #include <set>
 
 #include "base/error.h"
-#include "machine/collectives.h"
+#include "reshard/flows.h"
 #include "sharding/region.h"
+#include "sim/memory.h"
 #include "sim/simulate.h"
 
 namespace soap {
 namespace {
 
-// Values as bytes, so that equal values have equal keys.
+constexpr size_t kMostExchanges = 1 << 15;
+
+// Values as bytes, so that equal values have equal keys. In the given string, whose memory is kept.
 struct Key {
-  std::string bytes;
+  std::string& bytes;
+
+  explicit Key(std::string& scratch) : bytes(scratch) { bytes.clear(); }
 
   Key& add(int64_t v) {
     bytes.append(reinterpret_cast<const char*>(&v), sizeof v);
     return *this;
   }
-  Key& add(const std::string& s) {
+  Key& add(std::string_view s) {
     add(static_cast<int64_t>(s.size()));
     bytes += s;
     return *this;
   }
+  Key& add(const std::string& s) { return add(std::string_view(s)); }
   template <class T>
   Key& list(const std::vector<T>& values) {
     add(static_cast<int64_t>(values.size()));
@@ -42,7 +48,7 @@ struct Key {
         [&](const auto& v) {
           using T = std::decay_t<decltype(v)>;
           if constexpr (std::is_same_v<T, std::string>) {
-            add(v);
+            add(std::string_view(v));
           } else if constexpr (std::is_same_v<T, std::vector<int64_t>>) {
             list(v);
           } else if constexpr (std::is_same_v<T, std::vector<double>>) {
@@ -78,7 +84,7 @@ struct Key {
 LayoutCache::LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost) : graph_(graph), rows_(rows), cost_(cost) {
   for (const Node& n : graph.nodes) {
     std::vector<TensorId> distinct;
-    Key key;
+    Key key(scratch_);
     key.add(static_cast<int64_t>(n.kind)).add(n.target).add(n.family).add(int64_t{n.sample_dim}).add(int64_t{n.no_grad});
     for (const auto& [name, attr] : n.attrs) key.add(name).add(attr);
     for (size_t i = 0; i < n.inputs.size(); ++i) {
@@ -89,14 +95,14 @@ LayoutCache::LayoutCache(const OpGraph& graph, const FedRows& rows, const CostMo
       key.add(t).add(static_cast<int64_t>(graph.nodes[t.producer].kind)).add(i < n.operand_names.size() ? n.operand_names[i] : "");
     }
     for (TensorId t : n.outputs) key.add(graph.tensors[t]);
-    classes_.push_back(class_ids_.emplace(std::move(key.bytes), static_cast<int>(class_ids_.size())).first->second);
+    classes_.push_back(class_ids_.emplace(key.bytes, static_cast<int>(class_ids_.size())).first->second);
     distinct_.push_back(std::move(distinct));
   }
 }
 
 int LayoutCache::intern_tiling(const std::optional<TensorTiling>& tiling) {
   if (!tiling) return -1;
-  Key key;
+  Key key(scratch_);
   for (const auto& cut : tiling->cuts) {
     key.add(int64_t{cut.dim}).add(static_cast<int64_t>(cut.parts.size()));
     for (const auto& tile : cut.parts) {
@@ -105,59 +111,56 @@ int LayoutCache::intern_tiling(const std::optional<TensorTiling>& tiling) {
     }
   }
   key.add(int64_t{tiling->replicas}).list(tiling->devices);
-  const auto [it, fresh] = tiling_ids_.emplace(std::move(key.bytes), static_cast<int>(tilings_.size()));
+  const auto [it, fresh] = tiling_ids_.try_emplace(key.bytes, static_cast<int>(tilings_.size()));
   if (fresh) tilings_.push_back(tiling);
   return it->second;
 }
 
 LayoutId LayoutCache::intern(const Sharding& layout) {
-  Key key;
+  Key key(scratch_);
   key.add(static_cast<int64_t>(layout.partial));
   for (const Coord& c : layout.coords) {
     key.add(static_cast<int64_t>(c.box.size()));
     for (const IndexSet& set : c.box) key.add(set);
     key.add(int64_t{c.chunk}).list(c.devices);
   }
-  const auto [it, fresh] = layout_ids_.emplace(std::move(key.bytes), static_cast<int>(layouts_.size()));
+  const auto [it, fresh] = layout_ids_.try_emplace(key.bytes, static_cast<int>(layouts_.size()));
   if (fresh) layouts_.push_back(std::make_unique<Sharding>(layout));
   return it->second;
 }
 
 int LayoutCache::intern_ranks(const std::vector<int>& ranks) {
-  Key key;
+  Key key(scratch_);
   key.list(ranks);
-  const auto [it, fresh] = rank_ids_.emplace(std::move(key.bytes), static_cast<int>(rank_sets_.size()));
-  if (fresh) rank_sets_.push_back(std::make_unique<std::vector<int>>(ranks));
+  const auto [it, fresh] = rank_ids_.try_emplace(key.bytes, static_cast<int>(sets_.size()));
+  if (fresh) sets_.push_back(std::make_unique<DeviceSet>(ranks));
   return it->second;
 }
 
 int64_t LayoutCache::exchange_price(int ranks, const std::vector<const EdgeMove*>& moves) {
-  Key key;
+  Key key(scratch_);
   key.add(int64_t{ranks});
   for (const EdgeMove* m : moves) key.add(reinterpret_cast<intptr_t>(m));
-  const auto [it, fresh] = exchange_prices_.emplace(std::move(key.bytes), 0);
+  if (exchange_prices_.size() >= kMostExchanges) exchange_prices_.clear();
+  const auto [it, fresh] = exchange_prices_.try_emplace(key.bytes, 0);
   if (fresh) {
     Traffic traffic(cost_.machine());
-    for (const EdgeMove* m : moves) {
-      for (const Sent& s : m->sent) traffic.add(s.from, s.to, s.bytes);
-    }
+    for (const EdgeMove* m : moves) traffic.add(*m->traffic);
     it->second = exchange_ns(cost_.machine(), this->ranks(ranks), traffic);
   }
   return it->second;
 }
 
 int64_t LayoutCache::reduce_price(int ranks, int64_t bytes, int at_once) {
-  Key key;
-  key.add(int64_t{ranks}).add(bytes).add(int64_t{at_once});
-  const auto [it, fresh] = reduce_prices_.emplace(std::move(key.bytes), 0);
+  const auto [it, fresh] = reduce_prices_.try_emplace(Numbers{ranks, bytes, at_once, 0}, 0);
   if (fresh) it->second = movement_ns(cost_.machine(), "all_reduce", this->ranks(ranks), bytes, at_once);
   return it->second;
 }
 
 int LayoutCache::groups_at_once(const std::vector<int>& rank_sets) {
-  Key key;
+  Key key(scratch_);
   key.list(rank_sets);
-  const auto [it, fresh] = at_once_.emplace(std::move(key.bytes), 0);
+  const auto [it, fresh] = at_once_.try_emplace(key.bytes, 0);
   if (fresh) {
     std::vector<std::vector<int>> groups;
     for (int id : rank_sets) groups.push_back(ranks(id));
@@ -167,9 +170,7 @@ int LayoutCache::groups_at_once(const std::vector<int>& rank_sets) {
 }
 
 const std::vector<int64_t>& LayoutCache::update(const Tensor& tensor, LayoutId tiles) {
-  Key key;
-  key.add(int64_t{tiles}).add(tensor.element_bytes);
-  const auto [it, fresh] = updates_.emplace(std::move(key.bytes), std::vector<int64_t>{});
+  const auto [it, fresh] = updates_.try_emplace(Numbers{tiles, tensor.element_bytes, 0, 0});
   if (fresh) {
     it->second.resize(rows_.size());
     for (const Coord& c : layout(tiles).coords) {
@@ -179,12 +180,23 @@ const std::vector<int64_t>& LayoutCache::update(const Tensor& tensor, LayoutId t
   return it->second;
 }
 
+const std::vector<int64_t>& LayoutCache::stored(const Tensor& tensor, LayoutId tiles, bool trained) {
+  const auto [it, fresh] = stored_.try_emplace(Numbers{tiles, tensor.element_bytes, int64_t{trained}, 0});
+  if (fresh) {
+    it->second.resize(rows_.size());
+    for (const Coord& c : layout(tiles).coords) {
+      for (int d : c.devices) it->second[d] += volume(c.box) * tensor.element_bytes * (trained ? 2 + kOptimizerCopies : 1);
+    }
+  }
+  return it->second;
+}
+
 LayoutId LayoutCache::derived(NodeId store, LayoutId copies) {
   const Node& n = graph_.nodes[store];
   const bool used = n.kind == NodeKind::kParam && copies >= 0;
-  Key key;
+  Key key(scratch_);
   key.add(int64_t{used ? copies : -1}).list(graph_.output(n, 0).shape);
-  const auto [it, fresh] = derived_.emplace(std::move(key.bytes), -1);
+  const auto [it, fresh] = derived_.try_emplace(key.bytes, -1);
   if (fresh) it->second = intern(derived_storage(graph_.output(n, 0), used ? &layout(copies) : nullptr, static_cast<int>(rows_.size())));
   return it->second;
 }
@@ -192,24 +204,30 @@ LayoutId LayoutCache::derived(NodeId store, LayoutId copies) {
 const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copies, bool gradient) {
   const Sharding &produced = layout(tiles), &read = layout(copies);
   const int64_t reduced = reduced_element_bytes(t, gradient ? Reduce::kSum : produced.partial);
-  Key key;
-  key.add(int64_t{tiles}).add(int64_t{copies}).add(int64_t{gradient}).add(t.element_bytes).add(reduced);
-  const auto [it, fresh] = edges_.emplace(std::move(key.bytes), nullptr);
+  const auto [it, fresh] = edges_.try_emplace(Numbers{tiles, copies, (t.element_bytes << 1) | int64_t{gradient}, reduced});
   if (!fresh) return it->second.get();
   auto out = std::make_unique<EdgeMove>();
-  const auto pieces = gradient ? grad_pieces(produced, read, 0) : fill_pieces(produced, read, 0);
-  const Movement m = gradient ? recognise(pieces, read, produced, Reduce::kSum) : recognise(pieces, produced, read, produced.partial);
+  const Flows flows = gradient ? grad_flows(produced, read, 0) : fill_flows(produced, read, 0);
+  const Movement& m = flows.movement;
   out->pattern = m.pattern;
-  std::set<std::pair<int, int>> from, to;
-  std::map<std::pair<int, int>, int64_t> sent;
-  for (const Piece& x : pieces) {
-    from.insert({x.src, x.from});
-    to.insert({x.dst, x.to});
-    if (x.from != x.to) sent[{x.from, x.to}] += volume(x.box) * t.element_bytes;
+  if (m.pattern != Pattern::kLocal) {
+    std::vector<char> from(rows_.size()), to(rows_.size()), takes_part(rows_.size());
+    for (const Flow& x : flows.list) from[x.from] = to[x.to] = 1;
+    for (int r : m.ranks) takes_part[r] = 1;
+    const auto both = [&](const std::vector<char>& a, const std::vector<char>& b) {
+      std::vector<int> devices;
+      for (size_t d = 0; d < a.size(); ++d) {
+        if (a[d] && b[d]) devices.push_back(static_cast<int>(d));
+      }
+      return &set(intern_ranks(devices));
+    };
+    out->senders = both(from, from);
+    out->receivers = both(to, to);
+    out->sending = both(from, takes_part);
+    out->receiving = both(to, takes_part);
+    out->ranks = intern_ranks(m.ranks);
+    out->among = &set(out->ranks);
   }
-  out->from = {from.begin(), from.end()};
-  out->to = {to.begin(), to.end()};
-  if (m.pattern != Pattern::kLocal) out->ranks = intern_ranks(m.ranks);
   if (m.pattern == Pattern::kAllReduce) {
     std::vector<int> groups;
     for (const ReduceGroup& g : m.groups) {
@@ -220,8 +238,11 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
     for (const auto& [ranks, bytes] : out->reduced) out->price_ns = std::max(out->price_ns, reduce_price(ranks, bytes, at_once));
   }
   if (m.pattern == Pattern::kExchange) {
-    for (const auto& [pair, bytes] : sent) out->sent.push_back({pair.first, pair.second, bytes});
-    out->price_ns = exchange_price(out->ranks, {out.get()});
+    out->traffic.emplace(cost_.machine());
+    for (const Flow& x : flows.list) {
+      if (x.from != x.to) out->traffic->add(x.from, x.to, x.elements * t.element_bytes);
+    }
+    out->price_ns = exchange_ns(cost_.machine(), ranks(out->ranks), *out->traffic);
   }
   it->second = std::move(out);
   return it->second.get();
@@ -229,16 +250,18 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
 
 const Fragment* LayoutCache::fragment(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow) {
   const std::string& name = graph_.nodes[node].name;
-  Key key;
+  Key key(scratch_);
   key.add(int64_t{classes_[node]}).list(placed).list(shadow);
   const auto own = strategy.nodes.find(name);
   if (own != strategy.nodes.end()) key.add(own->second);
-  for (auto sub = strategy.nodes.lower_bound(name + "/"); sub != strategy.nodes.end() && sub->first.compare(0, name.size() + 1, name + "/") == 0; ++sub) {
-    key.add(sub->first.substr(name.size())).add(sub->second);
+  inner_name_.assign(name).push_back('/');
+  for (auto sub = strategy.nodes.lower_bound(inner_name_); sub != strategy.nodes.end() && sub->first.starts_with(inner_name_); ++sub) {
+    key.add(std::string_view(sub->first).substr(name.size())).add(sub->second);
   }
-  auto it = fragments_.find(key.bytes);
-  if (it == fragments_.end()) it = fragments_.emplace(std::move(key.bytes), build(node, strategy, placed, shadow)).first;
-  return it->second.get();
+  const auto it = fragments_.find(key.bytes);
+  if (it != fragments_.end()) return it->second.get();
+  std::string owned = key.bytes;  // building uses the scratch
+  return fragments_.emplace(std::move(owned), build(node, strategy, placed, shadow)).first->second.get();
 }
 
 std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow) {
@@ -262,9 +285,12 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
             .tilings = std::move(r.inner.tilings)};
   p.differentiable = differentiable_nodes(p.graph, p.rules);
   if (is_store(source)) {
-    out->rule = p.rules[r.first];
-    out->tiling = p.tilings[r.first];
+    const auto own = strategy.nodes.find(source.name);
     out->tiles = {-1};
+    if (own != strategy.nodes.end()) {
+      out->tiles[0] = intern(configured_storage(source, p.rules[r.first], p.tilings[r.first], graph_.output(source, 0)));
+      out->used_again = own->second.keep == Keep::kUse;
+    }
     out->producers = {0};
     out->ops.push_back({.writes = {{FragmentTensor::Kind::kResult, 0}}});
     out->graph = std::move(p.graph);
@@ -291,10 +317,9 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
     out->chunked = out->chunked || tiling.chunks() > 1;
     const bool writes = n.kind == NodeKind::kReturn && n.target == "buffer_write";
     for (size_t i = 0; i < n.inputs.size(); ++i) {
-      OperandCopies copies = operand_copies(rule, tiling, static_cast<int>(i), p.graph.input(n, static_cast<int>(i)).shape);
+      const OperandCopies copies = operand_copies(rule, tiling, static_cast<int>(i), p.graph.input(n, static_cast<int>(i)).shape);
       op.reads.push_back({.tensor = known.at(n.inputs[i]),
                           .copies = intern(copies.sharding),
-                          .coord_of = std::move(copies.coord_of),
                           .differentiable = rule.operands[i].differentiable && !writes && (n.kind == NodeKind::kReturn || op.differentiable)});
       if (op.reads.back().tensor.kind != FragmentTensor::Kind::kInner) out->operand_uses.emplace_back(index, static_cast<int>(i));
     }

@@ -5,14 +5,18 @@
 // operator, shapes and attributes share everything.
 #pragma once
 
+#include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "cost/cost.h"
+#include "machine/collectives.h"
 #include "sharding/expand.h"
+#include "sim/clocks.h"
 
 namespace soap {
 
@@ -27,7 +31,6 @@ struct FragmentTensor {
 struct FragmentRead {
   FragmentTensor tensor;
   LayoutId copies = -1;
-  std::vector<int> coord_of;
   bool differentiable = false;  // it adds to the gradient of what it reads, where that has one
 };
 
@@ -52,33 +55,41 @@ struct Fragment {
   OpGraph graph;  // stand-ins for its operands, then its operators
   std::vector<FragmentOp> ops;
   std::vector<FragmentInner> inner;
-  std::vector<LayoutId> tiles;                    // per output, -1 for a store (its storage depends on its readers)
+  std::vector<LayoutId> tiles;                    // per output, -1 for a store that isn't configured (its storage depends on its readers)
   std::vector<int> producers;                     // per output: index in ops
   std::vector<int> placed, shadow;                // per output: ids of tensor tilings, -1 when there is none
   std::vector<std::pair<int, int>> operand_uses;  // (operator, operand), in order; of operands and results only
-  Rule rule;                                      // stores only
-  Tiling tiling;                                  // stores only
+  bool used_again = false;                        // a configured store whose copies are gathered again in backward (Keep::kUse)
   bool chunked = false;
 };
 
-struct Sent {
-  int from = -1, to = -1;  // devices
-  int64_t bytes = 0;
-};
-
-// How one tensor moves between two layouts.
+// How one tensor moves between two layouts. What every run reads comes first.
 struct EdgeMove {
   Pattern pattern = Pattern::kLocal;
-  int ranks = -1;                                // id of the participants
+  int ranks = -1;        // id of `among`
+  int64_t price_ns = 0;  // where it travels alone
+  // The participants; where pieces begin and end, local ones too; and those of them that take part. Null for kLocal.
+  const DeviceSet* among = nullptr;
+  const DeviceSet *sending = nullptr, *receiving = nullptr, *senders = nullptr, *receivers = nullptr;
   std::vector<std::pair<int, int64_t>> reduced;  // kAllReduce: (id of a group's ranks, bytes of an addend)
-  std::vector<Sent> sent;                        // kExchange, by pair of devices
-  int64_t price_ns = 0;                          // where it travels alone
-  // Distinct ends of all pieces, local ones too: (source coord, device), (destination coord, device).
-  std::vector<std::pair<int, int>> from, to;
+  std::optional<Traffic> traffic;                // kExchange
 };
 
 class LayoutCache {
  public:
+  // A short key.
+  using Numbers = std::array<int64_t, 4>;
+  struct NumbersHash {
+    size_t operator()(const Numbers& key) const {
+      uint64_t h = 0;
+      for (int64_t v : key) {
+        h = (h ^ static_cast<uint64_t>(v)) * 0x9e3779b97f4a7c15;
+        h ^= h >> 32;
+      }
+      return h;
+    }
+  };
+
   LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost);
 
   const OpGraph& graph() const { return graph_; }
@@ -87,7 +98,7 @@ class LayoutCache {
   const std::vector<TensorId>& distinct_inputs(NodeId node) const { return distinct_[node]; }
 
   // Ids of the producers' tilings, one for each distinct input. `strategy` holds the configurations of the node and of its sub-operators. Throws
-  // std::invalid_argument where the configuration isn't legal.
+  // std::invalid_argument where the configuration isn't legal, of an operator or of a parameter's storage.
   const Fragment* fragment(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow);
   // What fills the copies from the tiles, or brings their gradient back.
   const EdgeMove* edge(const Tensor& tensor, LayoutId tiles, LayoutId copies, bool gradient);
@@ -95,8 +106,10 @@ class LayoutCache {
   LayoutId derived(NodeId store, LayoutId copies);
   LayoutId intern(const Sharding& layout);
   const Sharding& layout(LayoutId id) const { return *layouts_[id]; }
+  // Of a sorted list of devices.
   int intern_ranks(const std::vector<int>& ranks);
-  const std::vector<int>& ranks(int id) const { return *rank_sets_[id]; }
+  const std::vector<int>& ranks(int id) const { return sets_[id]->devices; }
+  const DeviceSet& set(int id) const { return *sets_[id]; }
   // What one exchange of all these takes, among `ranks`.
   int64_t exchange_price(int ranks, const std::vector<const EdgeMove*>& moves);
   // An all-reduce, `at_once` of which share each host's links: see movement_ns.
@@ -104,6 +117,8 @@ class LayoutCache {
   int groups_at_once(const std::vector<int>& rank_sets);
   // The optimizer's time for a parameter stored like this, per device.
   const std::vector<int64_t>& update(const Tensor& tensor, LayoutId tiles);
+  // Bytes of a tensor stored like this, per device; of a trained one with its gradient and the optimizer's state (sim/memory.h: stored).
+  const std::vector<int64_t>& stored(const Tensor& tensor, LayoutId tiles, bool trained);
 
  private:
   std::unique_ptr<Fragment> build(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow);
@@ -116,14 +131,18 @@ class LayoutCache {
   std::vector<int> classes_;  // per node: equal for nodes that lower alike
   std::unordered_map<std::string, int> class_ids_, layout_ids_, tiling_ids_, rank_ids_;
   std::vector<std::unique_ptr<Sharding>> layouts_;
-  std::vector<std::unique_ptr<std::vector<int>>> rank_sets_;
+  std::vector<std::unique_ptr<DeviceSet>> sets_;
   std::vector<std::optional<TensorTiling>> tilings_;
   std::unordered_map<std::string, std::unique_ptr<Fragment>> fragments_;
-  std::unordered_map<std::string, std::unique_ptr<EdgeMove>> edges_;
+  template <class T>
+  using ByNumbers = std::unordered_map<Numbers, T, NumbersHash>;
+  ByNumbers<std::unique_ptr<EdgeMove>> edges_;
+  ByNumbers<int64_t> reduce_prices_;
+  ByNumbers<std::vector<int64_t>> updates_, stored_;
   std::unordered_map<std::string, LayoutId> derived_;
-  std::unordered_map<std::string, int64_t> reduce_prices_, exchange_prices_;
+  std::unordered_map<std::string, int64_t> exchange_prices_;  // forgotten when there are kMostExchanges: every bucket is another one
   std::unordered_map<std::string, int> at_once_;
-  std::unordered_map<std::string, std::vector<int64_t>> updates_;
+  std::string scratch_, inner_name_;  // of keys
 };
 
 }  // namespace soap

@@ -160,12 +160,13 @@ struct Memory {
     for (const auto& [key, step] : fill) {
       const CopyGroup& g = p.groups[key.first];
       if (refill.count(key)) continue;  // has memory of its own, to be given back
-      std::map<std::pair<int, int>, std::vector<const Piece*>> arriving;
-      for (const Piece& x : pieces[step][item_of_fill.at(key)].pieces) arriving[{x.dst, x.to}].push_back(&x);
+      std::map<std::pair<int, int>, std::vector<const Flow*>> arriving;
+      for (const Flow& x : pieces[step][item_of_fill.at(key)].pieces) arriving[{x.dst, x.to}].push_back(&x);
       for (const auto& [copy, list] : arriving) {
-        const Piece& x = *list[0];
-        if (list.size() > 1 || x.from != x.to || x.box != g.copies.coords[x.dst].box) continue;
-        if (is_stretch(x.box, p.tiles[g.tensor].coords[x.src].box)) views[key].insert(copy);
+        const Flow& x = *list[0];
+        const Box& box = g.copies.coords[x.dst].box;
+        if (list.size() > 1 || x.from != x.to || x.elements != volume(box)) continue;
+        if (is_stretch(box, p.tiles[g.tensor].coords[x.src].box)) views[key].insert(copy);
       }
     }
   }
@@ -191,7 +192,7 @@ struct Memory {
               const Key key{g, p.groups[g].copies.coords[copy].chunk};
               const int at = again.at({u.node, static_cast<int>(i) % chunks});
               filled_again[key] = filled_again.count(key) ? std::min(filled_again[key], at) : at;
-              for (const Piece& x : pieces[fill.at(key)][item_of_fill.at(key)].pieces) {
+              for (const Flow& x : pieces[fill.at(key)][item_of_fill.at(key)].pieces) {
                 int& mine = again.at({n->id, p.tiles[t].coords[x.src].chunk});
                 if (x.dst == copy) mine = std::min(mine, at);
               }
@@ -221,7 +222,7 @@ struct Memory {
         std::map<int, Life> last;  // by chunk
         for (int g : p.groups_of[t.id]) {
           for (auto f = fill.lower_bound({g, 0}); f != fill.end() && f->first.first == g; ++f) {
-            for (const Piece& x : pieces[f->second][item_of_fill.at(f->first)].pieces) {
+            for (const Flow& x : pieces[f->second][item_of_fill.at(f->first)].pieces) {
               Life& until = last[p.tiles[t.id].coords[x.src].chunk];
               until.first = std::max(until.first, f->second);
               const auto v = views.find(f->first);
@@ -302,12 +303,12 @@ struct Memory {
       for (auto it = grad_fill.lower_bound({static_cast<int>(g), 0}); it != grad_fill.end() && it->first.first == static_cast<int>(g); ++it) {
         const auto& list = pieces[it->second.first][it->second.second].pieces;
         std::map<std::pair<int, int>, int> arriving;
-        for (const Piece& x : list) ++arriving[{x.dst, x.to}];
-        for (const Piece& x : list) {
+        for (const Flow& x : list) ++arriving[{x.dst, x.to}];
+        for (const Flow& x : list) {
           int& last = leaves[{x.src, x.from}];
           last = std::max(last, it->second.first);
-          const bool same =
-              arriving[{x.dst, x.to}] == 1 && x.from == x.to && x.box == p.tiles[t.id].coords[x.dst].box && x.box == group.copies.coords[x.src].box;
+          const bool same = arriving[{x.dst, x.to}] == 1 && x.from == x.to && x.elements == volume(p.tiles[t.id].coords[x.dst].box) &&
+                            x.elements == volume(group.copies.coords[x.src].box);
           tiles[{x.dst, x.to}] = same ? std::pair{x.src, it->second.first} : std::pair{-1, it->second.first};
         }
       }
@@ -348,11 +349,11 @@ struct Memory {
         if (pieces[s][i].movement.pattern != Pattern::kExchange) continue;
         const Tensor& t = p.graph.tensors[p.groups[item.id].tensor];
         std::map<std::pair<int, int>, int> arriving;
-        for (const Piece& x : pieces[s][i].pieces) ++arriving[{x.dst, x.to}];
-        for (const Piece& x : pieces[s][i].pieces) {
+        for (const Flow& x : pieces[s][i].pieces) ++arriving[{x.dst, x.to}];
+        for (const Flow& x : pieces[s][i].pieces) {
           if (x.from == x.to) continue;
-          hold(x.from, bytes_of(x.box, t), s, s);
-          if (arriving[{x.dst, x.to}] > 1) hold(x.to, bytes_of(x.box, t), s, s);
+          hold(x.from, x.elements * t.element_bytes, s, s);
+          if (arriving[{x.dst, x.to}] > 1) hold(x.to, x.elements * t.element_bytes, s, s);
         }
       }
     }
@@ -380,9 +381,8 @@ StepPieces step_pieces(const Program& p) {
     const Step& step = p.steps[s];
     if (step.kind == StepKind::kCompute || step.kind == StepKind::kComputeBackward) continue;
     for (const StepItem& item : step.items) {
-      auto pieces = item_pieces(p, step.kind, item);
-      Movement movement = item_movement(p, step.kind, item, pieces);
-      out[s].push_back({std::move(pieces), std::move(movement)});
+      Flows flows = item_flows(p, step.kind, item);
+      out[s].push_back({std::move(flows.list), std::move(flows.movement)});
     }
   }
   return out;

@@ -21,14 +21,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "program/program.h"
+#include "program/item_flows.h"
 
 namespace soap {
 
 constexpr int64_t kOptimizerCopies = 2;  // AdamW's two moments
 
 struct MovedItem {
-  std::vector<Piece> pieces;
+  std::vector<Flow> pieces;
   Movement movement;
 };
 // Of each item of each step, empty for computing ones.

@@ -108,14 +108,14 @@ struct Simulator {
   }
 
   // When the sources of an item are there, on the devices that send them.
-  void sources(StepKind kind, const StepItem& item, const std::vector<Piece>& list, std::vector<int64_t>& begin) const {
+  void sources(StepKind kind, const StepItem& item, const std::vector<Flow>& list, std::vector<int64_t>& begin) const {
     const CopyGroup& g = p.groups[item.id];
     const NodeId producer = p.graph.tensors[g.tensor].producer;
     const auto wait_for = [&](const std::map<Item, std::vector<int64_t>>& ends, const Item& of, int device) {
       const auto it = ends.find(of);
       if (it != ends.end()) begin[device] = std::max(begin[device], it->second[device]);
     };
-    for (const Piece& x : list) {
+    for (const Flow& x : list) {
       switch (kind) {
         case StepKind::kFill: wait_for(forward_end, {producer, p.tiles[g.tensor].coords[x.src].chunk}, x.from); break;
         case StepKind::kGradFill:
@@ -145,8 +145,8 @@ struct Simulator {
       for (const ReduceGroup& g : m.groups) reduced[g.ranks] += g.elements * element_bytes;
       if (m.pattern == Pattern::kExchange) {
         exchanging.insert(m.ranks.begin(), m.ranks.end());
-        for (const Piece& x : list) {
-          if (x.from != x.to) traffic.add(x.from, x.to, bytes_of(x.box, t));
+        for (const Flow& x : list) {
+          if (x.from != x.to) traffic.add(x.from, x.to, x.elements * t.element_bytes);
         }
       }
     }

@@ -7,6 +7,8 @@
 #include "gtest/gtest.h"
 #include "plan/plan_text.h"
 #include "program/project.h"
+#include "random.h"
+#include "reshard/flows.h"
 
 namespace soap {
 namespace {
@@ -30,6 +32,65 @@ TEST(Anchor, IsReadByOnePart) {
   const CopyGroup& copies = p.groups[p.groups_of[bias][0]];
   EXPECT_EQ(copies.uses[0].coord_of, (std::vector<int>{-1, 0, -1}));  // the first part is empty
   EXPECT_EQ(copies.copies.coords[0].devices, std::vector<int>{0});
+}
+
+// A random layout of a 6 x 5 tensor: a grid of parts with replicas, or whole addends, on shuffled devices of eight.
+Sharding random_layout(test::Random& random) {
+  std::vector<int> devices{0, 1, 2, 3, 4, 5, 6, 7};
+  for (size_t i = devices.size(); i-- > 1;) std::swap(devices[i], devices[random.below(static_cast<int64_t>(i) + 1)]);
+  const auto cut = [&](int64_t size) {
+    std::vector<int64_t> points{0, size};
+    if (random.chance(60)) points.insert(points.begin() + 1, random.between(0, size));
+    return points;
+  };
+  Sharding out;
+  size_t next = 0;
+  if (random.chance(30)) {
+    out.partial = Reduce::kSum;
+    for (int64_t k = random.between(1, 4); k > 0; --k) out.coords.push_back({.box = whole_box({6, 5}), .devices = {devices[next++]}});
+    return out;
+  }
+  const int64_t replicas = random.between(1, 2);
+  const auto rows_at = cut(6), columns_at = cut(5);
+  for (size_t i = 0; i + 1 < rows_at.size(); ++i) {
+    for (size_t j = 0; j + 1 < columns_at.size(); ++j) {
+      Coord c{.box = {span(rows_at[i], rows_at[i + 1]), span(columns_at[j], columns_at[j + 1])}};
+      for (int64_t r = 0; r < replicas; ++r) c.devices.push_back(devices[next++]);
+      out.coords.push_back(c);
+    }
+  }
+  return out;
+}
+
+TEST(Flows, AreThePiecesWithoutTheirBoxes) {
+  test::Random random(1);
+  int all_reduces = 0;
+  for (int i = 0; i < 2000; ++i) {
+    const Sharding tiles = random_layout(random);
+    Sharding copies = random_layout(random);
+    if (tiles.partial != Reduce::kNone && random.chance(50)) {  // the whole sum for those who hold an addend
+      copies = {.coords = {{.box = whole_box({6, 5})}}};
+      for (const Coord& c : tiles.coords) copies.coords[0].devices.push_back(c.devices[0]);
+    }
+    for (const bool gradient : {false, true}) {
+      const bool collectives = random.chance(80);
+      const Flows flows = gradient ? grad_flows(tiles, copies, 0, collectives) : fill_flows(tiles, copies, 0, collectives);
+      const auto pieces = gradient ? grad_pieces(tiles, copies, 0) : fill_pieces(tiles, copies, 0);
+      ASSERT_EQ(flows.list.size(), pieces.size());
+      for (size_t k = 0; k < pieces.size(); ++k) {
+        const auto& [src, from, dst, to, elements] = flows.list[k];
+        ASSERT_EQ(std::tuple(src, from, dst, to, elements), std::tuple(pieces[k].src, pieces[k].from, pieces[k].dst, pieces[k].to, volume(pieces[k].box)));
+      }
+      const Reduce reduce = !collectives ? Reduce::kNone : gradient ? Reduce::kSum : tiles.partial;
+      const Movement m = gradient ? recognise(pieces, copies, tiles, reduce) : recognise(pieces, tiles, copies, reduce);
+      ASSERT_EQ(flows.movement.pattern, m.pattern) << i;
+      ASSERT_EQ(flows.movement.ranks, m.ranks);
+      ASSERT_EQ(flows.movement.elements, m.elements);
+      ASSERT_EQ(flows.movement.groups, m.groups);
+      all_reduces += m.pattern == Pattern::kAllReduce;
+    }
+  }
+  EXPECT_GT(all_reduces, 20);
 }
 
 // Elements that several tiles of a partial value cover come from all of them; those of a complete one from exactly one, or it is our mistake.

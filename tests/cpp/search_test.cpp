@@ -6,6 +6,7 @@
 #include "graphs.h"
 #include "gtest/gtest.h"
 #include "plan/plan_text.h"
+#include "search/chains.h"
 #include "search/manual.h"
 
 namespace soap {
@@ -51,6 +52,55 @@ TEST(Search, SameSeedSamePlan) {
     return print_plan(g, r.candidates[r.best].strategy);
   };
   EXPECT_EQ(run(), run());
+}
+
+// Chains' random numbers and meetings depend on the seed alone.
+TEST(Search, ThreadsDoNotChangeThePlan) {
+  const OpGraph g = wide_mlp(512);
+  const CostModel cost(slow_links(4));
+  const FedRows rows{4, 4, 4, 4};
+  const Proposals proposals(g, 4);
+  const auto price = [&](const Strategy& s) {
+    const Simulation sim = simulate(lower(g, s, rows), cost);
+    return Candidate{.name = "mcmc", .strategy = s, .step_ns = sim.step_ns, .memory_bytes = sim.memory_bytes[0]};
+  };
+  const std::vector<Candidate> starts{price(seeds(g, 4)[0].second)};
+  std::vector<std::string> plans;
+  std::vector<int> told;
+  for (const int threads : {1, 3}) {
+    const ChainOptions options{.seed = 3, .chains = 5, .simulations = 600, .threads = threads};
+    const ChainResult r = run_chains(g, rows, cost, proposals, {}, starts, options, price, [&](int done, int64_t) {
+      told.push_back(done);
+      return true;
+    });
+    EXPECT_EQ(r.chains, 5);
+    EXPECT_LT(r.best.step_ns, starts[0].step_ns);
+    plans.push_back(print_plan(g, r.best.strategy));
+  }
+  EXPECT_EQ(plans[0], plans[1]);
+  EXPECT_EQ(std::vector(told.begin(), told.begin() + static_cast<int64_t>(told.size()) / 2),
+            std::vector(told.begin() + static_cast<int64_t>(told.size()) / 2, told.end()));
+}
+
+// A step that stores more than the limit isn't taken, whatever its time.
+TEST(Search, ChainsKeepWhatIsStoredUnderTheLimit) {
+  const OpGraph g = wide_mlp(256);
+  const CostModel cost(slow_links(2));
+  const FedRows rows{4, 4};
+  const Proposals proposals(g, 2);
+  LayoutCache cache(g, rows, cost);
+  const auto price = [&](const Strategy& s) {
+    const Simulation sim = simulate(lower(g, s, rows), cost);
+    EXPECT_LE(DeltaSimulator(cache, s, rows).stored_bytes(), *std::max_element(sim.memory_bytes.begin(), sim.memory_bytes.end()));
+    return Candidate{.name = "mcmc", .strategy = s, .step_ns = sim.step_ns};
+  };
+  const Strategy tensor_parallel = manual_strategy(g, 2, {.tp = 2});  // each weight in two
+  const int64_t limit = DeltaSimulator(cache, tensor_parallel, rows).stored_bytes();
+  ASSERT_LT(limit, DeltaSimulator(cache, seeds(g, 2)[0].second, rows).stored_bytes());
+  const ChainOptions options{.seed = 1, .chains = 2, .simulations = 300, .temperature = 10, .memory_limit_bytes = limit};
+  const ChainResult r = run_chains(g, rows, cost, proposals, {}, {price(tensor_parallel)}, options, price, [](int, int64_t) { return true; });
+  EXPECT_GT(r.illegal, 20);
+  EXPECT_LE(DeltaSimulator(cache, r.best.strategy, rows).stored_bytes(), limit);
 }
 
 TEST(Search, SaysWhenNothingFits) {

@@ -76,7 +76,7 @@ def test_the_result_has_the_curve() -> None:
 def test_it_ends_when_told_with_a_legal_plan(stop_at: int) -> None:
     result = search(lambda p: p.simulations < stop_at, simulations=100_000)
     best = result.candidates[result.best]
-    assert result.interrupted and result.simulations <= stop_at + 4
+    assert result.interrupted and result.simulations <= stop_at + 4 * 33  # a round of four chains
     program = _C.lower(graph(), best.strategy, [4] * 4)
     assert _C.simulate(program, _C.CostModel(p100(4))).step_ns == best.step_ns == min(c.step_ns for c in result.candidates if c.step_ns >= 0)
 
@@ -101,6 +101,13 @@ def test_what_the_observer_raises_ends_the_search() -> None:
         search(observer)
 
 
+def endless(of: _C.OpGraph) -> _C.SearchOptions:
+    """Starts enough for minutes: the walks end by themselves when they have no luck."""
+    out = options()
+    out.starts = [("ddp", _C.seeds(of, 4)[0][1])] * 300_000
+    return out
+
+
 def press(times: int) -> None:
     """Ctrl-C on this process, from another thread, after 0.2 s."""
 
@@ -115,8 +122,9 @@ def press(times: int) -> None:
 def test_ctrl_c_reaches_a_search_without_end() -> None:
     before = signal.getsignal(signal.SIGINT)
     with SearchProgress(None) as progress:
+        searched = graph()
         press(1)
-        result = _C.search(graph(), [4] * 4, _C.CostModel(p100(4)), options(1_000_000_000), progress)
+        result = _C.search(searched, [4] * 4, _C.CostModel(p100(4)), endless(searched), progress)
     assert progress.interrupted and result.interrupted and result.candidates[result.best].step_ns > 0
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -127,8 +135,9 @@ def test_the_second_ctrl_c_ends_all() -> None:
             return True
 
     with pytest.raises(KeyboardInterrupt), Deaf(None) as progress:
+        searched = graph()
         press(2)
-        _C.search(graph(), [4] * 4, _C.CostModel(p100(4)), options(1_000_000_000), progress)
+        _C.search(searched, [4] * 4, _C.CostModel(p100(4)), endless(searched), progress)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -169,7 +178,7 @@ def test_plan_says_that_it_was_interrupted(monkeypatch: pytest.MonkeyPatch, caps
 def test_all_ranks_get_the_same_plan(pressed_on: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Pressed on rank 0 while it searches; on another rank before, which all hear of when they next meet."""
     if pressed_on == 0:
-        interrupt_after(monkeypatch, 3)
+        interrupt_after(monkeypatch, 1)
     else:
         real = SearchProgress.__enter__
 
