@@ -55,6 +55,5 @@ void bind_machine(pybind11::module_& m);
 void bind_search(pybind11::module_& m);
 void bind_rewrite_search(pybind11::module_& m);
 void bind_layers(pybind11::module_& m);
-void bind_exhaustive(pybind11::module_& m);
 
 }  // namespace soap

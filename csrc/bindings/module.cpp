@@ -12,5 +12,4 @@ PYBIND11_MODULE(_C, m) {
   soap::bind_search(m);
   soap::bind_rewrite_search(m);
   soap::bind_layers(m);
-  soap::bind_exhaustive(m);
 }

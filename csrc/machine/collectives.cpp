@@ -131,12 +131,4 @@ int64_t Traffic::exchange_ns() const {
   return static_cast<int64_t>(std::max(within_.ns(machine_.intra), between_.ns(machine_.inter)));
 }
 
-void Traffic::clear() {
-  for (Load* load : {&within_, &between_}) {
-    for (auto* bytes : {&load->out, &load->in, &load->host_out, &load->host_in}) std::fill(bytes->begin(), bytes->end(), 0);
-  }
-  std::fill(sent_.begin(), sent_.end(), 0);
-  most_sent_ = 0;
-}
-
 }  // namespace soap

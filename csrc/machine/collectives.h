@@ -32,8 +32,6 @@ class Traffic {
   int64_t most_sent() const { return most_sent_; }  // by one device: what measured tables are keyed by
   // Latency of the slowest link used and the time of the busiest one.
   int64_t exchange_ns() const;
-  // Nothing moves.
-  void clear();
 
  private:
   struct Load {

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "sharding/dim_set.h"
 #include "sim/memory.h"
 #include "sim/simulate.h"
 

@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "base/error.h"
+#include "machine/collectives.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -213,11 +214,8 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
       for (size_t r = 0; r < copy.devices.size(); ++r) {
         const int device = copy.devices[r];
         const int sender = source.mask >> device & 1 ? device : source.devices[(held[device] < 0 ? r : held[device]) % source.devices.size()];
-        if (whole) pieces_.push_back({static_cast<int>(k), static_cast<int>(j), sender, device});
-        if (sender == device) continue;
-        if (ranks == 0) traffic_.clear();
-        traffic_.add(sender, device, volume * element_bytes);
-        ranks |= uint64_t{1} << device | uint64_t{1} << sender;
+        pieces_.push_back({static_cast<int>(k), static_cast<int>(j), sender, device, volume});
+        if (sender != device) ranks |= uint64_t{1} << device | uint64_t{1} << sender;
       }
     }
   }
@@ -228,7 +226,9 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
   }
   ranks_.clear();
   for (; ranks != 0; ranks &= ranks - 1) ranks_.push_back(std::countr_zero(ranks));
-  return exchange_ns(machine_, ranks_, traffic_);
+  Traffic traffic(machine_);
+  for (const Piece& p : pieces_) traffic.add(p.from, p.to, p.volume * element_bytes);
+  return exchange_ns(machine_, ranks_, traffic);
 }
 
 namespace {

@@ -12,7 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "machine/collectives.h"
+#include "machine/machine.h"
 #include "reshard/reshard.h"
 
 namespace soap {
@@ -32,7 +32,7 @@ struct Layout {
 
 class Layouts {
  public:
-  explicit Layouts(const Machine& machine) : machine_(machine), traffic_(machine) {}
+  explicit Layouts(const Machine& machine) : machine_(machine) {}
 
   int add(const Sharding& sharding);
   int add(Layout layout);  // volumes and masks filled in here; parts may be empty
@@ -70,6 +70,7 @@ class Layouts {
   struct Piece {
     int source = 0, copy = 0;  // indices of parts
     int from = 0, to = 0;
+    int64_t volume = 0;
   };
   // The all-reduces that the pieces are (reshard/reshard.h): -1 when they aren't.
   int64_t all_reduce(const std::vector<Piece>& pieces, const Layout& to, int64_t element_bytes);
@@ -107,8 +108,7 @@ class Layouts {
   std::unordered_map<uint64_t, int64_t> prices_;                       // of (tiles, copies, way, element)
   std::map<std::tuple<uint64_t, int64_t, int>, int64_t> all_reduces_;  // (ranks, bytes, at once) -> ns
   std::vector<Piece> pieces_;                                          // of the movement that is being priced
-  Traffic traffic_;
-  std::vector<int> key_, ranks_;  // of what is looked up or priced
+  std::vector<int> key_, ranks_;                                       // of what is looked up or priced
 };
 
 }  // namespace soap

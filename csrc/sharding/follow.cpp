@@ -3,6 +3,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "sharding/dim_set.h"
 #include "sharding/tiling.h"
 
 namespace soap {

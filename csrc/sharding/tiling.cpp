@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "sharding/dim_set.h"
 
 namespace soap {
 

@@ -50,8 +50,6 @@ struct Sharding {
 
 // Index set of each factor for (tile, chunk), whole when not cut.
 std::vector<IndexSet> factor_sets(const Rule& rule, const Tiling& tiling, int tile, int chunk);
-// Of one dim of `size`.
-IndexSet dim_set(const DimExpr& dim, const Rule& rule, int64_t size, const std::vector<IndexSet>& sets);
 Box box_of(const std::vector<DimExpr>& dims, const Rule& rule, const std::vector<int64_t>& shape, const std::vector<IndexSet>& sets);
 
 // The layout a node gives its result: coord index is tile * chunks + chunk.
