@@ -40,6 +40,7 @@ std::string print_config(const OpConfig& config) {
   if (config.replicas > 1) words.push_back(fmt::format("replicas={}", config.replicas));
   if (config.keep != Keep::kUntilBackward) words.push_back(fmt::format("keep={}", kKeepWords[static_cast<int>(config.keep)]));
   if (!config.devices.empty()) words.push_back(fmt::format("@ [{}]", device_list(config.devices)));
+  if (words.empty()) return "replicas=1";  // whole, on device 0: a name alone would follow
   return fmt::format("{}", fmt::join(words, " "));
 }
 

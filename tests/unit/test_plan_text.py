@@ -22,6 +22,7 @@ ROUND_TRIP = [
     ("0 o=2z", "0  o=2z\n"),
     ("0 o=1x2t:2.3.1", "0  o=1x2t:2.3.1\n"),
     ("0 n=fed", "0  n=fed\n"),
+    ("0 replicas=1", "0  replicas=1\n"),
     ("0 replicas=2 # both\n\n# nothing\n2 @ [1]", "0  replicas=2\n2  @ [1]\n"),
     ("set order=1f1b bucket_bytes=77\n0 o=2", "set order=1f1b\nset bucket_bytes=77\n0  o=2\n"),
     ("0 o=2 store=o", "param:0.weight  d0=2 @ [0,1]\nparam:0.bias    d0=2 @ [0,1]\n0               o=2\n"),

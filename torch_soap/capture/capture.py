@@ -199,7 +199,7 @@ class Captured:
             shapes = [graph.values[n.inputs[0]].shape for n in user_returns(graph)]
             other = scaled(signature, self.batch_dims, 1, add=1)
             try:
-                moved = self._import(other) if other != signature else graph
+                moved = self._import(other) if other != signature and any(shapes) else graph  # a loss has no dims
                 others = [moved.values[n.inputs[0]].shape for n in user_returns(moved)]
             except CaptureError as error:
                 self.reasons.append(f"sample dims of outputs by size, not by replay: {error}")
