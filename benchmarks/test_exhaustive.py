@@ -27,7 +27,7 @@ from torch_soap import _C
 RESULTS = Path(__file__).parent / "results"
 ROWS, REPEATS = 64, 5  # rows per device: FlexFlow's batch
 DEVICES = (1, 2, 4)
-SIMULATIONS = 2000  # of the search, of descent and of MCMC each
+SIMULATIONS = 10_000  # of the search, of descent and of MCMC each
 FLEXFLOW_OPERATORS = ("embedding", "lstm_layer", "linear", "ce_rows")
 
 
