@@ -15,7 +15,7 @@ IndexSet IndexSet::interval(int64_t begin, int64_t end) {
 IndexSet IndexSet::from_runs(std::vector<Run> runs) {
   std::erase_if(runs, [](const Run& r) { return r.begin >= r.end; });
   if (runs.empty()) return {};
-  std::sort(runs.begin(), runs.end());
+  if (!std::is_sorted(runs.begin(), runs.end())) std::sort(runs.begin(), runs.end());
   size_t last = 0;
   for (size_t i = 1; i < runs.size(); ++i) {
     if (runs[i].begin <= runs[last].end) {
@@ -56,8 +56,8 @@ IndexSet intersect(const IndexSet& a, const IndexSet& b) {
 }
 
 IndexSet unite(const IndexSet& a, const IndexSet& b) {
-  std::vector<Run> runs(a.runs().begin(), a.runs().end());
-  runs.insert(runs.end(), b.runs().begin(), b.runs().end());
+  std::vector<Run> runs(a.runs().size() + b.runs().size());
+  std::merge(a.runs().begin(), a.runs().end(), b.runs().begin(), b.runs().end(), runs.begin());
   return IndexSet::from_runs(std::move(runs));
 }
 
@@ -86,6 +86,7 @@ IndexSet product(const IndexSet& outer, const IndexSet& inner, int64_t inner_siz
 }
 
 IndexSet digit(const IndexSet& set, int64_t inner_size, int64_t digit_size) {
+  if (set.is_interval() && inner_size == 1 && set.end() <= digit_size) return set;
   std::vector<Run> runs;
   for (const Run& r : set.runs()) {
     const int64_t first = r.begin / inner_size, last = (r.end - 1) / inner_size;

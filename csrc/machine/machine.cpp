@@ -13,6 +13,7 @@
 namespace soap {
 
 int Machine::num_hosts(const std::vector<int>& ranks) const {
+  if (std::all_of(ranks.begin(), ranks.end(), [&](int r) { return host_of.at(r) == host_of.at(ranks[0]); })) return ranks.empty() ? 0 : 1;
   std::set<int> hosts;
   for (int r : ranks) hosts.insert(host_of.at(r));
   return static_cast<int>(hosts.size());
@@ -165,6 +166,7 @@ int64_t movement_ns(const Machine& machine, const std::string& kind, const std::
 
 int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic) {
   if (ranks.size() < 2) return 0;
+  if (machine.tables.empty()) return traffic.exchange_ns();
   const Measured measured = nearest(machine, "exchange", static_cast<int>(ranks.size()), machine.num_hosts(ranks));
   return measured.table ? interpolate(*measured.table, traffic.most_sent()) : traffic.exchange_ns();
 }

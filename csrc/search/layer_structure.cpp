@@ -6,11 +6,14 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "sharding/dim_set.h"
 #include "sim/memory.h"
 #include "sim/simulate.h"
 
 namespace soap {
 namespace {
+
+constexpr size_t kMostCuts = 16;  // of one operator: each cuts in two at least
 
 std::vector<int> first_devices(int n) {
   std::vector<int> out(n);
@@ -85,7 +88,7 @@ LayerStructure followed_structure(Program& program, const LayerShape& layer, con
     const Node& n = g.nodes[id];
     LayerStructure::Member m{.node = id};
     m.cuts.resize(variants.size());
-    const int main = id == layer.head ? -1 : main_operand(g, n);
+    const int main = m.main = id == layer.head ? -1 : main_operand(g, n);
     const auto producer = main < 0 ? member.end() : member.find(g.tensors[n.inputs[main]].producer);
     if (id == layer.head) {
       for (size_t v = 0; v < variants.size(); ++v) m.cuts[v] = {variants[v].factor, variants[v].parts};
@@ -172,38 +175,43 @@ std::optional<LayerStructure> expanded_structure(Program& own, const Program& fi
   return s;
 }
 
-namespace {
-
-struct Evaluator {
+struct LayerEvaluator::State {
   LayerStructure& s;
   const std::vector<Variant>& variants;
-  const std::vector<int>& cuts;
+  int world;
   const CostModel& cost;
   Layouts& layouts;
-  int world = 1;
-  std::vector<int> degrees = {};
-  std::vector<std::vector<char>> kept = {};  // [member][cut]
-  std::vector<std::vector<int>> order = {};  // [member]: cuts as its devices are listed, slowest first
+  // Of the configuration at hand.
+  std::vector<int> cuts = {}, degrees = {}, strides = {};  // strides: of a cut's part in the head's devices
+  std::vector<std::vector<char>> kept = {};                // [member][cut]
+  std::vector<std::vector<int>> order = {};                // [member]: cuts as its devices are listed, slowest first
   std::vector<int64_t> spent = {}, held = {};
   std::vector<std::vector<LayerTable::Read>> reads = {};  // per local tensor
   std::vector<int> tiles = {};                            // per local tensor: layout
   // Of the member at hand.
-  std::vector<int> own = {};                   // kept cuts
-  std::vector<std::vector<int>> devices = {};  // per tile
-  std::vector<std::vector<int>> parts = {};    // per tile, kept cut: part
+  std::vector<int> own = {};        // kept cuts
+  int count = 1, each = 1;          // tiles, devices of a tile
+  std::vector<int> devices = {};    // [tile * each + replica]
+  std::vector<int> parts = {};      // [tile * own.size() + kept cut]: part
+  std::vector<int> made = {};       // [tile * dims + dim] of the operand or result at hand
+  std::vector<int64_t> sizes = {};  // [tile * number of dims of all + dim]
+  std::vector<char> here = {};      // [tile]
+  std::vector<IndexSet> sets = {};  // per factor
+  std::vector<int> taken = {};
 
   // Which cuts a member keeps; false where that depends on more than each cut by itself.
   bool keep(size_t index) {
     const LayerStructure::Member& m = s.members[index];
     const Rule& rule = s.program->rules[m.node];
-    std::vector<char> keeps(cuts.size());
-    std::vector<int> taken;
+    std::vector<char>& keeps = kept[index];
+    keeps.assign(cuts.size(), 0);
+    taken.clear();
     for (size_t i = 0; i < cuts.size(); ++i) {
       const int f = m.cuts[cuts[i]].factor;
       if (f < 0 || (m.from >= 0 && !kept[m.from][i])) continue;
       if (std::count(taken.begin(), taken.end(), f)) {
         if (m.from < 0) return false;
-        const auto& dims = rule.operands[main_operand(s.program->graph, s.program->graph.nodes[m.node])].dims;
+        const auto& dims = rule.operands[m.main].dims;
         if (std::any_of(dims.begin(), dims.end(),
                         [&](const DimExpr& d) { return d.factors.size() > 1 && std::count(d.factors.begin(), d.factors.end(), f); })) {
           return false;
@@ -216,14 +224,13 @@ struct Evaluator {
     for (const auto& group : rule.exclusive) {
       if (std::count_if(group.begin(), group.end(), [&](int f) { return std::count(taken.begin(), taken.end(), f) > 0; }) > 1) return false;
     }
-    list_devices(m, keeps);
-    kept.push_back(std::move(keeps));
+    list_devices(m, keeps, order[index]);
     return true;
   }
 
   // Devices are listed by the cuts that are kept, then by those that it drops, then as its producer's replicas are (regrid in follow.cpp).
-  void list_devices(const LayerStructure::Member& m, const std::vector<char>& keeps) {
-    std::vector<int> axes;
+  void list_devices(const LayerStructure::Member& m, const std::vector<char>& keeps, std::vector<int>& axes) {
+    axes.clear();
     if (m.from >= 0) {
       axes = order[m.from];
     } else if (!m.order.empty()) {
@@ -235,41 +242,53 @@ struct Evaluator {
     } else {
       for (size_t i = 0; i < cuts.size(); ++i) axes.push_back(static_cast<int>(i));
     }
-    std::stable_partition(axes.begin(), axes.end(), [&](int i) { return keeps[i] != 0; });
-    order.push_back(std::move(axes));
+    // Stable, in place: there are few.
+    size_t first = 0;
+    for (size_t i = 0; i < axes.size(); ++i) {
+      if (keeps[axes[i]]) {
+        std::rotate(axes.begin() + static_cast<int64_t>(first), axes.begin() + static_cast<int64_t>(i), axes.begin() + static_cast<int64_t>(i) + 1);
+        ++first;
+      }
+    }
   }
 
   void place(size_t index, int replicas) {
     const LayerStructure::Member& m = s.members[index];
     own.clear();
-    std::vector<int> stride(cuts.size(), 1);  // of a cut's part in the head's devices
-    for (size_t i = cuts.size(); i-- > 1;) stride[i - 1] = stride[i] * degrees[i];
-    int count = 1, grid = 1;
+    count = 1;
+    int grid = 1;
     for (int i : order[index]) {
       grid *= degrees[i];
       if (!kept[index][i]) continue;
       own.push_back(i);
       count *= degrees[i];
     }
-    devices.assign(count, {});
-    parts.assign(count, std::vector<int>(own.size()));
+    parts.assign(count * own.size(), 0);
     if (m.constant || cuts.empty()) {
-      devices[0] = first_devices(m.constant ? world : replicas);
+      each = m.constant ? world : replicas;
+      devices.resize(size_t(count) * each);
+      std::iota(devices.begin(), devices.begin() + each, 0);
       return;
     }
+    each = grid / count;
+    devices.resize(grid);
     for (int slot = 0; slot < grid; ++slot) {
       int rest = slot, device = 0;
-      int digits[16] = {};
+      int digits[kMostCuts] = {};
       for (size_t k = order[index].size(); k-- > 0;) {
         const int i = order[index][k];
         digits[k] = rest % degrees[i];
-        device += digits[k] * stride[i];
+        device += digits[k] * strides[i];
         rest /= degrees[i];
       }
-      const int row = slot / (grid / count);  // kept cuts are the slowest
-      devices[row].push_back(device);
-      std::copy(digits, digits + own.size(), parts[row].begin());
+      devices[slot] = device;  // kept cuts are the slowest: slot / each is the tile
+      std::copy(digits, digits + own.size(), parts.begin() + static_cast<int64_t>(slot / each * own.size()));
     }
+  }
+
+  void whole_sets(const Rule& rule) {
+    sets.clear();
+    for (const Factor& f : rule.factors) sets.push_back(IndexSet::all(f.size));
   }
 
   // Numbers of the index sets of a dim for each part of the one cut that it shows, the first of them where it shows none.
@@ -277,9 +296,8 @@ struct Evaluator {
     std::vector<int>& out = slot.sets[d][variant + 1];
     if (!out.empty()) return out;
     const Rule& rule = s.program->rules[m.node];
-    std::vector<IndexSet> sets;
-    for (const Factor& f : rule.factors) sets.push_back(IndexSet::all(f.size));
-    const auto number = [&] { return layouts.set(box_of({(*slot.dims)[d]}, rule, {(*slot.shape)[d]}, sets)[0]); };
+    whole_sets(rule);
+    const auto number = [&] { return layouts.set(dim_set((*slot.dims)[d], rule, (*slot.shape)[d], sets)); };
     if (variant < 0) {
       out.push_back(number());
     } else {
@@ -291,28 +309,28 @@ struct Evaluator {
     return out;
   }
 
-  // Appends a tile's numbers of index sets.
-  void boxes(const LayerStructure::Member& m, LayerStructure::Slot& slot, std::vector<Layout::Part>& out) {
+  // Numbers of index sets of all tiles, and their sizes at `at` of the `width` sizes of each tile.
+  void boxes(const LayerStructure::Member& m, LayerStructure::Slot& slot, size_t at, size_t width) {
     const size_t dims = slot.dims->size();
-    for (size_t t = 0; t < devices.size(); ++t) out[t].sets.resize(dims);
+    made.resize(count * dims);
     for (size_t d = 0; d < dims; ++d) {
-      int shown[16], count = 0;
+      int shown[kMostCuts], num_shown = 0;
+      const auto& factors = (*slot.dims)[d].factors;
       for (size_t k = 0; k < own.size(); ++k) {
-        const auto& factors = (*slot.dims)[d].factors;
-        if (std::count(factors.begin(), factors.end(), m.cuts[cuts[own[k]]].factor)) shown[count++] = static_cast<int>(k);
+        if (std::count(factors.begin(), factors.end(), m.cuts[cuts[own[k]]].factor)) shown[num_shown++] = static_cast<int>(k);
       }
-      if (count <= 1) {
-        const std::vector<int>& sets = dim_sets(m, slot, d, count ? cuts[own[shown[0]]] : -1);
-        for (size_t t = 0; t < devices.size(); ++t) out[t].sets[d] = sets[count ? parts[t][shown[0]] : 0];
-        continue;
+      if (num_shown <= 1) {
+        const std::vector<int>& numbers = dim_sets(m, slot, d, num_shown ? cuts[own[shown[0]]] : -1);
+        for (int t = 0; t < count; ++t) made[t * dims + d] = numbers[num_shown ? parts[t * own.size() + shown[0]] : 0];
+      } else {
+        const Rule& rule = s.program->rules[m.node];
+        for (int t = 0; t < count; ++t) {
+          whole_sets(rule);
+          for (size_t k = 0; k < own.size(); ++k) sets[m.cuts[cuts[own[k]]].factor] = m.cuts[cuts[own[k]]].parts[parts[t * own.size() + k]];
+          made[t * dims + d] = layouts.set(dim_set((*slot.dims)[d], rule, (*slot.shape)[d], sets));
+        }
       }
-      const Rule& rule = s.program->rules[m.node];
-      for (size_t t = 0; t < devices.size(); ++t) {
-        std::vector<IndexSet> sets;
-        for (const Factor& f : rule.factors) sets.push_back(IndexSet::all(f.size));
-        for (size_t k = 0; k < own.size(); ++k) sets[m.cuts[cuts[own[k]]].factor] = m.cuts[cuts[own[k]]].parts[parts[t][k]];
-        out[t].sets[d] = layouts.set(box_of({(*slot.dims)[d]}, rule, {(*slot.shape)[d]}, sets)[0]);
-      }
+      for (int t = 0; t < count; ++t) sizes[t * width + at + d] = layouts.size(made[t * dims + d]);
     }
   }
 
@@ -322,47 +340,49 @@ struct Evaluator {
     }
   }
 
-  OpTime time(LayerStructure::Member& m, size_t tile, const std::vector<int64_t>& sizes) {
-    for (const auto& [known, t] : m.times) {
-      if (known == sizes) return t;
+  OpTime time(LayerStructure::Member& m, size_t tile, size_t width) {
+    const int64_t* mine = sizes.data() + tile * width;
+    for (size_t i = 0; i < m.times.size(); ++i) {
+      if (std::equal(mine, mine + width, m.known_sizes.begin() + static_cast<int64_t>(i * width))) return m.times[i];
     }
     Tiling& tiling = s.program->tilings[m.node];
     tiling = {};
     for (int k : own) tiling.cuts.push_back({m.cuts[cuts[k]].factor, without_chunks(m.cuts[cuts[k]].parts)});
     tiling.devices = first_devices(tiling.tiles());
-    m.times.emplace_back(sizes, cost.time(*s.program, m.node, static_cast<int>(tile), 0));
-    return m.times.back().second;
+    m.known_sizes.insert(m.known_sizes.end(), mine, mine + width);
+    m.times.push_back(cost.time(*s.program, m.node, static_cast<int>(tile), 0));
+    return m.times.back();
+  }
+
+  bool holds_first(const LayerStructure::Member& m, const Rule& rule, const std::vector<int>& anchors, int tile) const {
+    return std::all_of(anchors.begin(), anchors.end(), [&](int f) {
+      for (size_t k = 0; k < own.size(); ++k) {
+        const LayerStructure::NodeCut& c = m.cuts[cuts[own[k]]];
+        if (c.factor == f) return c.parts[parts[tile * own.size() + k]].contains(0);
+      }
+      return rule.factors[f].size > 0;
+    });
   }
 
   void compute(size_t index) {
     LayerStructure::Member& m = s.members[index];
     const Program& p = *s.program;
     const Rule& rule = p.rules[m.node];
-    std::vector<std::vector<int64_t>> sizes(devices.size());
-    std::vector<Layout::Part> made(devices.size());
-    const auto measure = [&] {
-      for (size_t t = 0; t < made.size(); ++t) {
-        for (int set : made[t].sets) sizes[t].push_back(layouts.size(set));
-      }
-    };
+    size_t width = 0, at = 0;
+    for (const auto* slots : {&m.operands, &m.results}) {
+      for (const LayerStructure::Slot& slot : *slots) width += slot.dims->size();
+    }
+    sizes.resize(count * width);
+    here.resize(count);
     for (size_t i = 0; i < m.operands.size(); ++i) {
-      boxes(m, m.operands[i], made);
-      measure();
-      Layout layout;
-      for (size_t t = 0; t < made.size(); ++t) {
-        const bool here = std::all_of(rule.operands[i].anchors.begin(), rule.operands[i].anchors.end(), [&](int f) {
-          for (size_t k = 0; k < own.size(); ++k) {
-            const LayerStructure::NodeCut& c = m.cuts[cuts[own[k]]];
-            if (c.factor == f) return c.parts[parts[t][k]].contains(0);
-          }
-          return rule.factors[f].size > 0;
-        });
-        if (here) layout.parts.push_back({.sets = made[t].sets, .devices = devices[t]});
-      }
-      const Tensor& tensor = p.graph.tensors[s.tensors[m.operands[i].tensor]];
+      LayerStructure::Slot& slot = m.operands[i];
+      boxes(m, slot, at, width);
+      at += slot.dims->size();
+      for (int t = 0; t < count; ++t) here[t] = static_cast<char>(holds_first(m, rule, rule.operands[i].anchors, t));
+      const Tensor& tensor = p.graph.tensors[s.tensors[slot.tensor]];
       const bool gradient = tensor.requires_grad && rule.operands[i].differentiable && p.differentiable[m.node];
-      const int copies = layouts.add(std::move(layout));
-      auto& list = reads[m.operands[i].tensor];
+      const int copies = layouts.add(Reduce::kNone, tiles_at_hand(slot, here.data()));
+      auto& list = reads[slot.tensor];
       const auto same = std::find_if(list.begin(), list.end(), [&](const LayerTable::Read& r) { return r.copies == copies; });
       if (same == list.end())
         list.push_back({copies, gradient});
@@ -370,24 +390,33 @@ struct Evaluator {
         same->gradient = same->gradient || gradient;
     }
     for (size_t r = 0; r < m.results.size(); ++r) {
-      boxes(m, m.results[r], made);
-      measure();
-      Layout layout;
+      LayerStructure::Slot& slot = m.results[r];
+      boxes(m, slot, at, width);
+      at += slot.dims->size();
+      Reduce partial = Reduce::kNone;
       for (int k : own) {
         const int f = m.cuts[cuts[k]].factor;
-        const auto& dims = *m.results[r].dims;
-        const bool there = std::any_of(dims.begin(), dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), f) > 0; });
-        if (!there) layout.partial = rule.results[r].reduce;
+        const bool there =
+            std::any_of(slot.dims->begin(), slot.dims->end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), f) > 0; });
+        if (!there) partial = rule.results[r].reduce;
       }
-      for (size_t t = 0; t < made.size(); ++t) layout.parts.push_back({.sets = made[t].sets, .devices = devices[t]});
-      const Tensor& tensor = p.graph.tensors[s.tensors[m.results[r].tensor]];
-      const int layout_id = tiles[m.results[r].tensor] = layouts.add(std::move(layout));
-      if (rule.results[r].saved && !rule.view && p.differentiable[m.node]) hold(layout_id, tensor.element_bytes + rule.results[r].saved_bytes_more);
+      const int layout = tiles[slot.tensor] = layouts.add(partial, tiles_at_hand(slot, nullptr));
+      const Tensor& tensor = p.graph.tensors[s.tensors[slot.tensor]];
+      if (rule.results[r].saved && !rule.view && p.differentiable[m.node]) hold(layout, tensor.element_bytes + rule.results[r].saved_bytes_more);
     }
-    for (size_t t = 0; t < devices.size(); ++t) {
-      const OpTime ns = time(m, t, sizes[t]);
-      for (int d : devices[t]) spent[d] += ns.forward_ns + ns.backward_ns;
+    for (int t = 0; t < count; ++t) {
+      const OpTime ns = time(m, t, width);
+      for (int k = 0; k < each; ++k) spent[devices[t * each + k]] += ns.forward_ns + ns.backward_ns;
     }
+  }
+
+  Layouts::Tiles tiles_at_hand(const LayerStructure::Slot& slot, const char* where) const {
+    return {.count = static_cast<size_t>(count),
+            .dims = slot.dims->size(),
+            .replicas = static_cast<size_t>(each),
+            .sets = made.data(),
+            .devices = devices.data(),
+            .here = where};
   }
 
   int64_t move() {
@@ -408,30 +437,45 @@ struct Evaluator {
     }
     return ns;
   }
+
+  std::optional<LayerEntry> evaluate(int replicas) {
+    SOAP_CHECK(cuts.size() <= kMostCuts, "[search] {} cuts of one operator", cuts.size());
+    degrees.clear();
+    for (int v : cuts) degrees.push_back(static_cast<int>(variants[v].parts.size()));
+    strides.assign(cuts.size(), 1);
+    for (size_t i = cuts.size(); i-- > 1;) strides[i - 1] = strides[i] * degrees[i];
+    spent.assign(world, 0);
+    held.assign(world, 0);
+    for (auto& list : reads) list.clear();
+    std::fill(tiles.begin(), tiles.end(), -1);
+    for (size_t m = 0; m < s.members.size(); ++m) {
+      if (!keep(m)) return std::nullopt;
+      place(m, replicas);
+      compute(m);
+    }
+    LayerEntry out;
+    const int64_t moved = move();
+    out.ns = *std::max_element(spent.begin(), spent.end()) + moved;
+    out.memory_bytes = *std::max_element(held.begin(), held.end());
+    for (int i : s.inputs) out.reads.push_back(reads[i]);
+    for (int o : s.outputs) out.makes.push_back(tiles[o]);
+    return out;
+  }
 };
 
-}  // namespace
+LayerEvaluator::LayerEvaluator(LayerStructure& structure, const std::vector<Variant>& variants, int world_size, const CostModel& cost, Layouts& layouts)
+    : state_(new State{.s = structure, .variants = variants, .world = world_size, .cost = cost, .layouts = layouts}) {
+  state_->kept.resize(structure.members.size());
+  state_->order.resize(structure.members.size());
+  state_->reads.resize(structure.tensors.size());
+  state_->tiles.resize(structure.tensors.size());
+}
 
-std::optional<LayerEntry> evaluate(LayerStructure& s, const std::vector<Variant>& variants, const std::vector<int>& cuts, int replicas, int world_size,
-                                   const CostModel& cost, Layouts& layouts) {
-  Evaluator e{.s = s, .variants = variants, .cuts = cuts, .cost = cost, .layouts = layouts, .world = world_size};
-  for (int v : cuts) e.degrees.push_back(static_cast<int>(variants[v].parts.size()));
-  e.spent.resize(world_size);
-  e.held.resize(world_size);
-  e.reads.resize(s.tensors.size());
-  e.tiles.resize(s.tensors.size(), -1);
-  for (size_t m = 0; m < s.members.size(); ++m) {
-    if (!e.keep(m)) return std::nullopt;
-    e.place(m, replicas);
-    e.compute(m);
-  }
-  LayerEntry out;
-  const int64_t moved = e.move();
-  out.ns = *std::max_element(e.spent.begin(), e.spent.end()) + moved;
-  out.memory_bytes = *std::max_element(e.held.begin(), e.held.end());
-  for (int i : s.inputs) out.reads.push_back(e.reads[i]);
-  for (int o : s.outputs) out.makes.push_back(e.tiles[o]);
-  return out;
+LayerEvaluator::~LayerEvaluator() = default;
+
+std::optional<LayerEntry> LayerEvaluator::evaluate(const std::vector<int>& cuts, int replicas) {
+  state_->cuts = cuts;
+  return state_->evaluate(replicas);
 }
 
 }  // namespace soap

@@ -8,6 +8,7 @@
 // no structure or no evaluation, and the caller resolves the configuration as lowering does.
 #pragma once
 
+#include <memory>
 #include <optional>
 
 #include "search/layer_table.h"
@@ -38,7 +39,9 @@ struct LayerStructure {
     std::vector<NodeCut> cuts;  // per variant
     std::vector<int> order;     // expanded: factors of the head by how its devices are listed, slowest first
     std::vector<Slot> operands, results;
-    std::vector<std::pair<std::vector<int64_t>, OpTime>> times;  // by local sizes
+    int main = -1;                     // operand that it follows
+    std::vector<int64_t> known_sizes;  // local sizes of all operands and results, one group after another
+    std::vector<OpTime> times;         // of each group
   };
   Program* program = nullptr;
   std::vector<Member> members;
@@ -59,8 +62,19 @@ struct LayerEntry {
   std::vector<std::vector<LayerTable::Read>> reads;
   std::vector<int> makes;
 };
-// The product of `cuts` (variants) in this order on devices 0, 1, ..., or with none of them `replicas` on as many devices.
-std::optional<LayerEntry> evaluate(LayerStructure& s, const std::vector<Variant>& variants, const std::vector<int>& cuts, int replicas, int world_size,
-                                   const CostModel& cost, Layouts& layouts);
+// Evaluates the configurations of one structure, one after another, in memory that it keeps. Everything outlives it.
+class LayerEvaluator {
+ public:
+  LayerEvaluator(LayerStructure& structure, const std::vector<Variant>& variants, int world_size, const CostModel& cost, Layouts& layouts);
+  ~LayerEvaluator();
+  LayerEvaluator(const LayerEvaluator&) = delete;
+  LayerEvaluator& operator=(const LayerEvaluator&) = delete;
+  // The product of `cuts` (variants) in this order on devices 0, 1, ..., or with none of them `replicas` on as many devices.
+  std::optional<LayerEntry> evaluate(const std::vector<int>& cuts, int replicas);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 }  // namespace soap

@@ -314,13 +314,16 @@ LayerTable layer_table(Program& fixed, const LayerShape& layer, const CostModel&
   std::optional<LayerStructure> expanded;
   Program own;
   if (std::count(expanding.begin(), expanding.end(), 1) > 0 && !options.by_resolving) expanded = expanded_structure(own, fixed, layer, variants);
+  LayerEvaluator by_following(followed, variants, world, cost, layouts);
+  std::optional<LayerEvaluator> by_expanding;
+  if (expanded) by_expanding.emplace(*expanded, variants, world, cost, layouts);
   std::optional<LayerAlone> alone;
   LayerTable out;
   for (const Proposal& p : list) {
     const bool expands = std::any_of(p.cuts.begin(), p.cuts.end(), [&](int v) { return expanding[v] != 0; });
     std::optional<LayerEntry> entry;
     if (!options.by_resolving && (!expands || expanded)) {
-      entry = evaluate(expands ? *expanded : followed, variants, p.cuts, p.config.replicas, world, cost, layouts);
+      entry = (expands ? *by_expanding : by_following).evaluate(p.cuts, p.config.replicas);
     }
     if (!entry) {
       if (!alone) alone = layer_alone(fixed.graph, layer);

@@ -13,9 +13,7 @@ namespace soap {
 int Layouts::set(const IndexSet& set) {
   const auto [it, fresh] = known_sets_.try_emplace(set, static_cast<int>(sets_.size()));
   if (fresh) {
-    sets_.push_back(set);
-    sizes_.push_back(set.size());
-    common_.emplace_back(sets_.size(), -1);
+    sets_.push_back({.begin = set.begin(), .end = set.end(), .size = set.size(), .interval = set.is_interval(), .set = &it->first});
   }
   return it->second;
 }
@@ -32,12 +30,11 @@ int Layouts::add(const Sharding& sharding) {
 }
 
 int Layouts::add(Layout layout) {
-  std::vector<int> key{static_cast<int>(layout.partial)};
-  key.reserve(64);
+  key_.assign(1, static_cast<int>(layout.partial));
   bool empty = false;
   for (Layout::Part& part : layout.parts) {
     part.volume = 1;
-    for (int s : part.sets) part.volume *= sizes_[s];
+    for (int s : part.sets) part.volume *= sets_[s].size;
     empty = empty || part.volume == 0;
     if (part.volume == 0) continue;
     part.mask = 0;
@@ -45,15 +42,36 @@ int Layouts::add(Layout layout) {
       SOAP_CHECK(d < kLargestLayoutWorld, "[layout] device {} of at most {}", d, kLargestLayoutWorld);
       part.mask |= uint64_t{1} << d;
     }
-    key.push_back(-1);
-    key.insert(key.end(), part.sets.begin(), part.sets.end());
-    key.push_back(-2);
-    key.insert(key.end(), part.devices.begin(), part.devices.end());
+    key_.push_back(-1);
+    key_.insert(key_.end(), part.sets.begin(), part.sets.end());
+    key_.push_back(-2);
+    key_.insert(key_.end(), part.devices.begin(), part.devices.end());
   }
   if (empty) std::erase_if(layout.parts, [](const Layout::Part& p) { return p.volume == 0; });
-  const auto [it, fresh] = known_.try_emplace(std::move(key), static_cast<int>(layouts_.size()));
+  const auto [it, fresh] = known_.try_emplace(key_, static_cast<int>(layouts_.size()));
   if (fresh) layouts_.push_back(std::move(layout));
   return it->second;
+}
+
+int Layouts::add(Reduce partial, const Tiles& tiles) {
+  key_.assign(1, static_cast<int>(partial));
+  for (size_t t = 0; t < tiles.count; ++t) {
+    const int *sets = tiles.sets + t * tiles.dims, *devices = tiles.devices + t * tiles.replicas;
+    if (tiles.here && !tiles.here[t]) continue;
+    if (std::any_of(sets, sets + tiles.dims, [&](int s) { return sets_[s].size == 0; })) continue;
+    key_.push_back(-1);
+    key_.insert(key_.end(), sets, sets + tiles.dims);
+    key_.push_back(-2);
+    key_.insert(key_.end(), devices, devices + tiles.replicas);
+  }
+  const auto it = known_.find(key_);
+  if (it != known_.end()) return it->second;
+  Layout layout{.partial = partial};
+  for (size_t t = 0; t < tiles.count; ++t) {
+    const int *sets = tiles.sets + t * tiles.dims, *devices = tiles.devices + t * tiles.replicas;
+    if (!tiles.here || tiles.here[t]) layout.parts.push_back({.sets = {sets, sets + tiles.dims}, .devices = {devices, devices + tiles.replicas}});
+  }
+  return add(std::move(layout));
 }
 
 int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_size) {
@@ -77,7 +95,7 @@ int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_si
       }
       kept.push_back(&part);
       Box box;
-      for (int s : part.sets) box.push_back(sets_[s]);
+      for (int s : part.sets) box.push_back(*sets_[s].set);
       out.coords.push_back({.box = std::move(box)});
       covered += part.volume;
     }
@@ -95,11 +113,10 @@ int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_si
   return stored;
 }
 
-int64_t Layouts::common(int a, int b) {
-  if (a == b) return sets_[a].size();
-  int64_t& known = common_[std::max(a, b)][std::min(a, b)];
-  if (known < 0) known = intersect(sets_[a], sets_[b]).size();
-  return known;
+int64_t Layouts::common_of_many(int a, int b) {
+  const auto [it, fresh] = common_.try_emplace(static_cast<uint64_t>(std::max(a, b)) << 32 | static_cast<uint64_t>(std::min(a, b)));
+  if (fresh) it->second = intersect(*sets_[a].set, *sets_[b].set).size();
+  return it->second;
 }
 
 namespace {
@@ -177,9 +194,8 @@ int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, 
 // fill_pieces (or grad_pieces) and recognise in one walk; see there for the rules.
 int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes) {
   pieces_.clear();
-  volumes_.clear();
   uint64_t ranks = 0;
-  bool whole = true;                          // every piece is all of its source and all of its copy
+  bool whole = reduce != Reduce::kNone;       // every piece is all of its source and all of its copy, and they are summed
   std::array<int, kLargestLayoutWorld> held;  // the replica that a device holds
   held.fill(-1);
   for (const Layout::Part& source : from.parts) {
@@ -198,20 +214,21 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
       for (size_t r = 0; r < copy.devices.size(); ++r) {
         const int device = copy.devices[r];
         const int sender = source.mask >> device & 1 ? device : source.devices[(held[device] < 0 ? r : held[device]) % source.devices.size()];
-        pieces_.push_back({static_cast<int>(k), static_cast<int>(j), sender, device});
-        volumes_.push_back(volume);
+        pieces_.push_back({static_cast<int>(k), static_cast<int>(j), sender, device, volume});
         if (sender != device) ranks |= uint64_t{1} << device | uint64_t{1} << sender;
       }
     }
   }
   if (ranks == 0) return 0;
-  if (reduce != Reduce::kNone && whole) {
+  if (whole) {
     const int64_t ns = all_reduce(pieces_, to, reduced_bytes);
     if (ns >= 0) return ns;
   }
+  ranks_.clear();
+  for (; ranks != 0; ranks &= ranks - 1) ranks_.push_back(std::countr_zero(ranks));
   Traffic traffic(machine_);
-  for (size_t i = 0; i < pieces_.size(); ++i) traffic.add(pieces_[i].from, pieces_[i].to, volumes_[i] * element_bytes);
-  return exchange_ns(machine_, list_of(ranks), traffic);
+  for (const Piece& p : pieces_) traffic.add(p.from, p.to, p.volume * element_bytes);
+  return exchange_ns(machine_, ranks_, traffic);
 }
 
 namespace {

@@ -5,6 +5,7 @@
 // For plans without chunks in time, on up to 64 devices.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <tuple>
@@ -35,8 +36,16 @@ class Layouts {
 
   int add(const Sharding& sharding);
   int add(Layout layout);  // volumes and masks filled in here; parts may be empty
+  // The same from arrays: tile t has the sets [t * dims, (t + 1) * dims) and the devices [t * replicas, (t + 1) * replicas); only tiles with here[t].
+  struct Tiles {
+    size_t count = 0, dims = 0, replicas = 0;
+    const int* sets = nullptr;
+    const int* devices = nullptr;
+    const char* here = nullptr;
+  };
+  int add(Reduce partial, const Tiles& tiles);
   int set(const IndexSet& set);
-  int64_t size(int set) const { return sizes_[set]; }
+  int64_t size(int set) const { return sets_[set].size; }
   const Layout& operator[](int layout) const { return layouts_[layout]; }
 
   // Where a parameter is stored that is read so and has no configuration: as lowering derives it (program/lower.cpp).
@@ -50,11 +59,18 @@ class Layouts {
   }
 
  private:
-  int64_t common(int a, int b);  // elements of both sets
+  // Elements of both sets.
+  int64_t common(int a, int b) {
+    const KnownSet &x = sets_[a], &y = sets_[b];
+    if (x.interval && y.interval) return std::max<int64_t>(std::min(x.end, y.end) - std::max(x.begin, y.begin), 0);
+    return a == b ? x.size : common_of_many(a, b);
+  }
+  int64_t common_of_many(int a, int b);
   int64_t price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes);
   struct Piece {
     int source = 0, copy = 0;  // indices of parts
     int from = 0, to = 0;
+    int64_t volume = 0;
   };
   // The all-reduces that the pieces are (reshard/reshard.h): -1 when they aren't.
   int64_t all_reduce(const std::vector<Piece>& pieces, const Layout& to, int64_t element_bytes);
@@ -70,15 +86,29 @@ class Layouts {
     }
   };
   std::unordered_map<std::vector<int>, int, Hash> known_;  // by everything in it
-  std::map<IndexSet, int> known_sets_;
-  std::vector<IndexSet> sets_;
-  std::vector<int64_t> sizes_;                                         // of sets
+  struct SetHash {
+    size_t operator()(const IndexSet& set) const {
+      uint64_t h = 0;
+      for (const Run& r : set.runs()) {
+        h = (h ^ static_cast<uint64_t>(r.begin)) * 0x9e3779b97f4a7c15ULL;
+        h = (h ^ static_cast<uint64_t>(r.end) ^ h >> 29) * 0x9e3779b97f4a7c15ULL;
+      }
+      return h ^ h >> 32;
+    }
+  };
+  std::unordered_map<IndexSet, int, SetHash> known_sets_;
+  struct KnownSet {
+    int64_t begin = 0, end = 0, size = 0;
+    bool interval = false;
+    const IndexSet* set = nullptr;
+  };
+  std::vector<KnownSet> sets_;
   std::unordered_map<int, int> storage_;                               // by copies: their sets say the shape
-  std::vector<std::vector<int64_t>> common_;                           // [a][b], b <= a, -1: not yet known
+  std::unordered_map<uint64_t, int64_t> common_;                       // of (a, b), b <= a, where one of them isn't an interval
   std::unordered_map<uint64_t, int64_t> prices_;                       // of (tiles, copies, way, element)
   std::map<std::tuple<uint64_t, int64_t, int>, int64_t> all_reduces_;  // (ranks, bytes, at once) -> ns
   std::vector<Piece> pieces_;                                          // of the movement that is being priced
-  std::vector<int64_t> volumes_;                                       // of the pieces
+  std::vector<int> key_, ranks_;                                       // of what is looked up or priced
 };
 
 }  // namespace soap

@@ -3,6 +3,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "sharding/dim_set.h"
 #include "sharding/tiling.h"
 
 namespace soap {
@@ -62,6 +63,7 @@ Parts factor_parts(const Rule& rule, const DimExpr& dim, int f, const Parts& set
     }
     return transform(sets, [&](const IndexSet& s) { return s.empty() ? s : IndexSet::interval(scaled(s.begin()), scaled(s.end())); });
   }
+  if (dim.factors.size() == 1) return sets;
   int64_t inner = 1, outer = 1;
   bool before = true;
   for (int g : dim.factors) {
@@ -122,7 +124,7 @@ TensorTiling tensor_tiling(const Rule& rule, const Tiling& tiling, int result, c
       for (const Factor& f : rule.factors) sets.push_back(IndexSet::all(f.size));
       Parts parts = transform(cut.parts, [&](const IndexSet& s) {
         sets[cut.factor] = s;
-        return box_of({dims[d]}, rule, {shape[d]}, sets)[0];
+        return dim_set(dims[d], rule, shape[d], sets);
       });
       kept.back() = 1;
       out.cuts.push_back({.dim = static_cast<int>(d), .parts = std::move(parts)});

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "sharding/dim_set.h"
 
 namespace soap {
 
@@ -52,21 +53,18 @@ std::vector<IndexSet> factor_sets(const Rule& rule, const Tiling& tiling, int ti
   return sets;
 }
 
+IndexSet dim_set(const DimExpr& dim, const Rule& rule, int64_t size, const std::vector<IndexSet>& sets) {
+  if (dim.factors.empty()) return IndexSet::all(size);
+  if (dim.map) return apply(*dim.map, sets[dim.factors[0]], size);
+  IndexSet set = sets[dim.factors[0]];
+  for (size_t i = 1; i < dim.factors.size(); ++i) set = product(set, sets[dim.factors[i]], rule.factors[dim.factors[i]].size);
+  return set;
+}
+
 Box box_of(const std::vector<DimExpr>& dims, const Rule& rule, const std::vector<int64_t>& shape, const std::vector<IndexSet>& sets) {
   Box box;
   box.reserve(dims.size());
-  for (size_t d = 0; d < dims.size(); ++d) {
-    const auto& factors = dims[d].factors;
-    if (factors.empty()) {
-      box.push_back(IndexSet::all(shape[d]));
-    } else if (dims[d].map) {
-      box.push_back(apply(*dims[d].map, sets[factors[0]], shape[d]));
-    } else {
-      IndexSet set = sets[factors[0]];
-      for (size_t i = 1; i < factors.size(); ++i) set = product(set, sets[factors[i]], rule.factors[factors[i]].size);
-      box.push_back(std::move(set));
-    }
-  }
+  for (size_t d = 0; d < dims.size(); ++d) box.push_back(dim_set(dims[d], rule, shape[d], sets));
   return box;
 }
 

@@ -1,0 +1,11 @@
+// The part of one dim that a tile has; box_of (sharding/tiling.h) is this for every dim.
+#pragma once
+
+#include "sharding/rule.h"
+
+namespace soap {
+
+// `sets`: of each factor of the rule. `size`: of the dim.
+IndexSet dim_set(const DimExpr& dim, const Rule& rule, int64_t size, const std::vector<IndexSet>& sets);
+
+}  // namespace soap
