@@ -108,6 +108,15 @@ Traffic::Traffic(const Machine& machine) : machine_(machine), sent_(machine.host
   }
 }
 
+void Traffic::clear() {
+  if (empty()) return;
+  for (Load* load : {&within_, &between_}) {
+    for (auto* sums : {&load->out, &load->in, &load->host_out, &load->host_in}) std::fill(sums->begin(), sums->end(), 0);
+  }
+  std::fill(sent_.begin(), sent_.end(), 0);
+  most_sent_ = 0;
+}
+
 void Traffic::add(int from, int to, int64_t bytes) {
   if (from == to) return;
   const int source = machine_.host_of[from], target = machine_.host_of[to];

@@ -28,6 +28,7 @@ class Traffic {
  public:
   explicit Traffic(const Machine& machine);  // the machine must outlive it
   explicit Traffic(Machine&&) = delete;
+  void clear();  // nothing moves; its memory stays
   void add(int from, int to, int64_t bytes);
   // All of another exchange of this machine, at the same time.
   void add(const Traffic& other);

@@ -5,7 +5,6 @@
 #include <bit>
 
 #include "base/error.h"
-#include "machine/collectives.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -226,9 +225,9 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
   }
   ranks_.clear();
   for (; ranks != 0; ranks &= ranks - 1) ranks_.push_back(std::countr_zero(ranks));
-  Traffic traffic(machine_);
-  for (const Piece& p : pieces_) traffic.add(p.from, p.to, p.volume * element_bytes);
-  return exchange_ns(machine_, ranks_, traffic);
+  traffic_.clear();
+  for (const Piece& p : pieces_) traffic_.add(p.from, p.to, p.volume * element_bytes);
+  return exchange_ns(machine_, ranks_, traffic_);
 }
 
 namespace {

@@ -12,7 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "machine/machine.h"
+#include "machine/collectives.h"
 #include "reshard/reshard.h"
 
 namespace soap {
@@ -32,7 +32,7 @@ struct Layout {
 
 class Layouts {
  public:
-  explicit Layouts(const Machine& machine) : machine_(machine) {}
+  explicit Layouts(const Machine& machine) : machine_(machine), traffic_(machine) {}
 
   int add(const Sharding& sharding);
   int add(Layout layout);  // volumes and masks filled in here; parts may be empty
@@ -77,6 +77,7 @@ class Layouts {
   int64_t all_reduce(uint64_t ranks, int64_t bytes, int at_once);
 
   const Machine& machine_;
+  Traffic traffic_;  // of the exchange that is being priced
   std::vector<Layout> layouts_;
   struct Hash {
     size_t operator()(const std::vector<int>& v) const {
