@@ -137,6 +137,9 @@ struct Memory {
           const auto back = compute_back.find({u.node, chunk});
           if (n.kind == NodeKind::kReturn && p.groups[g].grad) backward_begin.emplace(key, fill.at(key) + 1);
           if (back == compute_back.end()) continue;
+          for (int d : p.groups[g].copies.coords[u.coord_of[i]].devices) {
+            hold(d, volume(p.groups[g].copies.coords[u.coord_of[i]].box) * operand.backward_bytes_more, back->second, back->second);
+          }
           const NodeId producer = p.graph.tensors[p.groups[g].tensor].producer;
           const bool inner = is_remade(static_cast<int>(g), u.coord_of[i], u.node);
           if (operand.saved) grow(inner ? again_end : backward_end, back->second);
@@ -298,9 +301,15 @@ struct Memory {
       const Tensor& t = p.graph.tensors[group.tensor];
       const Node& producer = p.graph.nodes[t.producer];
       std::map<std::pair<int, int>, int> leaves;                 // copy (coord, device) -> last step that brings it home
-      std::map<std::pair<int, int>, std::pair<int, int>> tiles;  // tile -> the one copy that is its gradient, or -1
+      struct Arrival {
+        int copy = -1;  // the one that is this tile's gradient
+        int step = -1;
+        bool reduced = false;
+      };
+      std::map<std::pair<int, int>, Arrival> tiles;
       for (auto it = grad_fill.lower_bound({static_cast<int>(g), 0}); it != grad_fill.end() && it->first.first == static_cast<int>(g); ++it) {
-        const auto& list = pieces[it->second.first][it->second.second].pieces;
+        const MovedItem& moved = pieces[it->second.first][it->second.second];
+        const auto& list = moved.pieces;
         std::map<std::pair<int, int>, int> arriving;
         for (const Piece& x : list) ++arriving[{x.dst, x.to}];
         for (const Piece& x : list) {
@@ -308,20 +317,20 @@ struct Memory {
           last = std::max(last, it->second.first);
           const bool same =
               arriving[{x.dst, x.to}] == 1 && x.from == x.to && x.box == p.tiles[t.id].coords[x.dst].box && x.box == group.copies.coords[x.src].box;
-          tiles[{x.dst, x.to}] = same ? std::pair{x.src, it->second.first} : std::pair{-1, it->second.first};
+          tiles[{x.dst, x.to}] = {same ? x.src : -1, it->second.first, moved.movement.pattern == Pattern::kAllReduce};
         }
       }
       std::set<std::pair<int, int>> shared;  // copies whose gradient is a tile's
       for (const auto& [tile, from] : tiles) {
         const auto [coord, device] = tile;
         const Coord& c = p.tiles[t.id].coords[coord];
-        int begin = from.second;
-        if (from.first >= 0) {
-          shared.insert({from.first, device});
-          begin = at(backward_begin, {static_cast<int>(g), group.copies.coords[from.first].chunk});
-          if (begin < 0) begin = from.second;
+        int begin = from.step;
+        if (from.copy >= 0) {
+          shared.insert({from.copy, device});
+          if (from.reduced) hold(device, bytes_of(c.box, t), from.step, from.step);  // the sum, beside what is summed
+          begin = at(backward_begin, {static_cast<int>(g), group.copies.coords[from.copy].chunk});
+          if (begin < 0) begin = from.step;
         }
-        if (producer.kind == NodeKind::kParam && p.interleaved) continue;  // stored
         const int until = producer.kind == NodeKind::kOp ? at(compute_back, {producer.id, c.chunk}) : end;
         hold(device, bytes_of(c.box, t), std::min(begin, end), until);
       }

@@ -14,7 +14,8 @@
 // Tiles that backward computes again (Program::regions): to the last that reads them in forward, and from the first backward step that needs them to
 // where the above ends. Copies that enter a region, or come by a movement within it, are kept until it is computed again.
 //
-// Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs isn't counted.
+// Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs is counted where a rule says so
+// (Operand::backward_bytes_more).
 #pragma once
 
 #include <array>

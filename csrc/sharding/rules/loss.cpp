@@ -35,7 +35,9 @@ Rule ce_rows(const OpGraph& graph, const Node& node) {
   const auto rows = without_classes(names);
   r.operand(0, names).operand(1, probabilities ? names : rows);
   r.operand("weight", {"v"});
-  return r.result(rows).saves({"0", "1", "weight"}).build();  // the softmax, as large as operand 0, in its stead
+  Rule rule = r.result(rows).saves({"0", "1", "weight"}).build();  // the softmax, as large as operand 0, in its stead
+  rule.operands[0].backward_bytes_more = graph.input(node, 0).element_bytes;  // the gradient of the log softmax
+  return rule;
 }
 
 // Number (or summed weight) of the rows that count.
