@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
-from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, timed
+from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, steady, timed, timing_of
 from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
@@ -178,7 +178,7 @@ def measure_step(comm: Comm, known: dict[str, Any]) -> tuple[float, float]:
         model.label = "calibration"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS)))
+            taken = calmest(lambda: slowest(comm, steady(one_step, 8)))
             engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
             engine.trace = []
             for _ in range(10):
@@ -254,21 +254,23 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
     step = PlannedStep(ranks if kind == "exchange" else [], [transfer])
     cycles = 10 if size <= 256 << 10 else 3
 
-    def loop(moving: bool) -> float:
+    def loop(moving: bool) -> list[int]:
         barrier(comm)
-        begin = time.perf_counter_ns()
-        for _ in range(cycles if ranks else 0):
-            for _ in range(3):
+        taken = []
+        for _ in range(cycles):
+            begin = time.perf_counter_ns()
+            for _ in range(3 if ranks else 0):
                 a @ a
-            if moving:
+            if moving and ranks:
                 execute(step, comm, lambda value, dtype: source)
-        return (time.perf_counter_ns() - begin) / cycles
+            taken.append(time.perf_counter_ns() - begin)
+        return taken
 
     loop(True)
-    together, alone = [loop(True) for _ in range(REPEATS)], [loop(False) for _ in range(REPEATS)]
-    mine = [int(statistics.median(together)), int(max(together) - min(together)), int(statistics.median(alone))]
+    together, alone = timing_of([loop(True) for _ in range(REPEATS)]), timing_of([loop(False) for _ in range(REPEATS)])
+    mine = [together.ns, int(together.spread * 1000), alone.ns]
     total, spread, computing = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
-    return Timing(max(total - computing, 1), spread / max(total, 1))
+    return Timing(max(total - computing, 1), spread / 1000)
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:

@@ -338,7 +338,7 @@ struct Memory {
         const auto added = sums.find({static_cast<int>(g), copy.first});
         if (added != sums.end()) {
           for (auto s = std::next(added->second.begin()); s != added->second.end(); ++s)
-            hold(copy.second, 2 * bytes_of(group.copies.coords[copy.first].box, t), *s, *s);
+            hold(copy.second, (s == std::next(added->second.begin()) ? 2 : 1) * bytes_of(group.copies.coords[copy.first].box, t), *s, *s);
         }
         if (shared.count(copy)) continue;
         const Coord& c = group.copies.coords[copy.first];
