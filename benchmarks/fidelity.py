@@ -127,7 +127,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "# Predicted and measured step times",
         "",
-        f"`python -m benchmarks.fidelity`: processes of one thread, each tied to a core of its own where there are enough, while operators are measured too; gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
+        "`python -m benchmarks.fidelity`: processes of one thread, each tied to a core of its own where there are enough, while operators are measured "
+        f"too; gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
         f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
         "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 %. Noise: quartiles' distance over the median, the "
         "mean of a launch's plans: where it is larger than the error, the error says little. Drift: a fixed piece of work, timed before each plan, "

@@ -53,7 +53,7 @@ def timed(fn: Callable[[], Any], repeats: int = REPEATS, clock: Callable[[], int
 def steady(fn: Callable[[], Any], repeats: int) -> Timing:
     """Of something short that now and then takes long: the median of all, and how far medians of groups are apart."""
     fn()
-    groups = []
+    groups: list[list[int]] = []
     for _ in range(REPEATS):
         groups.append([])
         for _ in range(repeats):

@@ -287,7 +287,8 @@ struct Projector {
       if (from == at) continue;
       if (e.differentiable && (from == 0 || !computes_forward(from - 1) || !joins(events[sequence[from - 1].event], e))) continue;
       const auto waits = [&](const Entry& between) { return reads_from(e.items, events[between.event].items); };
-      if (std::none_of(sequence.begin() + from, sequence.begin() + at, waits)) std::rotate(sequence.begin() + from, sequence.begin() + at, sequence.begin() + at + 1);
+      if (std::none_of(sequence.begin() + from, sequence.begin() + at, waits))
+        std::rotate(sequence.begin() + from, sequence.begin() + at, sequence.begin() + at + 1);
     }
     // Join neighbours.
     for (size_t at = 0; at < sequence.size(); ++at) {

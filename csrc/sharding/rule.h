@@ -79,7 +79,7 @@ struct Operand {
   // Reduction factors of which only the part that holds index 0 reads this operand (a bias under split inputs).
   std::vector<int> anchors;
   bool differentiable = true;
-  bool saved = true;  // backward reads it
+  bool saved = true;                // backward reads it
   int64_t backward_bytes_more = 0;  // that backward makes besides its results while it runs, for each of its elements
 };
 

@@ -300,7 +300,7 @@ struct Memory {
       if (!group.grad) continue;
       const Tensor& t = p.graph.tensors[group.tensor];
       const Node& producer = p.graph.nodes[t.producer];
-      std::map<std::pair<int, int>, int> leaves;                 // copy (coord, device) -> last step that brings it home
+      std::map<std::pair<int, int>, int> leaves;  // copy (coord, device) -> last step that brings it home
       struct Arrival {
         int copy = -1;  // the one that is this tile's gradient
         int step = -1;

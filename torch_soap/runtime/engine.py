@@ -41,7 +41,9 @@ class StepState:
 
     def copy(self) -> StepState:
         """For a backward after which another one may come."""
-        return replace(self, values=dict(self.values), leaves=dict(self.leaves), outputs=dict(self.outputs), grads=dict(self.grads), copies=dict(self.copies), sums=set())
+        return replace(
+            self, values=dict(self.values), leaves=dict(self.leaves), outputs=dict(self.outputs), grads=dict(self.grads), copies=dict(self.copies), sums=set()
+        )
 
 
 class Engine:
