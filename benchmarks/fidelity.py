@@ -97,7 +97,7 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
     chosen = measured[predicted.index(min(predicted))]
     noise = [iqr(p["measured_ms"]) / m for p, m in zip(plans, measured, strict=True)]
     drift = [statistics.mean(p["probe_ms"]) / statistics.median(row["probe_ms"]) for p in plans]
-    memory = [abs(p / m - 1) for plan in plans for p, m in zip(plan["memory_bytes"], plan.get("measured_bytes", []), strict=False) if m]
+    memory = [abs(max(p["memory_bytes"]) / max(p["measured_bytes"]) - 1) for p in plans if "measured_bytes" in p]
     return {
         "plans": len(plans),
         "mean error": statistics.mean(errors),
@@ -130,7 +130,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "`python -m benchmarks.fidelity`: processes of one thread, each tied to a core of its own where there are enough, while operators are measured "
         f"too; gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
         f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
-        "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 %. Noise: quartiles' distance over the median, the "
+        "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "
+        "fullest device). Noise: quartiles' distance over the median, the "
         "mean of a launch's plans: where it is larger than the error, the error says little. Drift: a fixed piece of work, timed before each plan, "
         "90th over 10th percentile; the last column scales each prediction by how much slower that work was then than while operators were measured.",
         "",

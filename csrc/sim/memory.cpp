@@ -212,6 +212,45 @@ struct Memory {
     return it == m.end() ? -1 : it->second;
   }
 
+  // The input that a tile pads by itself, before a window slides over it; backward reads it in its stead. Torch pads both ends alike, and maxima by zeros
+  // would be wrong where a tile ends (torch_soap/rewrite/window.py).
+  int64_t padded_bytes(const Node& n, int tile, int chunk) const {
+    const bool convolution = n.target == "conv1d" || n.target == "conv2d" || n.target == "conv3d";
+    if (!convolution && !n.target.starts_with("max_pool")) return 0;
+    const Tensor& x = p.graph.input(n, 0);
+    const auto& dims = p.rules[n.id].operands[0].dims;
+    const auto sets = factor_sets(p.rules[n.id], p.tilings[n.id], tile, chunk);
+    const Box box = box_of(dims, p.rules[n.id], x.shape, sets);
+    if (volume(box) == 0) return 0;
+    bool pads = false;
+    int64_t elements = 1;
+    for (size_t d = 0; d < box.size(); ++d) {
+      int64_t size = box[d].size();
+      if (dims[d].map && dims[d].map->kind == IndexMap::Kind::kWindow) {
+        const IndexMap& w = *dims[d].map;
+        const IndexSet& out = sets[dims[d].factors[0]];
+        const int64_t low = out.runs().front().begin * w.stride - w.pad,
+                      high = (out.runs().back().end - 1) * w.stride - w.pad + w.dilation * (w.kernel - 1) + 1;
+        const int64_t before = std::min(std::max<int64_t>(-low, 0), high - low), after = high - low - before - size;
+        pads = pads || (convolution ? before != after : before + after > 0);
+        size = high - low;
+      }
+      elements *= size;
+    }
+    return pads ? elements * x.element_bytes : 0;
+  }
+
+  void padded() {
+    kind = Held::kCopies;
+    for (const auto& [key, back] : compute_back) {
+      const Tiling& tiling = p.tilings[key.first];
+      for (int tile = 0; tile < tiling.tiles(); ++tile) {
+        const int64_t bytes = padded_bytes(p.graph.nodes[key.first], tile, key.second);
+        for (int d : tiling.devices_of(tile)) hold(d, bytes, compute.at(key), Life{compute.at(key), back}, at(again, key));
+      }
+    }
+  }
+
   // From the last node to the first, so that all readers of a tensor are known before it.
   void values() {
     kind = Held::kTiles;
@@ -375,6 +414,7 @@ Memory filled(const Program& program, const StepPieces& pieces, std::vector<Memo
   m.find_views();
   m.find_again();
   m.readers();
+  m.padded();
   m.values();
   m.gradients();
   m.packed();

@@ -15,7 +15,7 @@
 // where the above ends. Copies that enter a region, or come by a movement within it, are kept until it is computed again.
 //
 // Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs is counted where a rule says so
-// (Operand::backward_bytes_more).
+// (Operand::backward_bytes_more). Inputs that convolutions and max pools pad by themselves are copies besides.
 #pragma once
 
 #include <array>

@@ -138,9 +138,8 @@ def small_classifier() -> tuple[nn.Module, torch.Tensor]:
 REGIONS = "recompute 0 1 2 3\n"
 MEGATRON = "*.up o=2\n*.down i=2\n* replicas=2"
 DDP, ZERO = "* n=fed", "* n=fed store=shard keep=use"
-# The largest relative difference: above 0.05 where a small model's single largest tensor decides. With a halo, the convolution's local
-# computation keeps a padded input besides the copy, of which the plan knows nothing. oneDNN pads the states of narrow LSTMs; the gradients that a segment's
-# backward gives are there together until all are added to those of earlier chunks.
+# The largest relative difference: above 0.05 where a small model's single largest tensor decides. oneDNN pads the states of narrow LSTMs; the gradients
+# that a segment's backward gives are there together until all are added to those of earlier chunks.
 CASES = [
     (mlp, DDP, 0.02),
     (mlp, ZERO, 0.02),
@@ -149,7 +148,7 @@ CASES = [
     (conv_net, DDP, 0.03),
     (conv_net, ZERO, 0.06),
     (conv_net, "7 o=2\n9 i=2\n* n=fed", 0.05),
-    (conv_net, "0 h=2\n3 h=2\n7 n=fed", 0.1),
+    (conv_net, "0 h=2\n3 h=2\n7 n=fed", 0.05),
     (blocks, DDP, 0.03),
     (blocks, MEGATRON, 0.06),
     (blocks, REGIONS + DDP, 0.03),
