@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
-from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, steady, timed, timing_of
+from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, steady, timed
 from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
@@ -236,7 +236,8 @@ def group_layouts(host_of: Sequence[int]) -> dict[tuple[int, int], list[list[int
 def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
     """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
     `size` bytes in all, each peer another part of a tensor, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody
-    has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
+    has to be woken, and no rank comes late; so ranks come late in turns, as in a training. The mean: now and then one takes ten times as long, and a step pays
+    for all. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
     source, a = torch.zeros(max(size // 4, len(ranks))), torch.randn(256, 256)
     moves, results = [], []
     if kind == "all_reduce":
@@ -252,25 +253,24 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
         results = [(1, [part * len(others)])]
     transfer = PlannedTransfer(kind == "all_reduce", False, kind == "all_reduce", source.dtype, ranks, moves, results, _C.Reduce.sum)
     step = PlannedStep(ranks if kind == "exchange" else [], [transfer])
-    cycles = 10 if size <= 256 << 10 else 3
+    cycles, place = 10 if size <= 256 << 10 else 3, ranks.index(comm.rank) if ranks else 0
 
-    def loop(moving: bool) -> list[int]:
+    def loop(moving: bool) -> float:
         barrier(comm)
-        taken = []
-        for _ in range(cycles):
-            begin = time.perf_counter_ns()
-            for _ in range(3 if ranks else 0):
+        begin = time.perf_counter_ns()
+        for cycle in range(cycles):
+            late = not moving or (cycle + place) % 2 == 0
+            for _ in range((4 if late else 2) if ranks else 0):
                 a @ a
             if moving and ranks:
                 execute(step, comm, lambda value, dtype: source)
-            taken.append(time.perf_counter_ns() - begin)
-        return taken
+        return (time.perf_counter_ns() - begin) / cycles
 
     loop(True)
-    together, alone = timing_of([loop(True) for _ in range(REPEATS)]), timing_of([loop(False) for _ in range(REPEATS)])
-    mine = [together.ns, int(together.spread * 1000), alone.ns]
+    together, alone = [loop(True) for _ in range(2 * REPEATS)], [loop(False) for _ in range(REPEATS)]
+    mine = [int(statistics.mean(together)), int(max(together) - min(together)), int(statistics.median(alone))]
     total, spread, computing = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
-    return Timing(max(total - computing, 1), spread / 1000)
+    return Timing(max(total - computing, 1), spread / max(total, 1))
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:

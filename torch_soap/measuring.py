@@ -60,10 +60,6 @@ def steady(fn: Callable[[], Any], repeats: int) -> Timing:
             begin = time.perf_counter_ns()
             fn()
             groups[-1].append(time.perf_counter_ns() - begin)
-    return timing_of(groups)
-
-
-def timing_of(groups: list[list[int]]) -> Timing:
     medians = [statistics.median(group) for group in groups]
     whole = int(statistics.median(t for group in groups for t in group))
     return Timing(whole, (max(medians) - min(medians)) / max(whole, 1))
