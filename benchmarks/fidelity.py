@@ -1,6 +1,6 @@
 """Predicted against run step times: every model under a dozen plans or more, on two and four ranks, on one host and on two with 1 Gb/s between them.
 
-python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--minutes 30] [--resume] [--rounds 2] [--steps 2]
+python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--minutes 30] [--resume] [--rounds 2] [--steps 3]
 
 Each (model, ranks, network) is one launch of processes, which writes one file of rows under out/fidelity/; `--resume` keeps the files that
 are there. The table and all rows go to benchmarks/results/fidelity.{md,json}.
@@ -32,6 +32,7 @@ ROWS = ROOT / "out" / "fidelity"
 NETWORKS = ("loopback", "1gbit")
 RANKS = (2, 4)
 LAUNCH_S = 300.0  # a launch that takes longer has failed
+USUAL_S = 45.0  # of most, for the estimate
 BARS = {"mean error": 0.05, "p95": 0.10, "tau": 0.9, "regret": 0.02, "memory": 0.03}
 
 
@@ -46,21 +47,23 @@ def launch(model: str, ranks: int, network: str, rounds: int, steps: int) -> Out
 def sweep(models: list[str], ranks: list[int], networks: list[str], rounds: int, steps: int, resume: bool, minutes: float = float("inf")) -> None:
     begin = time.monotonic()
     ROWS.mkdir(parents=True, exist_ok=True)
-    every = list(itertools.product(networks, ranks, models))
-    for network, world, model in tqdm(every, desc="launches", ncols=100):
-        path = ROWS / f"{model}-{world}-{network}.json"
+    every = [(*launch_of, ROWS / "{2}-{1}-{0}.json".format(*launch_of)) for launch_of in itertools.product(networks, ranks, models)]
+    if resume:
+        every = [x for x in every if not x[-1].exists() or "failed" in json.loads(x[-1].read_text())]
+    print(f"{len(every)} launches, {len(every) * USUAL_S / 60:.0f} minutes at {USUAL_S:.0f} s each", flush=True)
+    for network, world, model, path in tqdm(every, desc="launches", ncols=100):
         if time.monotonic() - begin > 60 * minutes:
             break
-        if resume and path.exists() and "failed" not in json.loads(path.read_text()):
-            continue
+        started = time.monotonic()
         try:
             done = launch(model, world, network, rounds, steps)
             result = done.results[0] or {"failed": done.output[-3000:]}
         except NoHosts as error:
             result = {"failed": str(error)}
-        except subprocess.TimeoutExpired as error:
-            result = {"failed": f"{error}"}
-        path.write_text(json.dumps({"model": model, "ranks": world, "network": network, "revision": revision(), **result}) + "\n")
+        except (subprocess.SubprocessError, OSError) as error:
+            result = {"failed": f"{type(error).__name__}: {error}"}
+        head = {"model": model, "ranks": world, "network": network, "revision": revision(), "launch_s": round(time.monotonic() - started, 1)}
+        path.write_text(json.dumps({**head, **result}) + "\n")
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -94,7 +97,7 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
     chosen = measured[predicted.index(min(predicted))]
     noise = [iqr(p["measured_ms"]) / m for p, m in zip(plans, measured, strict=True)]
     drift = [statistics.mean(p["probe_ms"]) / statistics.median(row["probe_ms"]) for p in plans]
-    memory = [abs(p / m - 1) for plan in plans for p, m in zip(plan["memory_bytes"], plan.get("measured_bytes", []), strict=False) if m]
+    memory = [abs(max(p["memory_bytes"]) / max(p["measured_bytes"]) - 1) for p in plans if "measured_bytes" in p]
     return {
         "plans": len(plans),
         "mean error": statistics.mean(errors),
@@ -124,9 +127,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "# Predicted and measured step times",
         "",
-        f"`python -m benchmarks.fidelity`: processes of one thread, gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
+        "`python -m benchmarks.fidelity`: processes of one thread, each tied to a core of its own where there are enough, while operators are measured "
+        f"too; gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
         f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
-        "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 %. Noise: quartiles' distance over the median, the "
+        "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "
+        "fullest device). Noise: quartiles' distance over the median, the "
         "mean of a launch's plans: where it is larger than the error, the error says little. Drift: a fixed piece of work, timed before each plan, "
         "90th over 10th percentile; the last column scales each prediction by how much slower that work was then than while operators were measured.",
         "",
@@ -166,7 +171,7 @@ def main() -> None:
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no launch after so many")
     parser.add_argument("--resume", action="store_true", help="keep the launches that have run")
     options = parser.parse_args()

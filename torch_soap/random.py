@@ -70,6 +70,10 @@ class CounterState:
         self.seed = self.seed if seed is None else seed
         self.call = 0
 
+    def reseeded(self) -> bool:
+        """The next call begins a new sequence, or one that the other ranks may not know."""
+        return self.changed or (self.torch_seed is not None and torch.initial_seed() != self.torch_seed)
+
     def next_call(self) -> None:
         if self.torch_seed is not None and torch.initial_seed() != self.torch_seed:
             self.torch_seed = torch.initial_seed()

@@ -33,7 +33,10 @@ void bind_sharding(py::module_& m) {
     return d.map.has_value();
   });
   py::class_<Operand>(m, "Operand").def_readonly("dims", &Operand::dims).def_readonly("anchors", &Operand::anchors);
-  py::class_<Result>(m, "Result").def_readonly("dims", &Result::dims).def_readonly("reduce", &Result::reduce);
+  py::class_<Result>(m, "Result")
+      .def_readonly("dims", &Result::dims)
+      .def_readonly("reduce", &Result::reduce)
+      .def_readonly("saved_bytes_more", &Result::saved_bytes_more);
   py::class_<Rule>(m, "Rule")
       .def_readonly("factors", &Rule::factors)
       .def_readonly("operands", &Rule::operands)

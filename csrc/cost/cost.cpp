@@ -32,6 +32,25 @@ std::string digest(const AttrMap& attrs) {
   return out;
 }
 
+// Of a later chunk: its gradients of what all chunks read (parameters) are added to theirs, in place: two reads and a write.
+int64_t sums_ns(const Machine& machine, const Program& p, NodeId node, int tile, int chunk) {
+  if (chunk == 0 || !p.differentiable[node]) return 0;
+  const Rule& rule = p.rules[node];
+  std::vector<char> chunked(rule.factors.size());
+  for (const FactorParts& cut : p.tilings[node].cuts) chunked[cut.factor] = cut.chunks() > 1;
+  std::vector<IndexSet> sets;
+  double bytes = 0;
+  for (size_t i = 0; i < rule.operands.size(); ++i) {
+    const Tensor& t = p.graph.input(p.graph.nodes[node], static_cast<int>(i));
+    const auto& dims = rule.operands[i].dims;
+    const auto varies = [&](const DimExpr& d) { return std::any_of(d.factors.begin(), d.factors.end(), [&](int f) { return chunked[f]; }); };
+    if (!t.requires_grad || !rule.operands[i].differentiable || std::any_of(dims.begin(), dims.end(), varies)) continue;
+    if (sets.empty()) sets = factor_sets(rule, p.tilings[node], tile, chunk);
+    bytes += static_cast<double>(volume(local_box(p, p.graph.nodes[node], i, sets)) * t.element_bytes);
+  }
+  return static_cast<int64_t>(3 * bytes / machine.memory_bytes_per_s * 1e9);
+}
+
 }  // namespace
 
 std::string CostModel::key(const Program& p, NodeId node, int tile, int chunk) {
@@ -58,14 +77,16 @@ OpTime CostModel::roofline(const Program& p, NodeId node, int tile, int chunk) c
 }
 
 OpTime CostModel::time(const Program& p, NodeId node, int tile, int chunk) const {
+  const int64_t sums = sums_ns(machine_, p, node, tile, chunk);
   const auto it = measured_.empty() ? measured_.end() : measured_.find(key(p, node, tile, chunk));
-  if (it != measured_.end()) return {it->second.forward_ns, p.differentiable[node] ? it->second.backward_ns : 0};
+  if (it != measured_.end()) return {it->second.forward_ns, p.differentiable[node] ? it->second.backward_ns + sums : 0};
   OpTime t = roofline(p, node, tile, chunk);
   const auto ratio = ratios_.find(p.graph.nodes[node].target);
   if (ratio != ratios_.end()) {
     t.forward_ns = static_cast<int64_t>(static_cast<double>(t.forward_ns) * ratio->second.forward / ratio->second.count);
     t.backward_ns = static_cast<int64_t>(static_cast<double>(t.backward_ns) * ratio->second.backward / ratio->second.count);
   }
+  t.backward_ns += sums;
   return t;
 }
 

@@ -205,12 +205,20 @@ struct Projector {
 
   std::map<std::pair<NodeId, int>, std::pair<int, const Use*>> reads;
 
-  // A compute step in the rank's order, with its place forward and backward.
+  static bool reads_from(const std::vector<ComputeItem>& readers, const std::vector<ComputeItem>& makers) {
+    return std::any_of(readers.begin(), readers.end(), [&](const ComputeItem& reader) {
+      return std::any_of(makers.begin(), makers.end(), [&](const ComputeItem& maker) {
+        return std::any_of(maker.results.begin(), maker.results.end(), [&](int v) { return std::count(reader.operands.begin(), reader.operands.end(), v); });
+      });
+    });
+  }
+
+  // A compute step in the rank's order, with its place backward.
   struct Event {
     std::vector<ComputeItem> items;
     bool replicated = false;
     std::vector<int> devices;
-    int forward = -1, backward = -1;  // index in `sequence`
+    int backward = -1;  // index in `sequence`
     int step = -1, back_step = -1;
     bool differentiable = false;
     int region = -1, chunk = 0;
@@ -246,7 +254,6 @@ struct Projector {
                 .region = p.regions[node],
                 .chunk = chunk};
         if (e.items.empty()) continue;
-        e.forward = static_cast<int>(sequence.size());
         event_of[{node, chunk}] = static_cast<int>(events.size());
         sequence.push_back({.event = static_cast<int>(events.size())});
         events.push_back(std::move(e));
@@ -261,24 +268,40 @@ struct Projector {
         if (!m.transfers.empty()) sequence.push_back({.movement = std::move(m)});
       }
     }
-    // Join neighbours.
     const auto joins = [&](const Event& a, const Event& b) {
       if (a.replicated != b.replicated || a.differentiable != b.differentiable || a.region != b.region) return false;
       if (a.region >= 0 && a.chunk != b.chunk) return false;  // one chunk's activations at a time
-      if (b.forward != a.forward + 1) return false;
       if (a.differentiable && a.backward != b.backward + 1) return false;
       if (!a.replicated) return true;
       return a.devices == b.devices && b.step == a.step + 1 && (!a.differentiable || a.back_step == b.back_step + 1);
     };
-    for (size_t e = 0; e < events.size(); ++e) {
-      if (e > 0 && joins(events[e - 1], events[e])) {
-        events[e].segment = events[e - 1].segment;
+    const auto computes_forward = [&](size_t at) { return sequence[at].event >= 0 && !sequence[at].backward; };
+    // What has no gradient ends no segment for that alone: it comes before those that it doesn't read (masks, counts), or after those that don't read
+    // it (running statistics). Regions keep their order: forward gives back what they made as soon as it is read.
+    for (size_t at = 0; at < sequence.size(); ++at) {
+      if (!computes_forward(at)) continue;
+      const Event& e = events[sequence[at].event];
+      if (e.region >= 0 || (e.differentiable && e.replicated)) continue;
+      size_t from = at;
+      while (from > 0 && computes_forward(from - 1) && events[sequence[from - 1].event].differentiable != e.differentiable) --from;
+      if (from == at) continue;
+      if (e.differentiable && (from == 0 || !computes_forward(from - 1) || !joins(events[sequence[from - 1].event], e))) continue;
+      const auto waits = [&](const Entry& between) { return reads_from(e.items, events[between.event].items); };
+      if (std::none_of(sequence.begin() + from, sequence.begin() + at, waits))
+        std::rotate(sequence.begin() + from, sequence.begin() + at, sequence.begin() + at + 1);
+    }
+    // Join neighbours.
+    for (size_t at = 0; at < sequence.size(); ++at) {
+      if (!computes_forward(at)) continue;
+      Event& e = events[sequence[at].event];
+      if (at > 0 && computes_forward(at - 1) && joins(events[sequence[at - 1].event], e)) {
+        e.segment = events[sequence[at - 1].event].segment;
       } else {
-        events[e].segment = static_cast<int>(out.segments.size());
-        out.segments.push_back({.differentiable = events[e].differentiable, .region = events[e].region});
+        e.segment = static_cast<int>(out.segments.size());
+        out.segments.push_back({.differentiable = e.differentiable, .region = e.region});
       }
-      auto& items = out.segments[events[e].segment].items;
-      for (ComputeItem& item : events[e].items) items.push_back(std::move(item));
+      auto& items = out.segments[e.segment].items;
+      for (ComputeItem& item : e.items) items.push_back(std::move(item));
     }
     std::vector<char> ran(out.segments.size()), ran_back(out.segments.size());
     for (Entry& entry : sequence) {

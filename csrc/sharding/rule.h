@@ -79,7 +79,8 @@ struct Operand {
   // Reduction factors of which only the part that holds index 0 reads this operand (a bias under split inputs).
   std::vector<int> anchors;
   bool differentiable = true;
-  bool saved = true;  // backward reads it
+  bool saved = true;                // backward reads it
+  int64_t backward_bytes_more = 0;  // that backward makes besides its results while it runs, for each of its elements
 };
 
 struct Result {
@@ -87,7 +88,7 @@ struct Result {
   Reduce reduce = Reduce::kNone;  // how tiles that differ only in factors this result lacks combine
   bool differentiable = true;
   bool saved = true;             // backward reads it
-  int64_t saved_bytes_more = 0;  // that backward keeps besides, for each of its elements (indices of maxima)
+  int64_t saved_bytes_more = 0;  // that backward keeps besides, for each of its elements (indices of maxima, gates)
 };
 
 struct Rule {

@@ -137,6 +137,9 @@ struct Memory {
           const auto back = compute_back.find({u.node, chunk});
           if (n.kind == NodeKind::kReturn && p.groups[g].grad) backward_begin.emplace(key, fill.at(key) + 1);
           if (back == compute_back.end()) continue;
+          for (int d : p.groups[g].copies.coords[u.coord_of[i]].devices) {
+            hold(d, volume(p.groups[g].copies.coords[u.coord_of[i]].box) * operand.backward_bytes_more, back->second, back->second);
+          }
           const NodeId producer = p.graph.tensors[p.groups[g].tensor].producer;
           const bool inner = is_remade(static_cast<int>(g), u.coord_of[i], u.node);
           if (operand.saved) grow(inner ? again_end : backward_end, back->second);
@@ -208,6 +211,45 @@ struct Memory {
   static int at(const std::map<Key, int>& m, const Key& key) {
     const auto it = m.find(key);
     return it == m.end() ? -1 : it->second;
+  }
+
+  // The input that a tile pads by itself, before a window slides over it; backward reads it in its stead. Torch pads both ends alike, and maxima by zeros
+  // would be wrong where a tile ends (torch_soap/rewrite/window.py).
+  int64_t padded_bytes(const Node& n, int tile, int chunk) const {
+    const bool convolution = n.target == "conv1d" || n.target == "conv2d" || n.target == "conv3d";
+    if (!convolution && !n.target.starts_with("max_pool")) return 0;
+    const Tensor& x = p.graph.input(n, 0);
+    const auto& dims = p.rules[n.id].operands[0].dims;
+    const auto sets = factor_sets(p.rules[n.id], p.tilings[n.id], tile, chunk);
+    const Box box = box_of(dims, p.rules[n.id], x.shape, sets);
+    if (volume(box) == 0) return 0;
+    bool pads = false;
+    int64_t elements = 1;
+    for (size_t d = 0; d < box.size(); ++d) {
+      int64_t size = box[d].size();
+      if (dims[d].map && dims[d].map->kind == IndexMap::Kind::kWindow) {
+        const IndexMap& w = *dims[d].map;
+        const IndexSet& out = sets[dims[d].factors[0]];
+        const int64_t low = out.runs().front().begin * w.stride - w.pad,
+                      high = (out.runs().back().end - 1) * w.stride - w.pad + w.dilation * (w.kernel - 1) + 1;
+        const int64_t before = std::min(std::max<int64_t>(-low, 0), high - low), after = high - low - before - size;
+        pads = pads || (convolution ? before != after : before + after > 0);
+        size = high - low;
+      }
+      elements *= size;
+    }
+    return pads ? elements * x.element_bytes : 0;
+  }
+
+  void padded() {
+    kind = Held::kCopies;
+    for (const auto& [key, back] : compute_back) {
+      const Tiling& tiling = p.tilings[key.first];
+      for (int tile = 0; tile < tiling.tiles(); ++tile) {
+        const int64_t bytes = padded_bytes(p.graph.nodes[key.first], tile, key.second);
+        for (int d : tiling.devices_of(tile)) hold(d, bytes, compute.at(key), Life{compute.at(key), back}, at(again, key));
+      }
+    }
   }
 
   // From the last node to the first, so that all readers of a tensor are known before it.
@@ -298,10 +340,16 @@ struct Memory {
       if (!group.grad) continue;
       const Tensor& t = p.graph.tensors[group.tensor];
       const Node& producer = p.graph.nodes[t.producer];
-      std::map<std::pair<int, int>, int> leaves;                 // copy (coord, device) -> last step that brings it home
-      std::map<std::pair<int, int>, std::pair<int, int>> tiles;  // tile -> the one copy that is its gradient, or -1
+      std::map<std::pair<int, int>, int> leaves;  // copy (coord, device) -> last step that brings it home
+      struct Arrival {
+        int copy = -1;  // the one that is this tile's gradient
+        int step = -1;
+        bool reduced = false;
+      };
+      std::map<std::pair<int, int>, Arrival> tiles;
       for (auto it = grad_fill.lower_bound({static_cast<int>(g), 0}); it != grad_fill.end() && it->first.first == static_cast<int>(g); ++it) {
-        const auto& list = pieces[it->second.first][it->second.second].pieces;
+        const MovedItem& moved = pieces[it->second.first][it->second.second];
+        const auto& list = moved.pieces;
         std::map<std::pair<int, int>, int> arriving;
         for (const Flow& x : list) ++arriving[{x.dst, x.to}];
         for (const Flow& x : list) {
@@ -309,20 +357,20 @@ struct Memory {
           last = std::max(last, it->second.first);
           const bool same = arriving[{x.dst, x.to}] == 1 && x.from == x.to && x.elements == volume(p.tiles[t.id].coords[x.dst].box) &&
                             x.elements == volume(group.copies.coords[x.src].box);
-          tiles[{x.dst, x.to}] = same ? std::pair{x.src, it->second.first} : std::pair{-1, it->second.first};
+          tiles[{x.dst, x.to}] = {same ? x.src : -1, it->second.first, moved.movement.pattern == Pattern::kAllReduce};
         }
       }
       std::set<std::pair<int, int>> shared;  // copies whose gradient is a tile's
       for (const auto& [tile, from] : tiles) {
         const auto [coord, device] = tile;
         const Coord& c = p.tiles[t.id].coords[coord];
-        int begin = from.second;
-        if (from.first >= 0) {
-          shared.insert({from.first, device});
-          begin = at(backward_begin, {static_cast<int>(g), group.copies.coords[from.first].chunk});
-          if (begin < 0) begin = from.second;
+        int begin = from.step;
+        if (from.copy >= 0) {
+          shared.insert({from.copy, device});
+          if (from.reduced) hold(device, bytes_of(c.box, t), from.step, from.step);  // the sum, beside what is summed
+          begin = at(backward_begin, {static_cast<int>(g), group.copies.coords[from.copy].chunk});
+          if (begin < 0) begin = from.step;
         }
-        if (producer.kind == NodeKind::kParam && p.interleaved) continue;  // stored
         const int until = producer.kind == NodeKind::kOp ? at(compute_back, {producer.id, c.chunk}) : end;
         hold(device, bytes_of(c.box, t), std::min(begin, end), until);
       }
@@ -330,7 +378,7 @@ struct Memory {
         const auto added = sums.find({static_cast<int>(g), copy.first});
         if (added != sums.end()) {
           for (auto s = std::next(added->second.begin()); s != added->second.end(); ++s)
-            hold(copy.second, 2 * bytes_of(group.copies.coords[copy.first].box, t), *s, *s);
+            hold(copy.second, (s == std::next(added->second.begin()) ? 2 : 1) * bytes_of(group.copies.coords[copy.first].box, t), *s, *s);
         }
         if (shared.count(copy)) continue;
         const Coord& c = group.copies.coords[copy.first];
@@ -367,6 +415,7 @@ Memory filled(const Program& program, const StepPieces& pieces, std::vector<Memo
   m.find_views();
   m.find_again();
   m.readers();
+  m.padded();
   m.values();
   m.gradients();
   m.packed();

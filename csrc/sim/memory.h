@@ -9,12 +9,13 @@
 //               where it has a gradient and something moves between its producer and them. Nothing where it is part of a tile that is there. Keep::kUse: given
 //               back after its last use in forward, and there again from the refill on
 //   gradient    of a copy from its first reader's backward until it is brought to the tiles; of a tile from then until its producer's backward,
-//               of a parameter to the end. Where a reader adds to it, the addend and the new sum are there besides
+//               of a parameter to the end. Where a reader adds to it, the addend is there besides, the first time a new sum too
 //
 // Tiles that backward computes again (Program::regions): to the last that reads them in forward, and from the first backward step that needs them to
 // where the above ends. Copies that enter a region, or come by a movement within it, are kept until it is computed again.
 //
-// Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs isn't counted.
+// Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs is counted where a rule says so
+// (Operand::backward_bytes_more). Inputs that convolutions and max pools pad by themselves are copies besides.
 #pragma once
 
 #include <array>

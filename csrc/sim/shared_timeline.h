@@ -7,6 +7,7 @@
 // Each device does what it was given, in order. Nothing overlaps on a device.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -26,13 +27,16 @@ class SharedTimeline {
   explicit SharedTimeline(const Machine& machine) : machine_(machine), queues_(machine.host_of.size()) {}  // the machine must outlive it
   explicit SharedTimeline(Machine&&) = delete;
 
-  // Where it begins a segment (the first after a movement, or the first with or without a backward: program/project.h) the call comes on top,
+  // Where it begins a segment (the first with, or without, a backward after a movement: program/project.h) the call comes on top,
   // Machine::segment_overhead_ns.
   void compute(int device, int64_t work_ns, int tag = -1, bool differentiable = true) {
+    if (work_ns <= 0) return;
     auto& queue = queues_[device];
-    const bool joins = !queue.empty() && queue.back().move < 0 && queue.back().differentiable == differentiable;
-    const int64_t call_ns = joins ? 0 : static_cast<int64_t>(machine_.segment_overhead_ns);
-    if (work_ns > 0) queue.push_back({.work_ns = work_ns + call_ns, .tag = tag, .differentiable = differentiable});
+    Task task{.work_ns = work_ns, .tag = tag};
+    if (!queue.empty() && queue.back().move < 0) task.begun = queue.back().begun;
+    if (!task.begun[differentiable]) task.work_ns += static_cast<int64_t>(machine_.segment_overhead_ns);
+    task.begun[differentiable] = true;
+    queue.push_back(task);
   }
   void move(const std::vector<int>& ranks, int64_t price_ns, int tag = -1);
   // When each device is done, of what was added since the last run. `spans`: what ran when, in the order of ends.
@@ -43,7 +47,7 @@ class SharedTimeline {
     int64_t work_ns = 0;
     int move = -1;  // index in moves_
     int tag = -1;
-    bool differentiable = true;
+    std::array<bool, 2> begun = {};  // segments since the last movement: without and with a backward
   };
   struct Move {
     size_t num_ranks = 0, arrived = 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,15 @@ def torchrun(
     """`torchrun -m module arguments` on `nproc` processes of this machine, one torch thread each."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={nproc}", "-m", module, *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment(SOAP_TEST_OUT=folder, **(env or {})), capture_output=True, text=True, timeout=timeout_s)
-        return Outcome(done.returncode, done.stdout[-6000:] + done.stderr[-12000:], read_results(folder, nproc))
+        variables = environment(SOAP_TEST_OUT=folder, **(env or {}))
+        running = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            out, err = running.communicate(timeout=timeout_s)
+        finally:
+            if running.poll() is None:  # the workers too
+                os.killpg(running.pid, signal.SIGKILL)
+                running.wait()
+        return Outcome(running.returncode, out[-6000:] + err[-12000:], read_results(folder, nproc))
 
 
 def revision() -> str:

@@ -236,6 +236,21 @@ def modes() -> float:
     return max(worst, difference({k: v.double() for k, v in model.state_dict().items()}, {k: v.double() for k, v in reference.state_dict().items()}))
 
 
+def seeds() -> float:
+    """One rank alone seeds torch anew after the first forward: all still draw what rank 0 draws."""
+    torch.manual_seed(6)
+    net, (x, _) = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5)).double(), batch()
+    drawn = []
+    for seeded in (False, True):
+        torch.manual_seed(6)
+        model = torch_soap.parallelize(copy.deepcopy(net), plan="* n=fed")
+        model(own(x))
+        if seeded and dist.get_rank() == 1:
+            torch.manual_seed(11)
+        drawn.append(model(own(x)))
+    return float((drawn[1] - drawn[0]).abs().max())
+
+
 class Many(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -428,7 +443,7 @@ def watches() -> float:
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, saving, many_inputs, special, modes, attributes, loss_inside, plans, refusals, copies, meta, watches)
+    f.__name__: f for f in (optimizers, clipping, scaling, checkpoints, saving, many_inputs, special, modes, seeds, attributes, loss_inside, plans, refusals, copies, meta, watches)
 }
 
 

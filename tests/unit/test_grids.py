@@ -71,7 +71,7 @@ def test_a_grid_costs_what_naming_all_devices_costs(llama: _C.OpGraph, grid: dic
     priced = _C.grid_price(llama, 8, cost, given)
     whole = simulated(llama, _C.manual_strategy(llama, 8, given), cost)
     assert priced.step_ns == pytest.approx(whole.step_ns, rel=0.02)
-    assert priced.memory_bytes == pytest.approx(max(whole.memory_bytes), rel=0.2)
+    assert priced.memory_bytes == pytest.approx(max(whole.memory_bytes), rel=0.25)
 
 
 STAGES: list[dict[str, Any]] = [{"dp": 4, "pp": 2, "micro_batches": 4}, {"dp": 2, "tp": 2, "pp": 2, "micro_batches": 4}]

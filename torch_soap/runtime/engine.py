@@ -30,6 +30,7 @@ class StepState:
     leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
     outputs: dict[int, dict[int, tuple[GradientEdge, torch.dtype]]] = field(default_factory=dict)  # segment -> value -> its place in that graph
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    sums: set[int] = field(default_factory=set)  # values whose gradient is a sum made here, to which more is added in place
     copies: dict[int, torch.Tensor] = field(default_factory=dict)  # gathered parameters whose storage is given back until backward
     random: CounterState | None = None
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)  # around the forward
@@ -40,7 +41,9 @@ class StepState:
 
     def copy(self) -> StepState:
         """For a backward after which another one may come."""
-        return replace(self, values=dict(self.values), leaves=dict(self.leaves), outputs=dict(self.outputs), grads=dict(self.grads), copies=dict(self.copies))
+        return replace(
+            self, values=dict(self.values), leaves=dict(self.leaves), outputs=dict(self.outputs), grads=dict(self.grads), copies=dict(self.copies), sums=set()
+        )
 
 
 class Engine:
@@ -377,7 +380,14 @@ class Engine:
 
     def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
         known = state.grads.get(value)
-        state.grads[value] = grad if known is None else known.to(sums_in(known.dtype)) + grad
+        if known is None:
+            state.grads[value] = grad
+            state.sums.discard(value)
+        elif value in state.sums and torch.promote_types(known.dtype, grad.dtype) == known.dtype:
+            known += grad
+        else:  # what autograd gave may be the gradient of several values
+            state.grads[value] = known.to(sums_in(known.dtype)) + grad
+            state.sums.add(value)
 
     def _fill(self, state: StepState, position: int) -> None:
         step = self.planned[position]

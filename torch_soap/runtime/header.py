@@ -32,6 +32,7 @@ class Header:
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
+        self.reseeded = False  # on any rank, as of the last check
 
     def check(
         self,
@@ -44,6 +45,7 @@ class Header:
         model: str,
         deferred: bool = False,
         replaced: int = 0,
+        reseeded: bool = False,
     ) -> None:
         """All ranks call the module in the same mode, with the same number, dtypes and ranks of inputs, in the same structure with the same constants.
 
@@ -51,6 +53,7 @@ class Header:
         model: which of those that this process parallelized.
         deferred: inside no_sync.
         replaced: how often parameters were replaced by other objects.
+        reseeded: torch was seeded anew here; ranks may differ in it.
         """
         words = {
             "model": model,
@@ -66,7 +69,9 @@ class Header:
         sizes = [n for t in tensors for n in t.shape]
         short = len(sizes) <= MAX_SIZES
         mine = [number(repr(words)), len(sizes), *(sizes if short else [])]
-        self.gathered = self.comm.gather_ints(mine, "forward")
+        everyones = self.comm.gather_ints([int(reseeded), *mine], "forward")
+        self.reseeded = any(g[0] for g in everyones)
+        self.gathered = [g[1:] for g in everyones]
         if any(g[:2] != mine[:2] for g in self.gathered):
             everyone = self.comm.gather_objects(words)
             for rank, other in enumerate(everyone):

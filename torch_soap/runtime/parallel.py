@@ -301,6 +301,7 @@ class Parallel:
             model=self.label,
             deferred=deferred,
             replaced=self.known.replaced,
+            reseeded=self.random.reseeded(),
         )
         self.calls += 1  # alike on all ranks
         captured = self.capture(args, kwargs)
@@ -343,8 +344,8 @@ class Parallel:
                     raise RankMismatchError(f"[forward] {name} has no dim for rows, and rank {rank} has other values than rank 0")
 
     def same_random(self) -> None:
-        """Ranks that seed torch differently (by rank, as is usual) draw what rank 0 draws."""
-        if self.random.changed:
+        """Ranks that seed torch differently (by rank, as is usual), or only some of them anew, draw what rank 0 draws."""
+        if self.header.reseeded:
             first = self.comm.gather_objects((self.random.seed, self.random.call))[0]
             self.random.seed, self.random.call = first
             self.random.changed = False

@@ -35,7 +35,11 @@ Rule ce_rows(const OpGraph& graph, const Node& node) {
   const auto rows = without_classes(names);
   r.operand(0, names).operand(1, probabilities ? names : rows);
   r.operand("weight", {"v"});
-  return r.result(rows).saves({"0", "1", "weight"}).build();  // the softmax, as large as operand 0, in its stead
+  Rule rule = r.result(rows).saves({"1", "weight"}).build();
+  const int64_t bytes = graph.input(node, 0).element_bytes;
+  rule.results[0].saved_bytes_more = bytes * x[x.size() == 1 ? 0 : 1];  // the log softmax of each row
+  rule.operands[0].backward_bytes_more = bytes;                         // and its gradient
+  return rule;
 }
 
 // Number (or summed weight) of the rows that count.

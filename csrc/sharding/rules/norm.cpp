@@ -86,7 +86,9 @@ Rule normalize(const OpGraph& graph, const Node& node) {
     stats.push_back(s[d] == x[d] ? names.back() : "*");
   }
   for (int64_t d : node.attr<std::vector<int64_t>>("weight_dims", {})) weights.push_back(names[d]);
-  return r.operand(0, names).operand(1, stats).operand("weight", weights).operand("bias", weights).result(names).build();
+  Rule rule = r.operand(0, names).operand(1, stats).operand("weight", weights).operand("bias", weights).result(names).saves({"0", "1", "weight"}).build();
+  if (node.operand("weight") >= 0) rule.results[0].saved_bytes_more = graph.output(node, 0).element_bytes;  // what is multiplied by it
+  return rule;
 }
 
 // Expansion of all of them; `dims` are summed over.

@@ -15,6 +15,13 @@ int64_t gates(const Node& node) {
   return node.target == "lstm_layer" ? 4 : node.target == "gru_layer" ? 3 : 1;
 }
 
+// Elements that torch's CPU kernels keep for backward for each row and hidden unit, besides operands and results: gates, and states of each step. oneDNN's
+// LSTM (the one without projection) has a workspace of 4 planes of gates for each step, and 11 of states and their gradients for each and one more.
+int64_t saved_per_unit(const Node& node, int64_t steps, bool projected) {
+  if (node.target == "lstm_layer") return projected ? 7 * steps : 15 * steps + 11;
+  return node.target == "gru_layer" ? 7 * steps : steps;
+}
+
 // The gates' rows are (gate, unit); a layer as a whole can't cut o, one step can.
 Rule recurrent(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
@@ -34,7 +41,9 @@ Rule recurrent(const OpGraph& graph, const Node& node) {
   const Reduce reduce = projected ? Reduce::kSum : Reduce::kNone;
   r.result({"t", "n", units}, reduce).result({"n", units}, reduce);
   if (lstm) r.result({"n", "o"});
-  return r.build();
+  Rule rule = r.build();
+  rule.results.back().saved_bytes_more = graph.input(node, 0).element_bytes * saved_per_unit(node, x[0], projected);
+  return rule;
 }
 
 void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Tiling& tiling) {
