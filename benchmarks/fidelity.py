@@ -127,8 +127,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "# Predicted and measured step times",
         "",
-        "`python -m benchmarks.fidelity`: processes of one thread, each tied to a core of its own where there are enough, while operators are measured "
-        f"too; gloo, AdamW; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
+        "`python -m benchmarks.fidelity`: processes of one thread, gloo, AdamW; "
+        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
         f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
         "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "
         "fullest device). Noise: quartiles' distance over the median, the "

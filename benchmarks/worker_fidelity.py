@@ -159,17 +159,8 @@ def parts(model: Any, cost: _C.CostModel) -> dict[str, Any]:
     return {name: {k: [n, round(ms, 2)] for k, (n, ms) in table.items()} for name, table in (("measured", measured), ("predicted", predicted))}
 
 
-def pin() -> None:
-    """Each rank has a core of its own, if there are enough: a kernel that moves ranks puts two on one core now and then, for whole steps. Where there are
-    more ranks than cores they stay free, so that any two that compute have two cores. Namespaces share one machine's cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    if int(os.environ["WORLD_SIZE"]) <= len(cores):
-        os.sched_setaffinity(0, {cores[int(os.environ["RANK"])]})
-
-
 def main(name: str, rounds: int, steps: int) -> None:
     begin = time.perf_counter()
-    pin()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")

@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
-from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, steady, timed
+from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, timed
 from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
@@ -178,7 +178,7 @@ def measure_step(comm: Comm, known: dict[str, Any]) -> tuple[float, float]:
         model.label = "calibration"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            taken = calmest(lambda: slowest(comm, steady(one_step, 8)))
+            taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS)))
             engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
             engine.trace = []
             for _ in range(10):
@@ -236,8 +236,7 @@ def group_layouts(host_of: Sequence[int]) -> dict[tuple[int, int], list[list[int
 def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
     """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
     `size` bytes in all, each peer another part of a tensor, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody
-    has to be woken, and no rank comes late; so ranks come late in turns, as in a training. The mean: now and then one takes ten times as long, and a step pays
-    for all. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
+    has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
     source, a = torch.zeros(max(size // 4, len(ranks))), torch.randn(256, 256)
     moves, results = [], []
     if kind == "all_reduce":
@@ -253,22 +252,21 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
         results = [(1, [part * len(others)])]
     transfer = PlannedTransfer(kind == "all_reduce", False, kind == "all_reduce", source.dtype, ranks, moves, results, _C.Reduce.sum)
     step = PlannedStep(ranks if kind == "exchange" else [], [transfer])
-    cycles, place = 10 if size <= 256 << 10 else 3, ranks.index(comm.rank) if ranks else 0
+    cycles = 10 if size <= 256 << 10 else 3
 
     def loop(moving: bool) -> float:
         barrier(comm)
         begin = time.perf_counter_ns()
-        for cycle in range(cycles):
-            late = not moving or (cycle + place) % 2 == 0
-            for _ in range((4 if late else 2) if ranks else 0):
+        for _ in range(cycles if ranks else 0):
+            for _ in range(3):
                 a @ a
-            if moving and ranks:
+            if moving:
                 execute(step, comm, lambda value, dtype: source)
         return (time.perf_counter_ns() - begin) / cycles
 
     loop(True)
-    together, alone = [loop(True) for _ in range(2 * REPEATS)], [loop(False) for _ in range(REPEATS)]
-    mine = [int(statistics.mean(together)), int(max(together) - min(together)), int(statistics.median(alone))]
+    together, alone = [loop(True) for _ in range(REPEATS)], [loop(False) for _ in range(REPEATS)]
+    mine = [int(statistics.median(together)), int(max(together) - min(together)), int(statistics.median(alone))]
     total, spread, computing = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
     return Timing(max(total - computing, 1), spread / max(total, 1))
 

@@ -50,21 +50,6 @@ def timed(fn: Callable[[], Any], repeats: int = REPEATS, clock: Callable[[], int
     return Timing(median, (max(samples) - min(samples)) / max(median, 1))
 
 
-def steady(fn: Callable[[], Any], repeats: int) -> Timing:
-    """Of something short that now and then takes long: the median of all, and how far medians of groups are apart."""
-    fn()
-    groups: list[list[int]] = []
-    for _ in range(REPEATS):
-        groups.append([])
-        for _ in range(repeats):
-            begin = time.perf_counter_ns()
-            fn()
-            groups[-1].append(time.perf_counter_ns() - begin)
-    medians = [statistics.median(group) for group in groups]
-    whole = int(statistics.median(t for group in groups for t in group))
-    return Timing(whole, (max(medians) - min(medians)) / max(whole, 1))
-
-
 def calmest(measure: Callable[[], Timing]) -> Timing:
     """Measures again while it is noisy, and takes the attempt with the least spread. Where ranks measure together, `measure` must give the same on all."""
     best = measure()
