@@ -5,7 +5,6 @@ torchrun --nproc-per-node=2 -m benchmarks.worker_fidelity MODEL ROUNDS STEPS
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
