@@ -102,9 +102,9 @@ def test_what_the_observer_raises_ends_the_search() -> None:
 
 
 def endless(of: _C.OpGraph) -> _C.SearchOptions:
-    """Starts enough for minutes: the walks end by themselves when they have no luck."""
+    """Starts enough for a minute: the walks end by themselves when they have no luck."""
     out = options()
-    out.starts = [("ddp", _C.seeds(of, 4)[0][1])] * 300_000
+    out.starts = [("ddp", _C.seeds(of, 4)[0][1])] * 100_000
     return out
 
 
@@ -123,8 +123,9 @@ def test_ctrl_c_reaches_a_search_without_end() -> None:
     before = signal.getsignal(signal.SIGINT)
     with SearchProgress(None) as progress:
         searched = graph()
+        without_end = endless(searched)
         press(1)
-        result = _C.search(searched, [4] * 4, _C.CostModel(p100(4)), endless(searched), progress)
+        result = _C.search(searched, [4] * 4, _C.CostModel(p100(4)), without_end, progress)
     assert progress.interrupted and result.interrupted and result.candidates[result.best].step_ns > 0
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -136,8 +137,9 @@ def test_the_second_ctrl_c_ends_all() -> None:
 
     with pytest.raises(KeyboardInterrupt), Deaf(None) as progress:
         searched = graph()
+        without_end = endless(searched)
         press(2)
-        _C.search(searched, [4] * 4, _C.CostModel(p100(4)), endless(searched), progress)
+        _C.search(searched, [4] * 4, _C.CostModel(p100(4)), without_end, progress)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
