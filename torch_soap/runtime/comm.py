@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +55,18 @@ class Comm(Protocol):
         """The integers of all ranks, in order; a rank that doesn't come within the timeout, or is elsewhere (MEETINGS), is named in the error."""
 
 
+_alive: weakref.WeakSet[TorchComm] = weakref.WeakSet()
+
+
+@atexit.register
+def leave_groups() -> None:
+    """Gloo's threads may still have a tensor to give back when the last result is there. A group that nobody holds ends when they have; held until the
+    interpreter has ended, one of them that then asks for it aborts the process (github.com/pytorch/pytorch/issues/190489)."""
+    for comm in list(_alive):
+        comm.world, comm.store = None, None
+        comm.groups.clear()
+
+
 class TorchComm:
     """c10d process groups. Groups of some ranks are made by all ranks together, in one order (`join`): c10d names a group by how many a
     process has made before, so members that make theirs alone, in an order of their own, wait for each other for ever."""
@@ -68,6 +82,7 @@ class TorchComm:
         self.timeout = self.world._get_backend(torch.device("cpu")).options._timeout  # new_group's default is half an hour
         self.num_meetings = 0
         self.store: Any = dist.distributed_c10d._get_default_store() if self.world is dist.group.WORLD else None
+        _alive.add(self)
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         key = tuple(ranks)
