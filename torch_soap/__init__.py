@@ -1,6 +1,7 @@
 """torch_soap: nobody should have to choose a parallelization strategy by hand again."""
 
 from torch_soap import _ops as _ops
+from torch_soap import backend as _c10d_backend
 from torch_soap.api import grad_norm, parallelize, plan
 from torch_soap.compare import diff
 from torch_soap.machine import Machine
@@ -26,4 +27,5 @@ __all__ = [
     "save",
     "verify",
 ]
+_c10d_backend.register()
 __version__ = "0.1.0"

@@ -77,7 +77,7 @@ def torchrun_on(hosts: list[Host], per_host: int, module: str, *arguments: str, 
         for i, host in enumerate(hosts):
             command = ["ip", "netns", "exec", host.namespace, sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(hosts)}", f"--node-rank={i}"]
             command += [f"--nproc-per-node={per_host}", f"--master-addr={hosts[0].address}", f"--master-port={PORT}", f"--local-addr={host.address}"]
-            variables = environment(SOAP_TEST_OUT=folder, SOAP_TEST_HOST=host.namespace, GLOO_SOCKET_IFNAME=host.interface, **(env or {}))
+            variables = environment(SOAP_TEST_OUT=folder, SOAP_TEST_HOST=host.namespace, TORCH_SOAP_HOST=host.namespace, GLOO_SOCKET_IFNAME=host.interface, **(env or {}))
             command += ["-m", module, *arguments]
             running.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         try:

@@ -18,9 +18,13 @@ LAYERS["search"] = LAYERS["sim"] | {"sim"}
 LAYERS["plan"] = LAYERS["report"] = LAYERS["search"] | {"search", "plan"}
 LAYERS["kernels"] = {"base"}
 LAYERS["runtime"] = {"base", "kernels", "program"}
+LAYERS["transport"] = {"base"}
+LAYERS["backend"] = {"base", "transport"}
+LAYERS["bindings_torch"] = {"backend"}
 LAYERS["testing"] = LAYERS["plan"] | {"report"}
 LAYERS["bindings"] = LAYERS["testing"] | {"testing"}
-WITH_TORCH = {"runtime"}  # may include LibTorch
+WITH_TORCH = {"runtime", "backend", "bindings_torch"}  # may include LibTorch
+WITH_PYTHON = {"bindings", "bindings_torch"}
 TORCH_HEADERS = {"torch", "ATen", "c10"}
 
 # torch_soap: what a package or module may not import.
@@ -79,7 +83,7 @@ def include_direction(root: Path) -> list[str]:
             found.append(f"{path}:{number}: {layer} may not include {target}; it may include {allowed}. Move what both need down, or what needs both up")
         if target in TORCH_HEADERS and layer not in WITH_TORCH:
             found.append(f"{path}:{number}: {layer} may not include {match[2]}; {NO_TORCH}")
-        if target == "pybind11" and layer != "bindings":
+        if target == "pybind11" and layer not in WITH_PYTHON:
             found.append(f"{path}:{number}: only csrc/bindings includes pybind11; write a free function here and bind it there")
     return found
 

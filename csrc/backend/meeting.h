@@ -1,0 +1,26 @@
+// How the ranks of a group find each other, through the group's Store.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <vector>
+
+#include "transport/process.h"
+#include "transport/segment.h"
+
+namespace soap::backend {
+
+struct Meeting {
+  std::shared_ptr<transport::Segment> segment;        // null: the ranks don't share memory
+  std::vector<transport::ProcessIdentity> processes;  // by rank
+  std::string why_not;                                // there is no segment
+  bool one_host = false;
+};
+
+// Collective over the ranks of a group: all get a segment, or none does. `host` as in transport::this_process. The name of the shared memory is gone on
+// return. Throws DistBackendError that names the ranks that did not come within the timeout.
+Meeting meet(c10d::Store& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host);
+
+}  // namespace soap::backend

@@ -1,0 +1,24 @@
+// torch_soap._backend: the c10d backend for Python. Linked with torch's Python library, unlike _C.
+#include <pybind11/chrono.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "backend/soap_backend.h"
+
+namespace py = pybind11;
+using soap::backend::SoapBackend;
+
+PYBIND11_MODULE(_backend, m) {
+  m.doc() = "The c10d backend soap; torch_soap/backend.py registers it.";
+  py::module_::import("torch.distributed");  // has the base class
+
+  py::class_<SoapBackend, c10::intrusive_ptr<SoapBackend>, c10d::Backend>(m, "SoapBackend")
+      .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, std::chrono::milliseconds, const std::string&>(), py::arg("store"), py::arg("rank"),
+           py::arg("size"), py::arg("timeout"), py::arg("host") = "", py::call_guard<py::gil_scoped_release>(),
+           "Collective over the ranks of the group. `host` stands for this host's identity unless it is empty.")
+      .def_property_readonly("shares_memory", &SoapBackend::shares_memory)
+      .def_property_readonly("one_host", &SoapBackend::one_host)
+      .def_property_readonly("why_not", &SoapBackend::why_not, "Why there is no shared memory.")
+      .def("set_fallback", &SoapBackend::set_fallback, py::arg("fallback"), "The backend that serves this group where there is no shared memory.")
+      .def("set_random_delay", &SoapBackend::set_random_delay, py::arg("most"), "For tests: delays every step by a random time up to this.");
+  m.def("leave_all_groups", &soap::backend::leave_all_groups, py::call_guard<py::gil_scoped_release>(), "To be called before the interpreter ends.");
+}
