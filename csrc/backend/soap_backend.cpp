@@ -153,7 +153,8 @@ void SoapBackend::shutdown() {
 
 WorkPtr SoapBackend::run(const Call& call, std::shared_ptr<transport::Collective> operation, TensorList inputs, TensorList outputs, Tensors tensors) {
   operation->call = call.text;
-  auto work = c10::make_intrusive<SoapWork>(group_, rank_, call.type, group_->num_collectives() + 1, call.title, std::move(inputs), std::move(outputs),
+  const std::string title = profiler_name_ + call.title;
+  auto work = c10::make_intrusive<SoapWork>(group_, rank_, call.type, group_->num_collectives() + 1, title.c_str(), std::move(inputs), std::move(outputs),
                                             std::move(tensors));
   work->attach(operation);
   const auto timeout = call.timeout == c10d::kUnsetTimeout ? std::chrono::milliseconds::zero() : call.timeout;
@@ -182,7 +183,7 @@ WorkPtr SoapBackend::broadcast(TensorList& tensors, const c10d::BroadcastOptions
     incoming[root] = held.output(tensor);
     wanted[root] = true;
   }
-  const Call call{OpType::BROADCAST, "soap:broadcast", fmt::format("broadcast(from rank {})", root), options.timeout, !options.asyncOp};
+  const Call call{OpType::BROADCAST, "broadcast", fmt::format("broadcast(from rank {})", root), options.timeout, !options.asyncOp};
   return exchange(call, {outgoing}, std::move(incoming), std::move(wanted), tensors, tensors, std::move(held));
 }
 
@@ -200,7 +201,7 @@ WorkPtr SoapBackend::allreduce(TensorList& tensors, const c10d::AllreduceOptions
   if (group_ == nullptr) return fallback_->allreduce(tensors, options);
   if (tensors.size() == 1 && tensors[0].is_sparse()) return allreduce_sparse(tensors, options);
   const at::Tensor& tensor = only("all_reduce", tensors);
-  const Call call{OpType::ALLREDUCE, "soap:all_reduce", "all_reduce" + of_dtype(options.reduceOp, tensor), options.timeout, !options.asyncOp};
+  const Call call{OpType::ALLREDUCE, "all_reduce", "all_reduce" + of_dtype(options.reduceOp, tensor), options.timeout, !options.asyncOp};
   return all_reduce(call, tensors, options.reduceOp);
 }
 
@@ -210,7 +211,7 @@ WorkPtr SoapBackend::allreduce_coalesced(TensorList& tensors, const c10d::Allred
   for (const at::Tensor& tensor : tensors) {
     if (tensor.scalar_type() != tensors[0].scalar_type()) invalid("all_reduce_coalesced")("tensors must all have the same type");
   }
-  const Call call{OpType::ALLREDUCE_COALESCED, "soap:all_reduce", "all_reduce_coalesced" + of_dtype(options.reduceOp, tensors[0]), options.timeout,
+  const Call call{OpType::ALLREDUCE_COALESCED, "all_reduce", "all_reduce_coalesced" + of_dtype(options.reduceOp, tensors[0]), options.timeout,
                   !options.asyncOp};
   return all_reduce(call, tensors, options.reduceOp);
 }
@@ -223,8 +224,7 @@ WorkPtr SoapBackend::reduce(TensorList& tensors, const c10d::ReduceOptions& opti
   Tensors held;
   const Memory memory = rank_ == root ? held.in_place(tensor) : held.input(tensor);
   auto operation = std::make_shared<transport::Reduce>(rank_, size_, root, memory, make_reducer(tensor.scalar_type(), options.reduceOp, size_));
-  const Call call{OpType::REDUCE, "soap:reduce", fmt::format("reduce{} to rank {}", of_dtype(options.reduceOp, tensor), root), options.timeout,
-                  !options.asyncOp};
+  const Call call{OpType::REDUCE, "reduce", fmt::format("reduce{} to rank {}", of_dtype(options.reduceOp, tensor), root), options.timeout, !options.asyncOp};
   return run(call, std::move(operation), tensors, tensors, std::move(held));
 }
 
@@ -236,7 +236,7 @@ WorkPtr SoapBackend::allgather(std::vector<TensorList>& outputs, TensorList& inp
   Tensors held;
   std::vector<Memory> incoming;
   for (const at::Tensor& output : outputs[0]) incoming.push_back(held.output(output));
-  const Call call{OpType::ALLGATHER, "soap:all_gather", "all_gather", options.timeout, !options.asyncOp};
+  const Call call{OpType::ALLGATHER, "all_gather", "all_gather", options.timeout, !options.asyncOp};
   return exchange(call, {held.input(input)}, std::move(incoming), std::vector<bool>(size_, true), inputs, outputs[0], std::move(held));
 }
 
@@ -253,7 +253,7 @@ WorkPtr SoapBackend::_allgather_base(at::Tensor& output, at::Tensor& input, cons
   const Memory whole = held.output(output);
   std::vector<Memory> incoming;
   for (int r = 0; r < size_; ++r) incoming.push_back(part_of(whole, r, size_));
-  const Call call{OpType::_ALLGATHER_BASE, "soap:all_gather", "all_gather_into_tensor", options.timeout, !options.asyncOp};
+  const Call call{OpType::_ALLGATHER_BASE, "all_gather", "all_gather_into_tensor", options.timeout, !options.asyncOp};
   return exchange(call, {held.input(input)}, std::move(incoming), std::vector<bool>(size_, true), inputs, outputs, std::move(held));
 }
 
@@ -276,7 +276,7 @@ WorkPtr SoapBackend::allgather_coalesced(std::vector<TensorList>& outputs, Tenso
       flat.push_back(output);
     }
   }
-  const Call call{OpType::ALLGATHER_COALESCED, "soap:all_gather", "all_gather_coalesced", options.timeout, !options.asyncOp};
+  const Call call{OpType::ALLGATHER_COALESCED, "all_gather", "all_gather_coalesced", options.timeout, !options.asyncOp};
   return exchange(call, {outgoing}, std::move(incoming), std::vector<bool>(size_, true), inputs, std::move(flat), std::move(held));
 }
 
@@ -300,7 +300,7 @@ WorkPtr SoapBackend::allgather_into_tensor_coalesced(TensorList& outputs, Tensor
       part.for_each(0, part.num_bytes(), [&](std::byte* data, uint64_t, uint64_t bytes) { incoming[r].add(data, bytes); });
     }
   }
-  const Call call{OpType::ALLGATHER_INTO_TENSOR_COALESCED, "soap:all_gather", kCall, options.timeout, !options.asyncOp};
+  const Call call{OpType::ALLGATHER_INTO_TENSOR_COALESCED, "all_gather", kCall, options.timeout, !options.asyncOp};
   return exchange(call, {outgoing}, std::move(incoming), std::vector<bool>(size_, true), inputs, outputs, std::move(held));
 }
 
@@ -320,7 +320,7 @@ WorkPtr SoapBackend::gather(std::vector<TensorList>& outputs, TensorList& inputs
   } else if (!outputs.empty()) {
     invalid("gather")("requires empty output on non-root");
   }
-  const Call call{OpType::GATHER, "soap:gather", fmt::format("gather(to rank {})", root), options.timeout, !options.asyncOp};
+  const Call call{OpType::GATHER, "gather", fmt::format("gather(to rank {})", root), options.timeout, !options.asyncOp};
   return exchange(call, {held.input(input)}, std::move(incoming), std::vector<bool>(size_, rank_ == root), inputs, std::move(results), std::move(held));
 }
 
@@ -344,7 +344,7 @@ WorkPtr SoapBackend::scatter(TensorList& outputs, std::vector<TensorList>& input
   incoming[root] = held.output(output);
   wanted[root] = true;
   if (size_ == 1) outgoing.resize(1);
-  const Call call{OpType::SCATTER, "soap:scatter", fmt::format("scatter(from rank {})", root), options.timeout, !options.asyncOp};
+  const Call call{OpType::SCATTER, "scatter", fmt::format("scatter(from rank {})", root), options.timeout, !options.asyncOp};
   return exchange(call, std::move(outgoing), std::move(incoming), std::move(wanted), std::move(sources), outputs, std::move(held));
 }
 
@@ -361,7 +361,7 @@ WorkPtr SoapBackend::reduce_scatter(TensorList& outputs, std::vector<TensorList>
   for (const at::Tensor& input : inputs[0]) parts.push_back(held.input(input));
   auto operation = std::make_shared<transport::ReduceScatter>(rank_, size_, std::move(parts), held.output(output),
                                                               make_reducer(output.scalar_type(), options.reduceOp, size_));
-  const Call call{OpType::REDUCE_SCATTER, "soap:reduce_scatter", "reduce_scatter" + of_dtype(options.reduceOp, output), options.timeout, !options.asyncOp};
+  const Call call{OpType::REDUCE_SCATTER, "reduce_scatter", "reduce_scatter" + of_dtype(options.reduceOp, output), options.timeout, !options.asyncOp};
   return run(call, std::move(operation), inputs[0], outputs, std::move(held));
 }
 
@@ -397,7 +397,7 @@ WorkPtr SoapBackend::reduce_scatter_tensor_coalesced(TensorList& outputs, Tensor
   }
   auto operation =
       std::make_shared<transport::ReduceScatter>(rank_, size_, std::move(parts), result, make_reducer(outputs[0].scalar_type(), options.reduceOp, size_));
-  const Call call{OpType::_REDUCE_SCATTER_BASE, "soap:reduce_scatter", kCall + of_dtype(options.reduceOp, outputs[0]), options.timeout, !options.asyncOp};
+  const Call call{OpType::_REDUCE_SCATTER_BASE, "reduce_scatter", kCall + of_dtype(options.reduceOp, outputs[0]), options.timeout, !options.asyncOp};
   return run(call, std::move(operation), inputs, outputs, std::move(held));
 }
 
@@ -422,7 +422,7 @@ WorkPtr SoapBackend::alltoall_base(at::Tensor& output, at::Tensor& input, std::v
   };
   auto incoming = cut(held.output(output), output, output_splits);
   auto outgoing = cut(held.input(input), input, input_splits);
-  const Call call{OpType::ALLTOALL_BASE, "soap:all_to_all", "all_to_all_single", options.timeout, !options.asyncOp};
+  const Call call{OpType::ALLTOALL_BASE, "all_to_all", "all_to_all_single", options.timeout, !options.asyncOp};
   return exchange(call, std::move(outgoing), std::move(incoming), std::vector<bool>(size_, true), {input}, {output}, std::move(held));
 }
 
@@ -435,13 +435,13 @@ WorkPtr SoapBackend::alltoall(TensorList& outputs, TensorList& inputs, const c10
   std::vector<Memory> outgoing, incoming;
   for (const at::Tensor& output : outputs) incoming.push_back(held.output(output));
   for (const at::Tensor& input : inputs) outgoing.push_back(held.input(input));
-  const Call call{OpType::ALLTOALL, "soap:all_to_all", "all_to_all", options.timeout, !options.asyncOp};
+  const Call call{OpType::ALLTOALL, "all_to_all", "all_to_all", options.timeout, !options.asyncOp};
   return exchange(call, std::move(outgoing), std::move(incoming), std::vector<bool>(size_, true), inputs, outputs, std::move(held));
 }
 
 WorkPtr SoapBackend::barrier(const c10d::BarrierOptions& options) {
   if (group_ == nullptr) return fallback_->barrier(options);
-  const Call call{OpType::BARRIER, "soap:barrier", "barrier", options.timeout, !options.asyncOp};
+  const Call call{OpType::BARRIER, "barrier", "barrier", options.timeout, !options.asyncOp};
   return exchange(call, {Memory()}, std::vector<Memory>(size_), std::vector<bool>(size_), {}, {}, {});
 }
 
@@ -457,8 +457,8 @@ WorkPtr SoapBackend::message(TensorList& tensors, int peer, int tag, OpType type
   operation->tag = tag;
   operation->call = type == OpType::RECVANYSOURCE ? fmt::format("recv(from any rank, tag {})", tag)
                                                   : fmt::format("{}({} rank {}, tag {})", name, sends ? "to" : "from", peer, tag);
-  auto work = c10::make_intrusive<SoapWork>(group_, rank_, type, 0, sends ? "soap:send" : "soap:recv", sends ? tensors : TensorList{},
-                                            sends ? TensorList{} : tensors, std::move(held));
+  const std::string title = profiler_name_ + (type == OpType::RECVANYSOURCE ? "recvAnySource" : name);
+  auto work = c10::make_intrusive<SoapWork>(group_, rank_, type, 0, title.c_str(), tensors, sends ? TensorList{} : tensors, std::move(held));
   work->attach(operation);
   if (sends) {
     group_->send(std::move(operation), {});

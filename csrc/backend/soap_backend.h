@@ -30,6 +30,8 @@ class SoapBackend final : public c10d::Backend {
   const std::string& why_not() const { return why_not_; }
   bool one_host() const { return one_host_; }
   void set_fallback(c10::intrusive_ptr<c10d::Backend> fallback) { fallback_ = std::move(fallback); }
+  // What the profiler shows before ":all_reduce"; torch's own tests look for "gloo".
+  void set_profiler_name(const std::string& name) { profiler_name_ = name + ":"; }
   // For tests: delays every step by a random time up to this.
   void set_random_delay(std::chrono::microseconds most);
 
@@ -93,6 +95,7 @@ class SoapBackend final : public c10d::Backend {
   bool one_host_ = false;
   c10::intrusive_ptr<Options> options_;
   c10::intrusive_ptr<c10d::Backend> fallback_;
+  std::string profiler_name_ = "soap:";
   uint64_t num_monitored_ = 0;
 };
 

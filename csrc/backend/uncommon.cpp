@@ -33,7 +33,7 @@ std::vector<at::Tensor> SoapBackend::gather_uneven(const at::Tensor& input, cons
     outputs.push_back(at::empty(sizes, input.options()));
     incoming.push_back(held.output(outputs.back()));
   }
-  const Call call{OpType::ALLGATHER, "soap:all_gather", "all_gather of a sparse tensor", c10d::kUnsetTimeout, true};
+  const Call call{OpType::ALLGATHER, "all_gather", "all_gather of a sparse tensor", c10d::kUnsetTimeout, true};
   exchange(call, {held.input(input)}, std::move(incoming), std::vector<bool>(size_, true), {input}, outputs, std::move(held))->wait();
   return outputs;
 }

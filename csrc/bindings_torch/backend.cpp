@@ -19,6 +19,7 @@ PYBIND11_MODULE(_backend, m) {
       .def_property_readonly("one_host", &SoapBackend::one_host)
       .def_property_readonly("why_not", &SoapBackend::why_not, "Why there is no shared memory.")
       .def("set_fallback", &SoapBackend::set_fallback, py::arg("fallback"), "The backend that serves this group where there is no shared memory.")
+      .def("set_profiler_name", &SoapBackend::set_profiler_name, py::arg("name"), "What the profiler shows before ':all_reduce'.")
       .def("set_random_delay", &SoapBackend::set_random_delay, py::arg("most"), "For tests: delays every step by a random time up to this.");
   m.def("leave_all_groups", &soap::backend::leave_all_groups, py::call_guard<py::gil_scoped_release>(), "To be called before the interpreter ends.");
 }

@@ -427,7 +427,7 @@ void Group::watch() {
       const std::vector<int> late = blocking_ranks(operation);
       why = failure_of(late);
       if (why.empty() && now >= operation.deadline) {
-        why = fmt::format("timed out after {:.3g} s: {} did not come", std::chrono::duration<double>(operation.timeout).count(), list(late));
+        why = fmt::format("the timeout of {:.3g} s passed: {} did not come", std::chrono::duration<double>(operation.timeout).count(), list(late));
       }
       if (!late.empty()) blamed = late.front();
     }
@@ -443,9 +443,10 @@ void Group::watch() {
     messages_.fail(
         [&](const Message& message) -> std::exception_ptr {
           const std::string peer_gone = message.peer >= 0 ? gone[message.peer] : "";
-          const std::string what = !peer_gone.empty()        ? peer_gone
-                                   : now >= message.deadline ? fmt::format("timed out after {:.3g} s", std::chrono::duration<double>(message.timeout).count())
-                                                             : "";
+          const std::string what = !peer_gone.empty() ? peer_gone
+                                   : now >= message.deadline
+                                       ? fmt::format("the timeout of {:.3g} s passed", std::chrono::duration<double>(message.timeout).count())
+                                       : "";
           if (what.empty()) return nullptr;
           return std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", message.call, rank_, what)));
         },

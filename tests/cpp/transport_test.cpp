@@ -1,0 +1,244 @@
+// The transport of the backend soap, with threads as ranks: all sums and movements against what must come out, under random delays.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <functional>
+#include <numeric>
+#include <random>
+#include <thread>
+
+#include "transport/collectives.h"
+#include "transport/group.h"
+
+namespace soap::transport {
+namespace {
+
+using Floats = std::vector<float>;
+
+Memory memory_of(Floats& values) {
+  return Memory(values.data(), values.size() * sizeof(float));
+}
+
+// Not commutative in its bits: the order of the ranks shows.
+float fold(float a, float b) {
+  return a * 0.75F + b;
+}
+
+Reducer reducer() {
+  return {sizeof(float), [](std::byte* out, const std::vector<const std::byte*>& sources, uint64_t num_elements) {
+            Floats sum(num_elements);
+            for (std::size_t s = 0; s < sources.size(); ++s) {
+              const float* source = reinterpret_cast<const float*>(sources[s]);
+              for (uint64_t i = 0; i < num_elements; ++i) sum[i] = s == 0 ? source[i] : fold(sum[i], source[i]);
+            }
+            std::memcpy(out, sum.data(), num_elements * sizeof(float));
+          }};
+}
+
+Floats values(int rank, std::size_t count) {
+  Floats out(count);
+  for (std::size_t i = 0; i < count; ++i) out[i] = static_cast<float>((i * 7 + rank * 13) % 101);
+  return out;
+}
+
+Floats folded(int num_ranks, std::size_t count) {
+  Floats out = values(0, count);
+  for (int r = 1; r < num_ranks; ++r) {
+    const Floats other = values(r, count);
+    for (std::size_t i = 0; i < count; ++i) out[i] = fold(out[i], other[i]);
+  }
+  return out;
+}
+
+void on_ranks(int num_ranks, std::chrono::microseconds delay, const std::function<void(Group&)>& run) {
+  const auto segment = std::shared_ptr<Segment>(Segment::anonymous(layout_for(num_ranks)));
+  std::vector<std::thread> threads;
+  for (int r = 0; r < num_ranks; ++r) {
+    threads.emplace_back([&, r] {
+      GroupOptions options;
+      options.timeout = std::chrono::seconds(30);
+      options.patience = Patience::of(num_ranks, 2);
+      options.random_delay = delay;
+      Group group(segment, r, options);
+      run(group);
+      // A rank that leaves early may be one that others still wait for.
+      auto barrier = std::make_shared<Exchange>(r, num_ranks, std::vector<Memory>(1), std::vector<Memory>(num_ranks), std::vector<bool>(num_ranks));
+      barrier->call = "barrier";
+      group.submit(barrier, {}, true);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+std::string error_of(const Operation& operation) {
+  if (operation.error == nullptr) return "";
+  try {
+    std::rethrow_exception(operation.error);
+  } catch (const TransportError& error) {
+    return error.what();
+  }
+}
+
+template <class Op, class... Args>
+std::shared_ptr<Op> begin(Group& group, bool blocking, const char* call, Args&&... args) {
+  auto operation = std::make_shared<Op>(group.rank(), group.num_ranks(), std::forward<Args>(args)...);
+  operation->call = call;
+  group.submit(operation, {}, blocking);
+  return operation;
+}
+
+class Transport : public testing::TestWithParam<int> {};
+
+TEST_P(Transport, Sums) {
+  const int num_ranks = GetParam();
+  for (const int delay_us : {0, 200}) {
+    on_ranks(num_ranks, std::chrono::microseconds(delay_us), [&](Group& group) {
+      for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{1000}, std::size_t{5000}, std::size_t{200'003}}) {
+        Floats mine = values(group.rank(), count);
+        begin<AllReduce>(group, true, "all_reduce", memory_of(mine), reducer());
+        EXPECT_EQ(mine, folded(num_ranks, count));
+
+        const int root = static_cast<int>(count % num_ranks);
+        mine = values(group.rank(), count);
+        begin<Reduce>(group, true, "reduce", root, memory_of(mine), reducer());
+        EXPECT_EQ(mine, group.rank() == root ? folded(num_ranks, count) : values(group.rank(), count));
+
+        // Every rank's part for rank s is `count + s` long.
+        std::vector<Floats> parts;
+        std::vector<Memory> input;
+        for (int s = 0; s < num_ranks; ++s) parts.push_back(values(group.rank(), count + s));
+        for (Floats& part : parts) input.push_back(memory_of(part));
+        Floats out(count + group.rank());
+        begin<ReduceScatter>(group, true, "reduce_scatter", input, memory_of(out), reducer());
+        EXPECT_EQ(out, folded(num_ranks, count + group.rank()));
+      }
+    });
+  }
+}
+
+TEST_P(Transport, UnevenExchangesInFlight) {
+  const int num_ranks = GetParam();
+  const auto length = [](int from, int to, int round) -> std::size_t { return (from * 31 + to * 17 + round * 7) % 5 * 40'000 + to; };
+  on_ranks(num_ranks, std::chrono::microseconds(100), [&](Group& group) {
+    const int me = group.rank();
+    struct Round {
+      std::vector<Floats> sent, received;
+      std::shared_ptr<Exchange> operation;
+    };
+    std::vector<Round> rounds(4);
+    for (int k = 0; k < 4; ++k) {
+      std::vector<Memory> outgoing, incoming;
+      for (int r = 0; r < num_ranks; ++r) {
+        rounds[k].sent.push_back(values(me * 100 + r, length(me, r, k)));
+        rounds[k].received.emplace_back(length(r, me, k));
+      }
+      for (int r = 0; r < num_ranks; ++r) {
+        outgoing.push_back(memory_of(rounds[k].sent[r]));
+        incoming.push_back(memory_of(rounds[k].received[r]));
+      }
+      rounds[k].operation = begin<Exchange>(group, k == 2, "exchange", outgoing, incoming, std::vector<bool>(num_ranks, true));
+    }
+    for (int k = 3; k >= 0; --k) {
+      group.wait(*rounds[k].operation);
+      EXPECT_EQ(error_of(*rounds[k].operation), "");
+      for (int r = 0; r < num_ranks; ++r) EXPECT_EQ(rounds[k].received[r], values(r * 100 + me, length(r, me, k)));
+    }
+  });
+}
+
+TEST_P(Transport, MessagesByTag) {
+  const int num_ranks = GetParam();
+  on_ranks(num_ranks, std::chrono::microseconds(0), [&](Group& group) {
+    const int me = group.rank(), next = (me + 1) % num_ranks, last = (me + num_ranks - 1) % num_ranks;
+    // Two of each tag: they must not overtake each other. The order of the receives is drawn.
+    std::vector<std::size_t> counts = {0, 3, 150'000, 10, 70'000, 1};
+    std::vector<Floats> sent, received;
+    std::vector<MessagePtr> pending;
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      sent.push_back(values(me * 10 + static_cast<int>(i), counts[i]));
+      received.emplace_back(counts[i]);
+    }
+    const auto post = [&](std::size_t i, bool sends) {
+      auto message = std::make_shared<Message>();
+      message->peer = sends ? next : last;
+      message->tag = static_cast<int>(i % 3);
+      message->memory = memory_of(sends ? sent[i] : received[i]);
+      sends ? group.send(message, {}) : group.receive(message, {});
+      pending.push_back(message);
+    };
+    for (std::size_t i = 0; i < counts.size(); ++i) post(i, true);
+    std::vector<std::size_t> tags = {0, 1, 2};
+    std::shuffle(tags.begin(), tags.end(), std::mt19937(me));
+    for (const std::size_t tag : tags) {
+      post(tag, false);
+      post(tag + 3, false);
+    }
+    for (const MessagePtr& message : pending) {
+      group.wait(*message);
+      EXPECT_EQ(error_of(*message), "");
+    }
+    for (std::size_t i = 0; i < counts.size(); ++i) EXPECT_EQ(received[i], values(last * 10 + static_cast<int>(i), counts[i]));
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, Transport, testing::Values(1, 2, 3, 5));
+
+TEST(TransportErrors, AllSeeThatCallsDiffer) {
+  on_ranks(3, std::chrono::microseconds(50), [](Group& group) {
+    Floats mine(group.rank() == 2 ? 7 : 8);
+    EXPECT_NE(error_of(*begin<AllReduce>(group, true, "all_reduce", memory_of(mine), reducer())).find("28 bytes on rank 2, 32 on rank 0"), std::string::npos);
+    EXPECT_NE(
+        error_of(*begin<AllReduce>(group, true, group.rank() == 1 ? "other" : "same", memory_of(mine), reducer())).find("rank 1 calls other, rank 0 same"),
+        std::string::npos);
+    Floats fine = values(group.rank(), 9000);
+    EXPECT_EQ(error_of(*begin<AllReduce>(group, true, "all_reduce", memory_of(fine), reducer())), "");
+    EXPECT_EQ(fine, folded(3, 9000));
+  });
+}
+
+TEST(TransportErrors, WhoDoesNotComeIsNamed) {
+  const auto segment = std::shared_ptr<Segment>(Segment::anonymous(layout_for(2)));
+  GroupOptions options;
+  options.timeout = std::chrono::milliseconds(200);
+  Group group(segment, 0, options);
+  Floats mine(4);
+  const std::string error = error_of(*begin<AllReduce>(group, true, "all_reduce", memory_of(mine), reducer()));
+  EXPECT_NE(error.find("the timeout of 0.2 s passed: rank 1 did not come"), std::string::npos) << error;
+  EXPECT_NE(error_of(*begin<AllReduce>(group, true, "all_reduce", memory_of(mine), reducer())).find("the group has ended"), std::string::npos);
+}
+
+TEST(TransportProcess, AZombieHasEnded) {
+  const ProcessIdentity self = this_process("");
+  EXPECT_EQ(process_from_text(to_text(self)), self);
+  EXPECT_FALSE(has_ended(self, self));
+  const pid_t child = fork();
+  if (child == 0) _exit(0);
+  ProcessIdentity other = self;
+  other.pid = child;
+  siginfo_t info;
+  ASSERT_EQ(waitid(P_PID, child, &info, WEXITED | WNOWAIT), 0);
+  EXPECT_TRUE(has_ended(other, self));
+  waitpid(child, nullptr, 0);
+  EXPECT_TRUE(has_ended(other, self));
+  other = self;
+  other.start_ticks += 1;  // another process with this pid
+  EXPECT_TRUE(has_ended(other, self));
+  other.pid_namespace = "elsewhere";
+  EXPECT_FALSE(has_ended(other, self));
+  EXPECT_THROW(process_from_text("host"), std::invalid_argument);
+}
+
+TEST(TransportLayout, SharesFitAndSlotsAreBounded) {
+  for (const int num_ranks : {1, 2, 3, 8, 64, 500, 2000}) {
+    const Layout layout = layout_for(num_ranks);
+    EXPECT_GE(layout.share_bytes(), kLine);
+    EXPECT_LE(layout.share_bytes() * (num_ranks < 2 ? 1 : num_ranks - 1), layout.slot_bytes);
+    EXPECT_GE(layout.header_bytes, offsetof(Header, counts) + 8 * num_ranks);
+    EXPECT_EQ(layout.ring_bytes & (layout.ring_bytes - 1), 0);
+  }
+  EXPECT_LE(layout_for(64).needed_bytes(), 40ULL << 20);
+}
+
+}  // namespace
+}  // namespace soap::transport
