@@ -66,6 +66,7 @@ class DeltaSimulator {
     const Tensor* tensor = nullptr;
 
     bool gradient_moves() const { return gradient && gradient_fill->pattern != Pattern::kLocal; }
+    bool gradient_takes_time() const { return gradient_moves() || (gradient && !gradient_fill->local_ns.empty()); }
   };
   struct TensorState {
     LayoutId tiles = -1;
@@ -197,7 +198,7 @@ class DeltaSimulator {
   std::vector<Group*> old_at_once_;
 
   // Of one run.
-  std::vector<int64_t> compute_clock_, movement_clock_, begin_;
+  std::vector<int64_t> compute_clock_, movement_clock_, begin_, local_;
   std::vector<Arrival> arrivals_;
   int64_t first_arrival_ = 0;  // number of arrivals_[0]; numbers are never used again
   std::vector<Group*> pending_, bucket_, sorting_, alone_;

@@ -153,8 +153,9 @@ void DeltaSimulator::rebuild_forward(NodeId n, Slots& slots) {
       if (here && !cache_.layout(g->copies).coords.empty()) slots.forward.push_back({.kind = SlotKind::kFill, .op = op, .group = g});
     }
     if (!f.ops[op].computes) continue;
-    // A local fill only keeps those before and after it from travelling together.
-    while (!slots.forward.empty() && slots.forward.back().kind == SlotKind::kFill && slots.forward.back().group->fill->pattern == Pattern::kLocal) {
+    // A local fill only keeps those before and after it from travelling together, where it isn't work.
+    const auto idle = [](const EdgeMove& m) { return m.pattern == Pattern::kLocal && m.local_ns.empty(); };
+    while (!slots.forward.empty() && slots.forward.back().kind == SlotKind::kFill && idle(*slots.forward.back().group->fill)) {
       slots.forward.pop_back();
     }
     slots.forward.push_back(computing(n, SlotKind::kCompute, op, slots));
@@ -175,7 +176,7 @@ void DeltaSimulator::rebuild_backward(NodeId n, Slots& slots) {
     groups.clear();
     for (const FragmentTensor& t : f.ops[op].writes) {
       for (Group* g : state_of(n, t).groups) {
-        if (g->gradient_moves()) groups.push_back(g);
+        if (g->gradient_takes_time()) groups.push_back(g);
       }
     }
     sort_newest_first(groups);
@@ -195,7 +196,7 @@ void DeltaSimulator::rebuild_backward(NodeId n, Slots& slots) {
     groups.clear();
     for (int i = 0; i < static_cast<int>(f.ops[op].reads.size()); ++i) {
       Group* g = group_of(n, op, i);
-      if (g->gradient_moves() && g->producer.node < 0 && g->last.node == n && g->last.op == op) add_once(g);
+      if (g->gradient_takes_time() && g->producer.node < 0 && g->last.node == n && g->last.op == op) add_once(g);
     }
     sort_newest_first(groups);
     push(SlotKind::kGradientFill, op);
@@ -211,7 +212,7 @@ void DeltaSimulator::update_stored() {
     stored_.set(t, &cache_.stored(tensor, tensors_[t].tiles, producer.kind == NodeKind::kParam && tensor.requires_grad), true);
     if (!tensor.requires_grad) continue;
     for (Group* g : tensors_[t].groups) {
-      if (g->gradient_moves() && g->last.node < 0) at_once_.push_back(g);
+      if (g->gradient_takes_time() && g->last.node < 0) at_once_.push_back(g);
     }
     if (producer.kind == NodeKind::kParam) updates_.set(t, &cache_.update(tensor, tensors_[t].tiles), true);
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "sim/delta.h"
+#include "sim/local_work.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -59,6 +60,7 @@ void DeltaSimulator::transfer(const DeviceSet& ranks, int64_t from, int64_t pric
 // A step of one item.
 void DeltaSimulator::move(SlotKind kind, Group& g) {
   const EdgeMove& m = kind == SlotKind::kGradientFill ? *g.gradient_fill : *g.fill;
+  for (size_t d = 0; d < m.local_ns.size(); ++d) timeline_.local_work(static_cast<int>(d), m.local_ns[d]);
   if (m.pattern == Pattern::kLocal) return;
   if (m.reduced.size() > 1) {  // in groups, each with its own clock
     alone_.assign(1, &g);
@@ -85,8 +87,10 @@ void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& gro
   exchanged_.clear();
   int exchange = -1;
   bool mixed = false;
+  local_.assign(devices_, 0);
   for (const Group* g : groups) {
     const EdgeMove& m = kind == SlotKind::kGradientFill ? *g->gradient_fill : *g->fill;
+    add_to(local_, m.local_ns);
     if (m.pattern == Pattern::kLocal) continue;
     if (overlap_) {
       const DeviceSet& sources = kind == SlotKind::kRefill ? *m.receivers : *m.senders;
@@ -106,6 +110,7 @@ void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& gro
     exchange = m.ranks;
     exchanged_.push_back(&m);
   }
+  for (size_t d = 0; d < devices_ && shared_; ++d) timeline_.local_work(static_cast<int>(d), local_[d]);
   if (exchange < 0 && reduced_.empty()) return;
   if (mixed) {
     std::vector<char> takes_part(devices_);
@@ -152,7 +157,7 @@ void DeltaSimulator::run_forward() {
       }
       const bool local = slot.group->fill->pattern == Pattern::kLocal;
       if (local || (!pending_.empty() && pending_.back()->fill->ranks != slot.group->fill->ranks)) flush();
-      if (!local) pending_.push_back(slot.group);
+      local ? move(SlotKind::kFill, *slot.group) : pending_.push_back(slot.group);
     }
   }
   flush();
@@ -163,7 +168,7 @@ void DeltaSimulator::run_backward() {
   bucket_.clear();
   int64_t bucket_bytes = 0;
   const auto gradient = [&](Group* g) {
-    if (!g->parameter) return move(SlotKind::kGradientFill, *g);
+    if (!g->parameter || g->gradient_fill->pattern == Pattern::kLocal) return move(SlotKind::kGradientFill, *g);
     bucket_.push_back(g);
     bucket_bytes += g->bytes;
     if (bucket_bytes < strategy_.bucket_bytes) return;

@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "reshard/flows.h"
 #include "sharding/region.h"
+#include "sim/local_work.h"
 #include "sim/memory.h"
 #include "sim/simulate.h"
 
@@ -210,6 +211,7 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   const Flows flows = gradient ? grad_flows(produced, read, 0) : fill_flows(produced, read, 0);
   const Movement& m = flows.movement;
   out->pattern = m.pattern;
+  out->local_ns = local_work_ns(cost_.machine(), flows.list, m.pattern, gradient ? read : produced, gradient ? produced : read, t.element_bytes);
   if (m.pattern != Pattern::kLocal) {
     std::vector<char> from(rows_.size()), to(rows_.size()), takes_part(rows_.size());
     for (const Flow& x : flows.list) from[x.from] = to[x.to] = 1;

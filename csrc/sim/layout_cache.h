@@ -73,6 +73,7 @@ struct EdgeMove {
   const DeviceSet *sending = nullptr, *receiving = nullptr, *senders = nullptr, *receivers = nullptr;
   std::vector<std::pair<int, int64_t>> reduced;  // kAllReduce: (id of a group's ranks, bytes of an addend)
   std::optional<Traffic> traffic;                // kExchange
+  std::vector<int64_t> local_ns;                 // what devices do by themselves (sim/local_work.h); empty where it is nothing
 };
 
 class LayoutCache {

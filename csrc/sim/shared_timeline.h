@@ -38,6 +38,10 @@ class SharedTimeline {
     task.begun[differentiable] = true;
     queue.push_back(task);
   }
+  // What a device does by itself for a movement (sim/local_work.h): it ends a segment, as the movement does.
+  void local_work(int device, int64_t work_ns, int tag = -1) {
+    if (work_ns > 0) queues_[device].push_back({.work_ns = work_ns, .tag = tag});
+  }
   void move(const std::vector<int>& ranks, int64_t price_ns, int tag = -1);
   // When each device is done, of what was added since the last run. `spans`: what ran when, in the order of ends.
   std::vector<int64_t> run(std::vector<Span>* spans = nullptr);

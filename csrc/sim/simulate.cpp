@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "machine/collectives.h"
+#include "sim/local_work.h"
 #include "sim/memory.h"
 #include "sim/shared_timeline.h"
 
@@ -133,10 +134,14 @@ struct Simulator {
     std::set<int> exchanging;
     Traffic traffic(machine);
     std::vector<int64_t> begin = machine.overlap ? communication : compute;
+    std::vector<int64_t> local(devices());
     for (size_t i = 0; i < step.items.size(); ++i) {
       const StepItem& item = step.items[i];
-      const Tensor& t = p.graph.tensors[p.groups[item.id].tensor];
+      const CopyGroup& group = p.groups[item.id];
+      const Tensor& t = p.graph.tensors[group.tensor];
       const auto& [list, m] = pieces[s][i];
+      const Sharding &tiles = p.tiles[t.id], &from = step.kind == StepKind::kGradFill ? group.copies : tiles;
+      add_to(local, local_work_ns(machine, list, m.pattern, from, &from == &tiles ? group.copies : tiles, t.element_bytes));
       const int64_t element_bytes = m.pattern == Pattern::kAllReduce
                                         ? reduced_element_bytes(t, step.kind == StepKind::kGradFill ? Reduce::kSum : p.tiles[t.id].partial)
                                         : t.element_bytes;
@@ -150,6 +155,7 @@ struct Simulator {
         }
       }
     }
+    for (size_t d = 0; d < devices(); ++d) timeline.local_work(static_cast<int>(d), local[d], s);
     if (exchanging.empty() && reduced.empty()) return;
     std::vector<int64_t>& clock = machine.overlap ? communication : compute;
     std::vector<int64_t> arrival(devices());
