@@ -26,6 +26,7 @@ from torch_soap.runtime.checkpoint import install_state_dict
 from torch_soap.runtime.comm import TorchComm
 from torch_soap.runtime.copies import parallel_copy, plain_copy
 from torch_soap.runtime.header import agree
+from torch_soap.runtime.heap import keep_freed_memory
 from torch_soap.runtime.optimizers import Registry
 from torch_soap.runtime.parallel import Parallel
 from torch_soap.trial import steps_wanted, tried
@@ -151,6 +152,7 @@ def parallelize(
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(leave_process_group)  # ours: its threads must not outlive the interpreter
     comm = TorchComm()
+    keep_freed_memory()
     if plan is not None and not isinstance(plan, Plan):
         plan = text_of(plan)
     others = {
