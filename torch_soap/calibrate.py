@@ -29,15 +29,18 @@ from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load
 from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
-from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.comm import Comm, transport
 from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfer, execute
 from torch_soap.runtime.parallel import Parallel
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
+MANY_PARAMETERS = 64  # of a model that computes nothing
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 # Beyond what the C library keeps for itself (32 MiB): each new tensor's pages are given by the kernel, one by one. Measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
-FORMAT = 4  # of the cache
+# Bytes that are used between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
+OTHER, RECENT = 8 << 20, 512 << 10
+FORMAT = 5  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -50,9 +53,11 @@ def placement(comm: Comm | None) -> list[int]:
 
 
 def cache_file(num_ranks: int, host_of: Sequence[int] = ()) -> Path:
-    """One file per (kind of host, torch, threads, ranks on each host)."""
+    """One file per (kind of host, torch, threads, what carries tensors, ranks on each host)."""
     root = Path(os.environ.get("TORCH_SOAP_CACHE", Path.home() / ".cache" / "torch_soap"))
     key = f"{FORMAT}|{platform.processor()}|{platform.machine()}|{os.cpu_count()}|{torch.__version__}|{torch.get_num_threads()}|{num_ranks}"
+    if num_ranks > 1:
+        key += f"|{transport()}"
     if len(set(host_of)) > 1:
         key += f"|{list(host_of)}"
     return root / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
@@ -113,7 +118,7 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
     machine.update = measure_update(comm, known)
     if comm is not None and world_size > 1:
         machine.busy_speed = measure_sharing(machine, comm, known)
-        machine.step_overhead_ns, machine.segment_overhead_ns = measure_step(comm, known)
+        measure_step(machine, comm, known)
         measure_movements(machine, comm, known)
     return machine
 
@@ -166,29 +171,47 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
     return list(known["busy_speed"])
 
 
-def measure_step(comm: Comm, known: dict[str, Any]) -> tuple[float, float]:
-    """A step of a model that computes nothing, and one segment of it: the agreement of ranks, Python around it."""
+def measure_step(machine: Machine, comm: Comm, known: dict[str, Any]) -> None:
+    """A step of a model that computes nothing, and one segment of it: the agreement of ranks, Python around it. What of it each parameter takes comes on
+    top of the parameter's update."""
     if "step_overhead" not in known:
-        x = torch.ones(1, 1)
-        model = Parallel(nn.Linear(1, 1, bias=False), comm, loss=None, planner=lambda graph, _, rows: as_plan("* n=fed", graph, len(rows)))
-
-        def one_step() -> None:
-            model.call((x,), {}).sum().backward()
-
-        model.label = "calibration"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS)))
-            engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
-            engine.trace = []
-            for _ in range(10):
-                one_step()
-            segments = [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
-        segment = max(v[0] for v in comm.gather_ints([int(statistics.median(segments))]))
-        known["step_overhead"] = [taken.ns, segment]
+        few, segment, taken = time_step(comm, 1)
+        many, _, _ = time_step(comm, MANY_PARAMETERS)
+        each = max(many - few, 0) // (MANY_PARAMETERS - 1)
+        known["step_overhead"] = [max(few - each, 0), segment, each]
         mark(known, "step_overhead", taken)
-    of_step, of_segment = known["step_overhead"]
-    return float(of_step), float(of_segment)
+    of_step, of_segment, of_parameter = known["step_overhead"]
+    machine.step_overhead_ns, machine.segment_overhead_ns = float(of_step), float(of_segment)
+    machine.update = [(size, ns + of_parameter) for size, ns in machine.update]
+
+
+def time_step(comm: Comm, num_parameters: int) -> tuple[int, int, Timing]:
+    """ns of a step beyond its instructions, of a segment, and the step."""
+    model = Parallel(
+        nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(num_parameters))),
+        comm,
+        loss=None,
+        planner=lambda graph, _, rows: as_plan("* n=fed", graph, len(rows)),
+    )
+    model.label = "calibration"
+    x = torch.ones(1, 1)
+
+    def one_step() -> None:
+        model.call((x,), {}).sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS)))
+        engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
+        beyond, segments = [], []
+        for _ in range(10):
+            engine.trace = []
+            begin = time.perf_counter_ns()
+            one_step()
+            beyond.append(time.perf_counter_ns() - begin - sum(end - begin for _, begin, end in engine.trace))
+            segments += [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
+    everyone = comm.gather_ints([int(statistics.median(beyond)), int(statistics.median(segments))])
+    return max(v[0] for v in everyone), max(v[1] for v in everyone), taken
 
 
 def slowest(comm: Comm, mine: Timing) -> Timing:
@@ -237,7 +260,7 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
     """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
     `size` bytes in all, each peer another part of a tensor, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody
     has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
-    source, a = torch.zeros(max(size // 4, len(ranks))), torch.randn(256, 256)
+    source, a, other = torch.zeros(max(size // 4, len(ranks))), torch.randn(256, 256), torch.zeros(OTHER // 4)
     moves, results = [], []
     if kind == "all_reduce":
         whole = list(source.shape)
@@ -252,7 +275,7 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
         results = [(1, [part * len(others)])]
     transfer = PlannedTransfer(kind == "all_reduce", False, kind == "all_reduce", source.dtype, ranks, moves, results, _C.Reduce.sum)
     step = PlannedStep(ranks if kind == "exchange" else [], [transfer])
-    cycles = 10 if size <= 256 << 10 else 3
+    cycles = 30 if size <= 256 << 10 else 10 if size <= 1 << 20 else 3  # one of a small tensor now and then takes ten times as long: the mean counts
 
     def loop(moving: bool) -> float:
         barrier(comm)
@@ -260,15 +283,19 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
         for _ in range(cycles if ranks else 0):
             for _ in range(3):
                 a @ a
+            other.add_(1.0)
+            if size <= RECENT:
+                source.clone()
             if moving:
                 execute(step, comm, lambda value, dtype: source)
         return (time.perf_counter_ns() - begin) / cycles
 
     loop(True)
-    together, alone = [loop(True) for _ in range(REPEATS)], [loop(False) for _ in range(REPEATS)]
-    mine = [int(statistics.median(together)), int(max(together) - min(together)), int(statistics.median(alone))]
-    total, spread, computing = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
-    return Timing(max(total - computing, 1), spread / max(total, 1))
+    pairs = [(loop(True), loop(False)) for _ in range(REPEATS if size > 1 << 20 else 2 * REPEATS - 1)]  # in turns: a machine gets slower and faster
+    together = [t for t, _ in pairs]
+    mine = [int(statistics.median(t - alone for t, alone in pairs)), int(max(together) - min(together)), int(statistics.median(together))]
+    taken, spread, total = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
+    return Timing(max(taken, 1), spread / max(total, 1))
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
@@ -285,8 +312,8 @@ def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, com
             cost.measure(program, sample, 0, 0)  # nothing to compute: the engine fills in the identity
             continue
         timings = time_operator(program, graph, sample)
-        own, with_backward = harness() if timings[1] is not timings[0] else (NOTHING, NOTHING)  # what has no backward is called by itself
-        fresh.append((sample, [max(timings[0].ns - own.ns, 0), max(timings[1].ns - timings[0].ns - with_backward.ns + own.ns, 0)]))
+        own = harness() if timings[1] is not NOTHING else (NOTHING, NOTHING)  # what has no backward is called by itself
+        fresh.append((sample, [max(t.ns - o.ns, 0) for t, o in zip(timings, own, strict=True)]))
         mark(known, f"operators/{sample.key}", *timings)
     mine = [taken for _, taken in fresh]
     everyone = [mine] if comm is None or not fresh else comm.gather_objects(mine)
@@ -302,23 +329,25 @@ NOTHING = Timing(0, 0.0)
 
 @functools.cache
 def harness() -> tuple[Timing, Timing]:
-    """What `time_operator` takes by itself: of an operator that only makes a view."""
+    """What `time_operator` takes by itself, forward and backward: of an operator that only makes a view."""
     fx_graph = fx.Graph()
     fx_graph.output((fx_graph.call_method("view_as", (fx_graph.placeholder("x"),) * 2),))
     module, x, clock = fx.GraphModule(nn.Module(), fx_graph), torch.ones(1, requires_grad=True), own_clock()
+    grads = [torch.ones(1)]
 
     def forward() -> Any:
         with torch.set_grad_enabled(True):
             return module(x)
 
-    def both() -> None:
-        torch.autograd.grad(forward(), [x], [torch.ones_like(x)], allow_unused=True)
+    def backward(results: Any) -> None:
+        torch.autograd.grad(results, [x], grads, allow_unused=True)
 
-    return calmest(lambda: timed(forward, 20, clock)), calmest(lambda: timed(both, 20, clock))
+    return calmest(lambda: timed(forward, 20, clock)), calmest(lambda: timed(backward, 20, clock, before=forward))
 
 
 def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tuple[Timing, Timing]:
-    """Of one tile of one operator: forward, and forward with backward."""
+    """Of one tile of one operator: forward and backward, each as a step finds it: what was computed just before it, a small operand or gradient, is in the
+    cache; parameters, and what forward has kept for backward, are not."""
     module, shapes, dtypes, needs = build_item(program, sample.node, sample.tile, sample.chunk, graph)
     node = program.graph.nodes[sample.node]
     inputs = []
@@ -329,20 +358,39 @@ def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tup
             inputs.append(torch.zeros(shape, dtype=DTYPES[dtype]))
     random = CounterState(0, 1)
     differentiable = any(program.graph.tensors[t].requires_grad for t in node.outputs)
+    present = [t for t, box in zip(node.inputs, _C.compute_item(program, sample.node, sample.tile, sample.chunk).operand_boxes, strict=True) if box is not None]
+    stored = [program.graph.nodes[program.graph.tensors[t].producer].kind == _C.NodeKind.param for t in present]
+    computed = [x.detach() for x, is_stored in zip(inputs, stored, strict=True) if not is_stored]
+    other = torch.zeros(OTHER // 4)
 
-    def forward() -> Any:
+    def cool(warm: Sequence[torch.Tensor]) -> None:
+        other.add_(1.0)
+        for tensor in warm:
+            if tensor.numel() * tensor.element_size() <= RECENT:
+                tensor.clone()
+
+    def run() -> Any:
         with torch.set_grad_enabled(differentiable):
             return module(*inputs, random)
 
-    def both() -> None:
-        results = [r for r in forward() if r.requires_grad]
-        leaves = [x for x in inputs if x.requires_grad]
-        if results and leaves:
-            torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results], allow_unused=True)
-
     begin = time.perf_counter_ns()
-    forward()
+    first = run()
     repeats = 1 if time.perf_counter_ns() - begin > 100_000_000 else REPEATS
     clock = own_clock()
-    one_way = calmest(lambda: timed(forward, repeats, clock))
-    return one_way, calmest(lambda: timed(both, repeats, clock)) if differentiable else one_way
+    forward = calmest(lambda: timed(run, repeats, clock, before=lambda: cool(computed)))
+    outputs = [i for i, r in enumerate(first) if r.requires_grad]
+    leaves = [x for x in inputs if x.requires_grad]
+    if not outputs or not leaves:
+        return forward, NOTHING
+    grads = [torch.ones_like(first[i]) for i in outputs]
+    del first
+
+    def results() -> Any:
+        out = run()
+        cool(grads)
+        return [out[i] for i in outputs]
+
+    def back(outs: Any) -> None:
+        torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+
+    return forward, calmest(lambda: timed(back, repeats, clock, before=results))

@@ -38,14 +38,19 @@ def own_clock() -> Callable[[], int]:
     return time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
 
 
-def timed(fn: Callable[[], Any], repeats: int = REPEATS, clock: Callable[[], int] = time.perf_counter_ns) -> Timing:
-    """Median of a few runs after one to warm up."""
-    fn()
+def timed(
+    fn: Callable[..., Any], repeats: int = REPEATS, clock: Callable[[], int] = time.perf_counter_ns, *, before: Callable[[], Any] | None = None
+) -> Timing:
+    """Median of a few runs after one to warm up. `before`: runs before each of them, untimed; what it gives, if anything, is fn's argument."""
     samples = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
+        given = None if before is None else before()
+        arguments = () if given is None else (given,)
         begin = clock()
-        fn()
+        result = fn(*arguments)
         samples.append(clock() - begin)
+        del result, given, arguments
+    samples = samples[1:]
     median = int(statistics.median(samples))
     return Timing(median, (max(samples) - min(samples)) / max(median, 1))
 
