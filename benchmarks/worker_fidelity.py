@@ -21,6 +21,7 @@ from benchmarks.fidelity_models import MODELS, Case
 from tests.dist.launch import report
 from tests.unit.test_memory import OPTIMIZER_COPIES, LiveBytes
 from torch_soap import _C, calibrate
+from torch_soap.backend import init_string
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import to_json
 from torch_soap.plan import as_plan
@@ -162,7 +163,7 @@ def main(name: str, rounds: int, steps: int) -> None:
     begin = time.perf_counter()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
+    dist.init_process_group(init_string())
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     case: Case = MODELS[name]()

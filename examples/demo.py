@@ -24,6 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import torch_soap
+from torch_soap.backend import init_string
 from torch_soap.trace import Event, chrome_trace, measured_events, simulated_events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +112,7 @@ def optimizer_of(model: torch.nn.Module, task: Task) -> torch.optim.Optimizer:
 
 def work(name: str, steps: int, out: Path, plan_text: str | None) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group(init_string())  # for DDP too
     rank, world = dist.get_rank(), dist.get_world_size()
     say: Callable[..., None] = print if rank == 0 else lambda *_, **__: None
     task = make_task(name, ROWS * world)

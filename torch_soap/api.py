@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torch_soap import _C
+from torch_soap.backend import init_string
 from torch_soap.capture.graph import Graph
 from torch_soap.constraints import Forbid, Pin
 from torch_soap.plan import OneProcess, Plan, as_plan, text_of
@@ -149,7 +150,7 @@ def parallelize(
     if any(getattr(hook, "torch_soap", False) for hook in module._forward_pre_hooks.values()):
         raise ValueError("[parallelize] the module is part of a parallelized one")
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(init_string())
         atexit.register(leave_process_group)  # ours: its threads must not outlive the interpreter
     comm = TorchComm()
     keep_freed_memory()

@@ -8,6 +8,7 @@ import warnings
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from torch_soap import _backend
@@ -34,3 +35,34 @@ def register() -> None:
         return
     dist.Backend.register_backend("soap", create, extended_api=True, devices=["cpu"])
     atexit.register(_backend.leave_all_groups)
+
+
+def wanted() -> str:
+    """What carries CPU tensors of parallelized models: soap unless the user says gloo."""
+    name = os.environ.get("TORCH_SOAP_TRANSPORT", "soap")
+    if name not in ("soap", "gloo"):
+        raise ValueError(f"[backend] TORCH_SOAP_TRANSPORT is {name!r}: soap or gloo")
+    return name
+
+
+def init_string() -> str:
+    """For `init_process_group`, where the user has made no process group."""
+    return f"cpu:{wanted()},cuda:nccl" if torch.cuda.is_available() else wanted()
+
+
+_beside: dict[str, dist.ProcessGroup] = {}  # by name of the group of the same ranks that the user made
+
+
+def beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All ranks' group for parallelized models: the user's own, or one over shared memory beside it where that is gloo's. Collective the first time."""
+    if wanted() != "soap" or group.size() == 1 or "cpu:gloo" not in dist.get_backend_config(group).split(","):
+        return group
+    if group.group_name not in _beside or _beside[group.group_name] not in dist.distributed_c10d._world.pg_map:
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+        _beside[group.group_name] = dist.new_group(backend="soap", timeout=timeout, group_desc="soap")
+    return _beside[group.group_name]
+
+
+def leave() -> None:
+    """At exit: no group is held any more."""
+    _beside.clear()

@@ -18,6 +18,7 @@ import torch
 
 import torch_soap
 from torch_soap import _C
+from torch_soap.backend import wanted
 from torch_soap.compare import Context
 from torch_soap.families import measure_now
 from torch_soap.machine import Machine, named
@@ -125,7 +126,7 @@ def run_trace(arguments: argparse.Namespace) -> str:
 def run_calibrate(arguments: argparse.Namespace) -> str:
     comm = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group(wanted())
         comm = TorchComm()
     made, text = measure_now(comm)
     if comm is not None:

@@ -7,6 +7,7 @@
 #include "graphs.h"
 #include "gtest/gtest.h"
 #include "plan/plan_text.h"
+#include "sim/local_work.h"
 #include "sim/shared_timeline.h"
 
 namespace soap {
@@ -109,6 +110,77 @@ TEST(SharedTimeline, TheRateChangesWhenAnotherIsDone) {
   EXPECT_EQ(timeline.run(&spans), (std::vector<int64_t>{70, 74}));
   EXPECT_EQ(spans[2].end_ns, 20);
   EXPECT_EQ(spans[3].begin_ns, 20);
+}
+
+// Work for a movement ends a segment: 6 + 4, 3, 6 + 4. Without it the two computations are one: 12 + 4.
+TEST(SharedTimeline, WorkForAMovementEndsASegment) {
+  Machine m = make_machine(1, 1);
+  m.busy_speed = {1};
+  m.segment_overhead_ns = 4;
+  SharedTimeline timeline(m);
+  for (const int64_t local : {3, 0}) {
+    timeline.compute(0, 6);
+    timeline.local_work(0, local);
+    timeline.compute(0, 6);
+    EXPECT_EQ(timeline.run(), std::vector<int64_t>{local > 0 ? 23 : 16});
+  }
+}
+
+// One float takes 1 ns to read or write, and a device's part in it two calls of 100.
+class LocalWork : public testing::Test {
+ protected:
+  using Boxes = std::vector<std::pair<Box, int>>;
+  static IndexSet span(int64_t begin, int64_t end) { return IndexSet::interval(begin, end); }
+  static Sharding layout(const Boxes& boxes, Reduce partial = Reduce::kNone) {
+    Sharding out{.partial = partial};
+    for (const auto& [box, device] : boxes) out.coords.push_back({.box = box, .devices = {device}});
+    return out;
+  }
+  std::vector<int64_t> fill(const Sharding& tiles, const Sharding& copies) {
+    const Flows f = fill_flows(tiles, copies, 0);
+    return local_work_ns(machine, f.list, f.movement.pattern, tiles, copies, 4);
+  }
+  Machine machine = [] {
+    Machine m = make_machine(2, 1);
+    m.busy_speed = {1};
+    m.memory_bytes_per_s = 4e9;
+    m.op_overhead_ns = 100;
+    return m;
+  }();
+};
+
+TEST_F(LocalWork, WhatStaysWhereItIsTakesNone) {
+  const Sharding whole = layout({{{span(0, 6), span(0, 4)}, 0}});
+  EXPECT_EQ(fill(whole, whole), std::vector<int64_t>());
+  // Rows lie together: sent as they are, and all of the copy.
+  EXPECT_EQ(fill(whole, layout({{{span(0, 3), span(0, 4)}, 1}})), std::vector<int64_t>());
+  machine.busy_speed.clear();
+  EXPECT_EQ(fill(whole, layout({{{span(0, 6), span(0, 2)}, 1}})), std::vector<int64_t>());
+}
+
+// Columns don't: the sender packs 12 elements, a read and a write.
+TEST_F(LocalWork, ColumnsArePacked) {
+  const Sharding whole = layout({{{span(0, 6), span(0, 4)}, 0}});
+  EXPECT_EQ(fill(whole, layout({{{span(0, 6), span(0, 2)}, 1}})), (std::vector<int64_t>{24 + 200, 0}));
+}
+
+// Halves become a whole on device 0: 24 elements are read and written.
+TEST_F(LocalWork, CopiesArePutTogether) {
+  const Sharding halves = layout({{{span(0, 3), span(0, 4)}, 0}, {{span(3, 6), span(0, 4)}, 1}});
+  EXPECT_EQ(fill(halves, layout({{{span(0, 6), span(0, 4)}, 0}})), (std::vector<int64_t>{48 + 200, 0}));
+}
+
+// The second of two whole addends is added to the first: two reads and a write of 24.
+TEST_F(LocalWork, AddendsAreAdded) {
+  const Box all{span(0, 6), span(0, 4)};
+  EXPECT_EQ(fill(layout({{all, 0}, {all, 1}}, Reduce::kSum), layout({{all, 0}})), (std::vector<int64_t>{72 + 200, 0}));
+}
+
+// The gradient of 12 of 24 elements: 24 are set to zero, 12 added to.
+TEST_F(LocalWork, TheGradientOfAPartIsAddedToZeros) {
+  const Sharding whole = layout({{{span(0, 6), span(0, 4)}, 0}}), part = layout({{{span(0, 3), span(0, 4)}, 0}});
+  const Flows f = grad_flows(whole, part, 0);
+  EXPECT_EQ(local_work_ns(machine, f.list, f.movement.pattern, part, whole, 4), (std::vector<int64_t>{24 + 36 + 200, 0}));
 }
 
 // Parameters are there from the start: with overlap b's is gathered while a runs, not after it. fill a 0-100, a 100-110, fill b 100-200, b 200-210.

@@ -231,6 +231,22 @@ def test_noisy_measurements_are_repeated_and_the_calmest_is_taken() -> None:
     assert measuring.calmest(lambda: next(calm)).ns == 10**7
 
 
+def test_what_comes_before_a_run_is_not_timed() -> None:
+    now, seen = [0], []
+
+    def before() -> str:
+        now[0] += 1000
+        return "given"
+
+    def work(given: str) -> None:
+        seen.append(given)
+        now[0] += 7
+
+    assert measuring.timed(work, 3, lambda: now[0], before=before) == measuring.Timing(7, 0.0)
+    assert seen == ["given"] * 4  # one to warm up
+    assert measuring.timed(lambda: work("none"), 3, lambda: now[0]).ns == 7
+
+
 def test_the_cache_keeps_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_SOAP_CACHE", str(tmp_path))
     data = {

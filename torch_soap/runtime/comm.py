@@ -14,6 +14,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from torch_soap.backend import beside, leave
+
+all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.14 on
 HEADER_INTS = 128  # fixed size, so that ranks that disagree still meet
 # Gloo's all-reduce is a ring, 2 (n-1) messages one after the other. Up to so many bytes to send, and among so few ranks, all of them at once take half as long.
 SMALL, FEW_RANKS = 256 << 10, 8
@@ -67,6 +70,7 @@ def leave_groups() -> None:
     for comm in list(_alive):
         comm.world, comm.store = None, None
         comm.groups.clear()
+    leave()
 
 
 class TorchComm:
@@ -74,7 +78,7 @@ class TorchComm:
     process has made before, so members that make theirs alone, in an order of their own, wait for each other for ever."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.world = group if group is not None else dist.group.WORLD
+        self.world = group if group is not None else beside(dist.group.WORLD)
         self.rank = dist.get_rank(self.world)
         self.world_size = dist.get_world_size(self.world)
         self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of those joined the ones with this rank
@@ -82,8 +86,9 @@ class TorchComm:
         self.traffic = Traffic()
         assert self.world is not None
         self.timeout = self.world._get_backend(torch.device("cpu")).options._timeout  # new_group's default is half an hour
+        self.backend = dist.get_backend_config(self.world)
         self.num_meetings = 0
-        self.store: Any = dist.distributed_c10d._get_default_store() if self.world is dist.group.WORLD else None
+        self.store: Any = dist.distributed_c10d._get_default_store() if group is None else None
         _alive.add(self)
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -104,7 +109,7 @@ class TorchComm:
             world.group_count = max(count for _, count in everyone)
         for key in wanted:
             self.joined.add(key)
-            made = dist.new_group(list(key), timeout=self.timeout, group_desc="soap_" + "_".join(map(str, key)))
+            made = dist.new_group(list(key), timeout=self.timeout, backend=self.backend, group_desc="soap_" + "_".join(map(str, key)))
             if isinstance(made, dist.ProcessGroup):  # this rank is a member
                 self.groups[key] = made
 
@@ -145,7 +150,7 @@ class TorchComm:
         mine[: len(values) + 2] = torch.tensor([len(values), MEETINGS.index(meeting), *values])
         out = torch.empty(self.world_size * HEADER_INTS, dtype=torch.int64)
         try:
-            dist.all_gather_into_tensor(out, mine, group=self.world)
+            all_gather(out, mine, group=self.world)
         except RuntimeError as error:
             raise RuntimeError(f"[comm] at a {meeting}: {self.missing()}") from error
         rows = out.view(self.world_size, HEADER_INTS)
@@ -176,7 +181,7 @@ def transport(group: dist.ProcessGroup | None = None, device: torch.device | Non
     hosts is gloo."""
     if group is None and not dist.is_initialized():
         return ""
-    backend: Any = (dist.group.WORLD if group is None else group)._get_backend(device or torch.device("cpu"))  # type: ignore[union-attr]
+    backend: Any = (beside(dist.group.WORLD) if group is None else group)._get_backend(device or torch.device("cpu"))  # type: ignore[union-attr]
     name = str(backend.name())
     return name if getattr(backend, "shares_memory", True) else "gloo"
 
