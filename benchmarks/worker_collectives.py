@@ -21,20 +21,19 @@ LEAST, MOST = 5, 400  # repetitions
 
 
 def calls(num_bytes: int, ranks: int) -> dict[str, Callable[[Any], None]]:
-    """For each collective a call on a group. `num_bytes`: of the tensor of an all-reduce or all-to-all, of what a rank brings to an all-gather, and of what it gets
-    from a reduce-scatter."""
+    """For each collective a call on a group. `num_bytes`: of the tensor of an all-reduce or all-to-all, of what a rank brings to an all-gather, and of
+    what it gets from a reduce-scatter."""
     count = num_bytes // 4
-    one, other, all_of_them = torch.ones(count), torch.empty(count), torch.ones(count * ranks)
-    # Rank r sends to rank s half as much again as the mean, or half of it: uneven, and symmetric.
+    one, other, all_of_them = torch.zeros(count), torch.empty(count), torch.zeros(count * ranks)
+    # To every other rank three times as much as to the rest: uneven, and what goes there comes back.
     me = dist.get_rank()
     weights = [3 if (me + s) % 2 else 1 for s in range(ranks)]
     splits = [count * w // sum(weights) for w in weights]
-    splits[0] += count - sum(splits) if ranks == 1 else 0
     send, receive = torch.ones(sum(splits)), torch.empty(sum(splits))
     return {
-        "all-reduce": lambda group: dist.all_reduce(one, dist.ReduceOp.MAX, group=group),
+        "all-reduce": lambda group: dist.all_reduce(one, group=group),
         "all-gather": lambda group: dist.all_gather_into_tensor(all_of_them, one, group=group),
-        "reduce-scatter": lambda group: dist.reduce_scatter_tensor(other, all_of_them, dist.ReduceOp.MAX, group=group),
+        "reduce-scatter": lambda group: dist.reduce_scatter_tensor(other, all_of_them, group=group),
         "all-to-all": lambda group: dist.all_to_all_single(receive, send, splits, splits, group=group),
     }
 

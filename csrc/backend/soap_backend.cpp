@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sparse_coo_tensor.h>
 #include <ATen/ops/tensor.h>
+#include <Python.h>
 
 #include <mutex>
 #include <set>
@@ -88,6 +89,17 @@ std::string of_dtype(const c10d::ReduceOp& reduce, const at::Tensor& tensor) {
   return fmt::format("({} of {})", name_of(reduce), c10::toString(tensor.scalar_type()));
 }
 
+// Waits for the group's thread, which may be in a callback that waits for Python's lock.
+void leave(transport::Group& group) {
+  if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) {
+    group.leave();
+    return;
+  }
+  PyThreadState* const held = PyEval_SaveThread();
+  group.leave();
+  PyEval_RestoreThread(held);
+}
+
 int64_t row_elements(const at::Tensor& tensor) {
   return tensor.size(0) == 0 ? 1 : tensor.numel() / tensor.size(0);
 }
@@ -113,7 +125,7 @@ SoapBackend::SoapBackend(const c10::intrusive_ptr<c10d::Store>& store, int rank,
 }
 
 SoapBackend::~SoapBackend() {
-  if (group_ != nullptr) group_->leave();
+  if (group_ != nullptr) leave(*group_);
 }
 
 void leave_all_groups() {
@@ -123,7 +135,7 @@ void leave_all_groups() {
     alive = groups().alive;
   }
   for (const auto& weak : alive) {
-    if (const auto group = weak.lock()) group->leave();
+    if (const auto group = weak.lock()) leave(*group);
   }
 }
 
@@ -147,7 +159,7 @@ void SoapBackend::abort() {
 }
 
 void SoapBackend::shutdown() {
-  if (group_ != nullptr) group_->leave();
+  if (group_ != nullptr) leave(*group_);
   if (fallback_ != nullptr) fallback_->shutdown();
 }
 

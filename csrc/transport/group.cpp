@@ -36,10 +36,7 @@ Group::Group(std::shared_ptr<Segment> segment, int rank, GroupOptions options)
 }
 
 Group::~Group() {
-  if (fork_generation_ != transport::fork_generation()) {
-    worker_.release();  // the thread is the parent's
-    return;
-  }
+  if (fork_generation_ != transport::fork_generation()) worker_.release();  // the thread is the parent's
   leave();
 }
 
@@ -60,6 +57,7 @@ void Group::check_fork() const {
 }
 
 void Group::leave() {
+  if (fork_generation_ != transport::fork_generation()) return;  // the parent is still there
   {
     const std::lock_guard lock(mutex_);
     if (left_) return;
@@ -83,6 +81,7 @@ void Group::leave() {
 }
 
 void Group::abort(const std::string& why) {
+  check_fork();
   Ended ended;
   {
     const std::lock_guard lock(mutex_);
@@ -470,7 +469,7 @@ void Group::work() {
     worker_busy_.store(false, std::memory_order_seq_cst);
     worker_wakes_.wait(lock, [&] { return stopping_ || (pending() && num_waiting_.load(std::memory_order_seq_cst) == 0); });
     worker_busy_.store(true, std::memory_order_seq_cst);
-    Waiting waiting({std::chrono::microseconds(5), 0});
+    Waiting waiting(options_.patience);
     while (!stopping_ && pending() && num_waiting_.load(std::memory_order_seq_cst) == 0) {
       lock.unlock();
       if (step()) {

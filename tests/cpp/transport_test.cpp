@@ -182,6 +182,48 @@ TEST_P(Transport, MessagesByTag) {
   });
 }
 
+// One thread plays both sides, so that a receive is posted while the message before is half way.
+TEST(TransportMessages, DoNotOvertakeOnePutAside) {
+  const auto segment = Segment::anonymous(layout_for(2));
+  Messages sender(*segment, 0), receiver(*segment, 1);
+  std::vector<std::shared_ptr<Operation>> ended;
+  const auto make = [](int peer, int tag, Floats& data) {
+    auto message = std::make_shared<Message>();
+    message->peer = peer;
+    message->tag = tag;
+    message->memory = memory_of(data);
+    return message;
+  };
+  Floats first = values(1, 100'000), second = values(2, 100'000), other = values(3, 10);  // a ring has room for 65,536
+  for (const MessagePtr& message : {make(1, 7, first), make(1, 7, second), make(1, 8, other)}) sender.send(message);
+  Floats into_other(10), into_first(100'000), into_second(100'000);
+  receiver.receive(make(0, 8, into_other));
+  sender.advance(ended);
+  receiver.advance(ended);
+  sender.advance(ended);
+  receiver.receive(make(0, 7, into_first));
+  receiver.receive(make(0, 7, into_second));
+  while (sender.advance(ended) || receiver.advance(ended)) {
+  }
+  EXPECT_TRUE(sender.empty() && receiver.empty());
+  EXPECT_EQ(into_first, first);
+  EXPECT_EQ(into_second, second);
+  EXPECT_EQ(into_other, other);
+}
+
+// Who doesn't ring leaves others asleep until they look themselves, 50 ms later.
+TEST(TransportBell, SleepersAreWoken) {
+  const auto begin_at = Clock::now();
+  on_ranks(2, std::chrono::microseconds(0), [](Group& group) {
+    for (int round = 0; round < 20; ++round) {
+      if (group.rank() == round % 2) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      Floats mine = values(group.rank(), 10);
+      begin<AllReduce>(group, true, "all_reduce", memory_of(mine), reducer());
+    }
+  });
+  EXPECT_LT(Clock::now() - begin_at, std::chrono::milliseconds(700));
+}
+
 INSTANTIATE_TEST_SUITE_P(Ranks, Transport, testing::Values(1, 2, 3, 5));
 
 TEST(TransportErrors, AllSeeThatCallsDiffer) {
@@ -212,15 +254,24 @@ TEST(TransportProcess, AZombieHasEnded) {
   const ProcessIdentity self = this_process("");
   EXPECT_EQ(process_from_text(to_text(self)), self);
   EXPECT_FALSE(has_ended(self, self));
+  int ends[2];
+  ASSERT_EQ(pipe(ends), 0);
   const pid_t child = fork();
-  if (child == 0) _exit(0);
-  ProcessIdentity other = self;
-  other.pid = child;
+  if (child == 0) {
+    const std::string own = to_text(this_process(""));
+    _exit(write(ends[1], own.data(), own.size()) == static_cast<ssize_t>(own.size()) ? 0 : 1);
+  }
+  char text[4096] = {};
+  ASSERT_GT(read(ends[0], text, sizeof(text) - 1), 0);
+  ProcessIdentity other = process_from_text(text);
+  EXPECT_EQ(other.pid, child);
   siginfo_t info;
   ASSERT_EQ(waitid(P_PID, child, &info, WEXITED | WNOWAIT), 0);
   EXPECT_TRUE(has_ended(other, self));
   waitpid(child, nullptr, 0);
   EXPECT_TRUE(has_ended(other, self));
+  close(ends[0]);
+  close(ends[1]);
   other = self;
   other.start_ticks += 1;  // another process with this pid
   EXPECT_TRUE(has_ended(other, self));
