@@ -56,6 +56,28 @@ def efficiencies(machine: Machine, operators: list[dict[str, Any]]) -> dict[str,
     return out
 
 
+def curves(machine: Machine, found: dict[str, Any], kernel: str = "as it comes") -> dict[str, list[tuple[float, float, float]]]:
+    """Of what benchmarks/gpu_shapes.py measured, in the form of `Machine.curves`: medians of the parts that forward and backward alone reach, by size. The
+    smallest of a product's three sizes, the keys of attention with this kernel by width of a head, the elements of a row that is normalized."""
+    points: dict[str, dict[float, list[tuple[float, float]]]] = {}
+    for o in found["operators"]:
+        if o["curve"] == "matmul":
+            key, size = "matmul/bfloat16", min(o["rows"], o["in"], o["out"])
+        elif o["curve"] == "attention" and o["kernel"] == kernel:
+            key, size = f"attention/bfloat16/{o['width']}", o["length"]
+        elif o["curve"] == "normalization":
+            key, size = "normalization/bfloat16", o["width"]
+        else:
+            continue
+        bound = max(o["flops"] / machine.flops_by_dtype["bfloat16"], o["bytes"] / machine.memory_bytes_per_s)
+        backward = o["both"]["s"] - o["forward"]["s"]
+        points.setdefault(key, {}).setdefault(size, []).append((bound / o["forward"]["s"], 2 * bound / backward))
+    return {
+        key: [(size, statistics.median(f for f, _ in parts), statistics.median(b for _, b in parts)) for size, parts in sorted(by_size.items())]
+        for key, by_size in points.items()
+    }
+
+
 def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
