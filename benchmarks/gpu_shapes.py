@@ -72,16 +72,19 @@ def cases() -> Iterator[tuple[dict[str, Any], Case]]:
         yield {"curve": "normalization", "kernel": "layer norm", "width": h}, norm
         rms = simple(f"RMS norm {TOKENS}x{h}", "normalization", lambda h=h: nn.RMSNorm(h, eps=1e-5), (TOKENS, h))  # type: ignore[misc]
         yield {"curve": "normalization", "kernel": "RMS norm", "width": h}, rms
-    yield {"curve": "normalization", "kernel": "log_softmax", "width": VOCABULARY}, simple(
-        f"log_softmax {TOKENS}x{VOCABULARY}", "normalization", lambda: Apply(lambda x: F.log_softmax(x, -1)), (TOKENS, VOCABULARY)
+    yield (
+        {"curve": "normalization", "kernel": "log_softmax", "width": VOCABULARY},
+        simple(f"log_softmax {TOKENS}x{VOCABULARY}", "normalization", lambda: Apply(lambda x: F.log_softmax(x, -1)), (TOKENS, VOCABULARY)),
     )
-    yield {"curve": "loss", "kernel": "nll_loss", "width": VOCABULARY}, simple(
-        f"nll_loss {TOKENS}x{VOCABULARY}", "other", lambda: Apply(F.nll_loss), (TOKENS, VOCABULARY), (VOCABULARY, (TOKENS,))
+    yield (
+        {"curve": "loss", "kernel": "nll_loss", "width": VOCABULARY},
+        simple(f"nll_loss {TOKENS}x{VOCABULARY}", "other", lambda: Apply(F.nll_loss), (TOKENS, VOCABULARY), (VOCABULARY, (TOKENS,))),
     )
     for h in (768, 2048):
         yield {"curve": "pointwise", "kernel": "gelu", "width": 4 * h}, simple(f"gelu {TOKENS}x{4 * h}", "pointwise", lambda: Apply(F.gelu), (TOKENS, 4 * h))
-        yield {"curve": "embedding", "width": h}, simple(
-            f"embedding {VOCABULARY}x{h}, {TOKENS}", "embedding", lambda h=h: nn.Embedding(VOCABULARY, h), (VOCABULARY, (8, TOKENS // 8)), table=True
+        yield (
+            {"curve": "embedding", "width": h},
+            simple(f"embedding {VOCABULARY}x{h}, {TOKENS}", "embedding", lambda h=h: nn.Embedding(VOCABULARY, h), (VOCABULARY, (8, TOKENS // 8)), table=True),
         )  # type: ignore[misc]
 
 

@@ -29,7 +29,9 @@ def test_a_row_by_hand() -> None:
     assert (halved.dp, halved.batch) == (64, 64 * 6 * 3) and halved.step_s == pytest.approx(64 * 6 * 3 * 2048 / 128 / 10475)
 
 
-@pytest.mark.parametrize("change", [("h100-mosaic", "h100-else"), ("llm-foundry", "memory"), (",3,none", ",1,none"), ("none", "some"), ("flash-2", "flash-9"), ("10475", "-1")])
+@pytest.mark.parametrize(
+    "change", [("h100-mosaic", "h100-else"), ("llm-foundry", "memory"), (",3,none", ",1,none"), ("none", "some"), ("flash-2", "flash-9"), ("10475", "-1")]
+)
 def test_lines_that_make_no_sense_are_named(change: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="line 3: "):
         read_rows([HEAD, LINE, LINE.replace(*change)])
