@@ -39,6 +39,7 @@ CASES = {
     "2 layers, 32 rows": (2, 32, (2, 4)),
     "4 layers, 32 rows": (4, 32, (2, 4)),
     "1 layer, 64 rows": (1, 64, (8, 8)),
+    "4 layers, 64 rows": (4, 64, (8, 8)),
 }
 SIMULATIONS = 1000
 
