@@ -47,10 +47,10 @@ struct Machine {
   std::map<std::string, double> efficiency;      // by family: the part of these rates that it reaches; absent: 1
   // By "<family>/<type>" or, where the part depends on that too, "<family>/<type>/<width>"; goes before `efficiency`.
   std::map<std::string, EfficiencyCurve> curves;
-  int64_t memory_bytes = 8LL << 30;              // per device
-  bool overlap = false;                          // communication runs beside compute
-  double step_overhead_ns = 0;                   // once in a step: ranks agree, the loop around the model
-  double segment_overhead_ns = 0;                // of the call that computes all operators between two movements; with busy_speed
+  int64_t memory_bytes = 8LL << 30;  // per device
+  bool overlap = false;              // communication runs beside compute
+  double step_overhead_ns = 0;       // once in a step: ranks agree, the loop around the model
+  double segment_overhead_ns = 0;    // of the call that computes all operators between two movements; with busy_speed
   // How fast a device computes while k devices of its host do, in times of the rates here, by k - 1; beyond the last as the last. Empty: always 1.
   std::vector<double> busy_speed;
   SizeTable update;                             // measured (bytes, ns) of the optimizer's update of one parameter; empty: by memory_bytes_per_s
