@@ -50,6 +50,7 @@ GIGA = 10**9
 VOCABULARY = 50368
 # What each kernel of attention reaches of FlashAttention-2, forward and backward. FlashAttention in Triton: "around 1.3-1.5x" and "around 2x" slower
 # (arXiv:2307.08691, section 4.1).
+KERNEL_SOURCE = "arXiv:2307.08691, figures 4 and 5 (A100) and section 4.1 (Triton); benchmarks/results/gpu_shapes_h100_2026-11-26.md (H100)"
 KERNELS = {"flash-2": (1.0, 1.0), "triton": (1 / 1.4, 1 / 2)}
 # FlashAttention-2 on an H100: torch's flash backend, in a file that benchmarks/gpu_shapes.py wrote. On an A100 it is the preset's.
 H100_SHAPES = Path(__file__).parent / "results" / "gpu_shapes_h100_2026-11-26.json"
@@ -96,13 +97,15 @@ class Cluster:
     memory_bytes_per_s: float | None = None
     memory_bytes: int | None = None
     other_card: bool = False  # than that which kernels of attention were measured on: their parts are scaled as all others
-    metrics: bool = False  # METRICS
+    composer: bool = False  # the program is MosaicML's: METRICS, and a loss that is one kernel (llm-foundry's fused_crossentropy)
 
     def machine(self, gpus: int, scale: float, attention: str) -> Machine:
         out = Machine.preset(self.preset, hosts=max(gpus // 8, 1), devices_per_host=min(gpus, 8))
         out.memory_bytes_per_s = self.memory_bytes_per_s or out.memory_bytes_per_s
         out.memory_bytes = self.memory_bytes or out.memory_bytes
         out.efficiency = {family: part * scale for family, part in out.efficiency.items()}
+        if self.composer:  # all that is "other" in a GPT is its loss: one pass over the logits forward and two backward
+            out.efficiency = {**out.efficiency, "other": out.efficiency["pointwise"]}
         forward, backward = KERNELS[attention]
         of_attention = scale if self.other_card else 1.0
         out.curves = scaled(out.curves, scale, scale) | scaled(flash_2(self.preset), forward * of_attention, backward * of_attention)
@@ -111,7 +114,7 @@ class Cluster:
     def metrics_s(self, row: Row, machine: Machine) -> float:
         """What the program computes beside its step, in each micro-batch."""
         elements = row.micro_batches * row.sequences * row.length * VOCABULARY
-        return METRICS * METRIC_BYTES * elements / machine.memory_bytes_per_s / machine.efficiency["pointwise"] if self.metrics else 0.0
+        return METRICS * METRIC_BYTES * elements / machine.memory_bytes_per_s / machine.efficiency["pointwise"] if self.composer else 0.0
 
 
 Curves = dict[str, list[tuple[float, float, float]]]
@@ -129,10 +132,10 @@ def flash_2(preset: str) -> Curves:
 
 
 CLUSTERS = {
-    "h100-mosaic": Cluster("H100 80 GB, MosaicML", "h100", ("mpt-7b", 2048, 128), metrics=True),
-    "a100-80-mosaic": Cluster("A100 80 GB, MosaicML, 1,600 Gb/s for a host", "a100", ("mpt-7b", 2048, 8), metrics=True),
+    "h100-mosaic": Cluster("H100 80 GB, MosaicML", "h100", ("mpt-7b", 2048, 128), composer=True),
+    "a100-80-mosaic": Cluster("A100 80 GB, MosaicML, 1,600 Gb/s for a host", "a100", ("mpt-7b", 2048, 8), composer=True),
     # NVIDIA A100 data sheet (2021): 1,555 GB/s of the 40 GB card
-    "a100-40-mosaic": Cluster("A100 40 GB, MosaicML, 1,600 Gb/s for a host", "a100", ("mpt-7b", 2048, 128), 1555 * GIGA, 40 * GIGA, metrics=True),
+    "a100-40-mosaic": Cluster("A100 40 GB, MosaicML, 1,600 Gb/s for a host", "a100", ("mpt-7b", 2048, 128), 1555 * GIGA, 40 * GIGA, composer=True),
     # "96GB HBM2e with 2.4 TB/sec", 500 W
     "h100-titan-eager": Cluster("H100 96 GB at 500 W, torchtitan", "h100", ("llama-8b", 8192, 8), 2400 * GIGA, 96 * GIGA, other_card=True),
     "h100-titan-compiled": Cluster("H100 96 GB at 500 W, torchtitan, torch.compile", "h100", ("llama-8b", 8192, 8), 2400 * GIGA, 96 * GIGA, other_card=True),

@@ -70,6 +70,7 @@ def test_attention_is_that_of_the_row_and_of_its_card() -> None:
     assert [forward, backward] == list(Machine.preset("a100").parts_of("attention", "bfloat16", 8192, 128))
     assert (slower_forward, slower_backward) == pytest.approx((forward / 1.4, backward / 2))
     assert first.efficiency["matmul"] == pytest.approx(Machine.preset("a100").efficiency["matmul"] / 2)
+    assert first.efficiency["other"] == first.efficiency["pointwise"]  # the loss is one kernel
     other = CLUSTERS["h100-titan-eager"]
     scaled, whole = (other.machine(8, s, "flash-2").parts_of("attention", "bfloat16", 8192, 128) for s in (0.5, 1.0))
     assert scaled == pytest.approx([part / 2 for part in whole])
