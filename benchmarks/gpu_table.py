@@ -1,4 +1,4 @@
-"""The table of what benchmarks/gpu_efficiency.py measured, and how near our prediction for one device comes to its training steps.
+"""The table of what benchmarks/gpu_efficiency.py or benchmarks/gpu_shapes.py measured, and how near our prediction for one device comes to its training steps.
 
 python -m benchmarks.gpu_table benchmarks/results/gpu_h100_2026-11-26.json      writes the .md beside it
 """
@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import torch_soap
+from benchmarks.gpu_shapes import KERNELS, LENGTHS, MODELS, TOKENS, VOCABULARY
 from benchmarks.gpu_steps import GPT2, image_model, llama_sizes
 from examples.gpt import GPT
 from examples.llama import Llama
@@ -56,6 +57,28 @@ def efficiencies(machine: Machine, operators: list[dict[str, Any]]) -> dict[str,
     return out
 
 
+def curves(machine: Machine, found: dict[str, Any], kernel: str = "as it comes") -> dict[str, list[tuple[float, float, float]]]:
+    """Of what benchmarks/gpu_shapes.py measured, in the form of `Machine.curves`: medians of the parts that forward and backward alone reach, by size. The
+    smallest of a product's three sizes, the keys of attention with this kernel by width of a head, the elements of a row that is normalized."""
+    points: dict[str, dict[float, list[tuple[float, float]]]] = {}
+    for o in found["operators"]:
+        if o["curve"] == "matmul":
+            key, size = "matmul/bfloat16", min(o["rows"], o["in"], o["out"])
+        elif o["curve"] == "attention" and o["kernel"] == kernel:
+            key, size = f"attention/bfloat16/{o['width']}", o["length"]
+        elif o["curve"] == "normalization":
+            key, size = "normalization/bfloat16", o["width"]
+        else:
+            continue
+        bound = max(o["flops"] / machine.flops_by_dtype["bfloat16"], o["bytes"] / machine.memory_bytes_per_s)
+        backward = o["both"]["s"] - o["forward"]["s"]
+        points.setdefault(key, {}).setdefault(size, []).append((bound / o["forward"]["s"], 2 * bound / backward))
+    return {
+        key: [(size, statistics.median(f for f, _ in parts), statistics.median(b for _, b in parts)) for size, parts in sorted(by_size.items())]
+        for key, by_size in points.items()
+    }
+
+
 def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -78,6 +101,10 @@ def predicted(machine: Machine, name: str) -> dict[str, Any] | None:
     with torch.device("meta"):
         if words[0] == "gpt-2":
             module, batch, loss = tokens(GPT(**GPT2).to(torch.bfloat16), 8, GPT2["context"])
+        elif words[0] == "gpt":
+            h, heads, layers = MODELS[words[1].rstrip(",")]
+            length = int(words[2])
+            module, batch, loss = tokens(GPT(VOCABULARY, layers, h, heads, length).to(torch.bfloat16), TOKENS // length, length)
         elif words[0] == "llama":
             module, batch, loss = tokens(Llama(llama_sizes(int(words[1]), False), 8192).to(torch.bfloat16), 2 if "two" in words else 1, 8192)
         else:
@@ -86,6 +113,50 @@ def predicted(machine: Machine, name: str) -> dict[str, Any] | None:
     if "float32" in words:
         machine.flops_by_dtype = {k: v for k, v in machine.flops_by_dtype.items() if k != "tf32"}
     return torch_soap.manual_plan(module, batch, loss=loss, machine=machine).predicted
+
+
+def shapes_table(found: dict[str, Any]) -> str:
+    machine = preset_of(found["card"])
+    lines = [
+        f"# What {found['card']} reaches, by shape",
+        "",
+        f"`python -m benchmarks.gpu_shapes` with torch {found['torch']}, then `python -m benchmarks.gpu_table`. Parts of the preset's peak rates in bfloat16,",
+        f"counted as csrc/cost/work.h counts, of forward and of backward alone (twice the work of forward); {TOKENS:,} tokens.",
+        "",
+        "| causal attention: heads | tokens | " + " | ".join(KERNELS) + " |",
+        "|---|---|" + "---|" * len(KERNELS),
+    ]
+    by_kernel = {kernel: curves(machine, found, kernel) for kernel in KERNELS}
+    for width in (64, 128):
+        for i, length in enumerate(LENGTHS):
+            points = [by_kernel[kernel][f"attention/bfloat16/{width}"][i] for kernel in KERNELS]
+            lines.append(f"| {width} wide | {length:,} | " + " | ".join(f"{f:.2f}, {b:.2f}" for _, f, b in points) + " |")
+    for key, head in (("matmul", "products by the smallest of rows, columns and contraction"), ("normalization", "norms and softmax by the elements of a row")):
+        lines += ["", f"| {head} | forward | backward |", "|---|---|---|"]
+        lines += [f"| {size:,} | {f:.2f} | {b:.2f} |" for size, f, b in by_kernel["as it comes"][f"{key}/bfloat16"]]
+    lines += ["", "| host, us to queue one on small operands | forward with autograd's graph | backward |", "|---|---|---|"]
+    lines += [f"| {name} | {f * 1e6:.0f} | {b * 1e6:.0f} |" for name, (f, b) in found["host"].items()]
+    return "\n".join(lines + steps_table(found)) + "\n"
+
+
+def steps_table(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "Training steps (AdamW) against our prediction for one device of this preset: `manual_plan`, nothing fitted to them.",
+        "",
+        "| step | measured ms | predicted ms | error | host ms | peak GiB | predicted GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for step in found["steps"]:
+        ours = predicted(preset_of(found["card"]), step["name"])
+        head = f"| {step['name']} | {step['step_s'] * 1e3:.1f} "
+        tail = f"| {step['host_s'] * 1e3:.1f} | {step['peak_bytes'] / 2**30:.1f} "
+        if ours is None:
+            lines.append(head + "| | " + tail + "| |")
+            continue
+        s = ours["step_time_ns"] / 1e9
+        lines.append(head + f"| {s * 1e3:.1f} | {s / step['step_s'] - 1:+.0%} " + tail + f"| {max(ours['memory_bytes']) / 2**30:.1f} |")
+    return lines
 
 
 def table(found: dict[str, Any]) -> str:
@@ -115,22 +186,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     for u in updates:
         lines.append(f"| {u['parameters']} | {u['type']} | {u['way']} | {u['s'] * 1e6:.0f} | {u['s'] * machine.memory_bytes_per_s / u['bytes']:.1f} |")
-    lines += [
-        "",
-        "Training steps (AdamW) against our prediction for one device of this preset: `manual_plan`, nothing fitted to them.",
-        "",
-        "| step | measured ms | predicted ms | error | host ms | peak GiB | predicted GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for step in found["steps"]:
-        ours = predicted(preset_of(found["card"]), step["name"])
-        head = f"| {step['name']} | {step['step_s'] * 1e3:.1f} "
-        tail = f"| {step['host_s'] * 1e3:.1f} | {step['peak_bytes'] / 2**30:.1f} "
-        if ours is None:
-            lines.append(head + "| | " + tail + "| |")
-            continue
-        s = ours["step_time_ns"] / 1e9
-        lines.append(head + f"| {s * 1e3:.1f} | {s / step['step_s'] - 1:+.0%} " + tail + f"| {max(ours['memory_bytes']) / 2**30:.1f} |")
+    lines += steps_table(found)
     lines += ["", "| operator | type | forward us | part | with backward us | part |", "|---|---|---|---|---|---|"]
     for o in found["operators"]:
         forward, both = parts(machine, o)
@@ -140,6 +196,7 @@ def table(found: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        text = table(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        text = shapes_table(found) if "host" in found else table(found)
         path.with_suffix(".md").write_text(text)
-        print(text[: text.rindex("| operator |")])
+        print(text.split("\n| operator |")[0])

@@ -32,7 +32,15 @@ from torch_soap import _C
 RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).parent.parent
 LENGTH, HIDDEN, HEADS = 1024, 2048, 16
-CASES = {"1 layer, 32 rows": (1, 32, (2, 4)), "1 layer, 8 rows": (1, 8, (2, 4))}  # layers, rows, mesh
+# layers, rows, mesh
+CASES = {
+    "1 layer, 32 rows": (1, 32, (2, 4)),
+    "1 layer, 8 rows": (1, 8, (2, 4)),
+    "2 layers, 32 rows": (2, 32, (2, 4)),
+    "4 layers, 32 rows": (4, 32, (2, 4)),
+    "1 layer, 64 rows": (1, 64, (8, 8)),
+    "4 layers, 64 rows": (4, 64, (8, 8)),
+}
 SIMULATIONS = 1000
 
 pytestmark = pytest.mark.skipif("SOAP_PEERS" not in os.environ, reason="AutoParallel isn't installed: see the top of benchmarks/test_peers.py for how")
@@ -88,7 +96,7 @@ def compared(layers: int, total: int, mesh: tuple[int, ...]) -> dict[str, Any]:
     begin = time.perf_counter()
     graph = graph_of(model, x)
     captured = time.perf_counter()
-    rows, cost = [total // world] * world, _C.CostModel(_C.machine_preset("h100", 1, world))
+    rows, cost = [total // world] * world, _C.CostModel(_C.machine_preset("h100", max(world // 8, 1), min(world, 8)))
     options = _C.SearchOptions()
     options.descent_simulations = options.mcmc_simulations = SIMULATIONS
     result = _C.search(graph, rows, cost, options)
@@ -119,11 +127,11 @@ def test_write_table(results: dict[str, dict[str, Any]], capsys: pytest.CaptureF
         "# AutoParallel on the same module",
         "",
         f"`python -m pytest benchmarks/test_peers.py -s`, revision {revision()}: transformer layers of hidden size {HIDDEN} with {HEADS} heads (benchmarks/"
-        f"peer_model.py), rows of {LENGTH} tokens in float32, rows cut over all ranks at input and output, H100 preset, one host. Wall seconds; "
+        f"peer_model.py), rows of {LENGTH} tokens in float32, rows cut over all ranks at input and output, H100 preset, hosts of 8. Wall seconds; "
         f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores. AutoParallel (github.com/meta-pytorch/autoparallel, a54c252) solves with "
         "CBC on a mesh of CPU ranks, with its tables for H100; no limit on memory on either side. Its products' cuts and its parameters' storage are "
         "written as one of our plans, in which everything between them follows, and priced with the most favourable life of gathered parameters. Both "
-        "prices are our simulator's: nothing was run on 8 H100.",
+        "prices are our simulator's: nothing was run on an H100.",
         "",
         "| model | mesh | AutoParallel: trace and build, s | solve, s | its plan, ms | ours: capture, s | search, s | our plan, ms | found by |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.published import CLUSTERS, SOURCES, Predicted, predict, rows
+from benchmarks.published import CLUSTERS, KERNEL_SOURCE, SOURCES, Predicted, predict, rows
 from tests.dist.launch import revision
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,17 +59,18 @@ def write(found: dict[str, tuple[float, list[Predicted]]]) -> None:
             "",
             "Errors are of a step's time: above 0 where it is predicted longer than it was. The last column: with this runtime's exchanges, not FSDP's rings.",
             "",
-            "| model | tokens | GPUs | tp | sequences x micro-batches | ZeRO | recomputed | tokens/s/GPU | published ms | predicted ms | error | own |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| model | tokens | GPUs | tp | sequences x micro-batches | ZeRO | recomputed | attention | tokens/s/GPU "
+            "| published ms | predicted ms | error | own |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for p in predictions:
             r = p.row
             error = "fixed" if p.fixed else f"{p.error:+.1%}" + (" **misses**" if abs(p.error) > BAR else "")
             lines.append(
-                f"| {r.model} | {r.length} | {r.gpus} | {r.tp} | {r.sequences} x {r.micro_batches} | {r.zero} | {r.recompute} | {r.tokens_per_s:g} "
-                f"| {r.step_s * 1e3:.0f} | {p.step_s * 1e3:.0f} | {error} | {p.own_step_s / r.step_s - 1:+.0%} |"
+                f"| {r.model} | {r.length} | {r.gpus} | {r.tp} | {r.sequences} x {r.micro_batches} | {r.zero} | {r.recompute} | {r.attention} "
+                f"| {r.tokens_per_s:g} | {r.step_s * 1e3:.0f} | {p.step_s * 1e3:.0f} | {error} | {p.own_step_s / r.step_s - 1:+.0%} |"
             )
-    lines += ["", "Sources:", "", *(f"- {name}: {where}" for name, where in SOURCES.items())]
+    lines += ["", "Sources:", "", *(f"- {name}: {where}" for name, where in SOURCES.items()), f"- attention: {KERNEL_SOURCE}"]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "published.md").write_text("\n".join(lines) + "\n")
     data = {name: {"scale": scale, "rows": [dataclasses.asdict(p) | {"error": p.error} for p in each]} for name, (scale, each) in found.items()}

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch_soap import _C
 
-FORMAT = 2
-ADDED: dict[str, Any] = {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": []}  # what files of format 1 lack
+FORMAT = 3
+# What files of an earlier format lack.
+ADDED: dict[int, dict[str, Any]] = {1: {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": [], "curves": {}}, 2: {"curves": {}}}
 
 
 class Machine(_C.Machine):
@@ -100,6 +101,12 @@ def point(value: Any, field: str) -> tuple[int, int]:
     return INTEGER(value[0], field), INTEGER(value[1], field)
 
 
+def curve_point(value: Any, field: str) -> tuple[float, float, float]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise expected(value, field, "[size, forward, backward]")
+    return NUMBER(value[0], field), NUMBER(value[1], field), NUMBER(value[2], field)
+
+
 def fields(value: Any, readers: dict[str, Reader], prefix: str = "") -> dict[str, Any]:
     """The fields of an object, each read by its reader; all of them must be there, and no other."""
     if not isinstance(value, dict):
@@ -130,6 +137,7 @@ FIELDS: dict[str, Reader] = {
     "memory_bytes_per_s": NUMBER,
     "op_overhead_ns": NUMBER,
     "efficiency": by_name(NUMBER),
+    "curves": by_name(array(curve_point)),
     "memory_bytes": INTEGER,
     "overlap": FLAG,
     "step_overhead_ns": NUMBER,
@@ -153,10 +161,9 @@ def from_json(data: Any) -> Machine:
     """The inverse of `to_json`."""
     if not isinstance(data, dict) or "format" not in data:
         raise ValueError("the field format is missing: this is not a machine's file")
-    if data["format"] not in (1, FORMAT):
-        raise ValueError(f"the file has format {data['format']}, this version reads 1 and {FORMAT}")
-    if data["format"] == 1:
-        data = {**ADDED, **data}
+    if data["format"] != FORMAT and data["format"] not in ADDED:
+        raise ValueError(f"the file has format {data['format']}, this version reads 1 to {FORMAT}")
+    data = {**ADDED.get(data["format"], {}), **data}
     machine = Machine(1)
     for name, value in fields({k: v for k, v in data.items() if k != "format"}, FIELDS).items():
         setattr(machine, name, value)

@@ -31,6 +31,7 @@ void bind_machine(py::module_& m) {
       .def_readwrite("memory_bytes_per_s", &Machine::memory_bytes_per_s)
       .def_readwrite("op_overhead_ns", &Machine::op_overhead_ns)
       .def_readwrite("efficiency", &Machine::efficiency)
+      .def_readwrite("curves", &Machine::curves)
       .def_readwrite("memory_bytes", &Machine::memory_bytes)
       .def_readwrite("overlap", &Machine::overlap)
       .def_readwrite("step_overhead_ns", &Machine::step_overhead_ns)
@@ -41,6 +42,7 @@ void bind_machine(py::module_& m) {
       .def_readwrite("inter", &Machine::inter)
       .def_readwrite("tables", &Machine::tables)
       .def_property_readonly("num_devices", &Machine::num_devices)
+      .def("parts_of", &Machine::parts_of, py::arg("family"), py::arg("dtype"), py::arg("size"), py::arg("width") = 0.0)
       .def(py::self == py::self);
   m.def("machine_preset", &preset, py::arg("name"), py::arg("hosts"), py::arg("devices_per_host"));
   m.def("machine_presets", &preset_names);
@@ -56,7 +58,9 @@ void bind_machine(py::module_& m) {
       .def_property_readonly("family", [](const Work& w) { return std::string(w.family); })
       .def_readonly("dtype", &Work::dtype)
       .def_readonly("flops", &Work::flops)
-      .def_readonly("num_bytes", &Work::bytes);
+      .def_readonly("num_bytes", &Work::bytes)
+      .def_readonly("size", &Work::size)
+      .def_readonly("width", &Work::width);
   m.def("family_of", [](const Node& node) { return std::string(family_of(node)); }, py::arg("node"));
   m.def("work_of", &work_of, py::arg("program"), py::arg("node"), py::arg("tile") = 0, py::arg("chunk") = 0);
   py::class_<CostModel>(m, "CostModel")

@@ -71,8 +71,10 @@ std::string CostModel::key(const Program& p, NodeId node, int tile, int chunk) {
 OpTime CostModel::roofline(const Program& p, NodeId node, int tile, int chunk) const {
   const Work work = work_of(p, node, tile, chunk);
   const double bound = std::max(work.flops / machine_.flops_of(work.family, work.dtype), work.bytes / machine_.memory_bytes_per_s);
-  const auto launched = [&](double seconds) { return machine_.op_overhead_ns + seconds / machine_.efficiency_of(work.family) * 1e9; };
-  const double ns = launched(bound), backward = work.backward_bytes ? launched(*work.backward_bytes / machine_.memory_bytes_per_s) : 2 * ns;
+  const auto [forward_part, backward_part] = machine_.parts_of(work.family, work.dtype, work.size, work.width);
+  const double ns = machine_.op_overhead_ns + bound / forward_part * 1e9;
+  const double backward = work.backward_bytes ? machine_.op_overhead_ns + *work.backward_bytes / machine_.memory_bytes_per_s / backward_part * 1e9
+                                              : 2 * (machine_.op_overhead_ns + bound / backward_part * 1e9);
   return {.forward_ns = static_cast<int64_t>(ns), .backward_ns = p.differentiable[node] ? static_cast<int64_t>(backward) : 0};
 }
 

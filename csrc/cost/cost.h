@@ -1,6 +1,6 @@
 // Cost: the time of one tile of one operator, measured where it is known, else a roofline scaled by what was measured of its operator.
 //
-//   roofline(tile) = overhead + max(flops / F(type), bytes / B) / efficiency(family)      flops, bytes: cost/work.h; the rates: machine/machine.h
+//   roofline(tile) = overhead + max(flops / F(type), bytes / B) / part(family, size)      flops, bytes, size: cost/work.h; the rates: machine/machine.h
 //   estimate(tile) = roofline(tile) * mean over measured tiles m of the same operator of (measured(m) / roofline(m))
 #pragma once
 

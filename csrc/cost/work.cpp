@@ -79,6 +79,39 @@ double distances(const Local& t) {
   return 2 * static_cast<double>(volume(t.result(0))) * static_cast<double>(t.operand(0).back().size());
 }
 
+// The smallest of rows, columns and contraction; factors that all three tensors have are a batch of products.
+double smallest_of_product(const Local& t) {
+  const auto has = [](const auto& dims, int f) {
+    return std::any_of(dims.begin(), dims.end(), [&](const DimExpr& d) { return std::find(d.factors.begin(), d.factors.end(), f) != d.factors.end(); });
+  };
+  double rows = 1, columns = 1, contraction = 1;
+  for (size_t f = 0; f < t.sets.size() && t.n.inputs.size() > 1; ++f) {
+    const int factor = static_cast<int>(f);
+    const bool first = has(t.rule.operands[0].dims, factor), second = has(t.rule.operands[1].dims, factor);
+    const auto size = static_cast<double>(t.sets[f].size());
+    if (t.rule.factors[f].kind == FactorKind::kReduction) {
+      contraction *= size;
+    } else if (first != second) {
+      (first ? rows : columns) *= size;
+    }
+  }
+  return std::min({rows, columns, contraction});
+}
+
+// Elements that are normalized together.
+double row_of(const Local& t) {
+  if (t.n.target == "layer_norm" || t.n.target == "rms_norm") {
+    double row = 1;
+    for (int64_t size : t.n.attr<std::vector<int64_t>>("normalized_shape", {})) row *= static_cast<double>(size);
+    return row;
+  }
+  if (t.n.target != "softmax" && t.n.target != "log_softmax") return 0;
+  const Box x = t.operand(0);
+  const auto rank = static_cast<int64_t>(x.size());
+  const int64_t dim = t.n.attr<int64_t>("dim", -1);
+  return rank == 0 ? 0 : static_cast<double>(x[dim < 0 ? dim + rank : dim].size());
+}
+
 double none(const Local&) {
   return 0;
 }
@@ -145,6 +178,14 @@ Work work_of(const Program& p, NodeId node, int tile, int chunk) {
   if (n.target == "cat") out.backward_bytes = 0;
   if (n.target == "split") out.backward_bytes = std::exchange(out.bytes, 0);
   out.flops = it == entries().end() ? products(t) : it->second.flops(t);
+  if (out.family == "matmul" && out.flops > 0) out.size = smallest_of_product(t);
+  if (out.family == "normalization") out.size = row_of(t);
+  if (out.family == "pointwise") out.size = static_cast<double>(volume(t.result(0)));
+  if (out.family == "attention" && out.flops > 0) {
+    const Box k = t.operand(1);
+    out.size = static_cast<double>(k[k.size() - 2].size());
+    out.width = static_cast<double>(k.back().size());
+  }
   return out;
 }
 

@@ -9,6 +9,14 @@
 //   distances (cdist)             2 * pairs * width
 //   embeddings, selections        none: they read as many elements of the table as they give
 //   views                         none, and no bytes
+//
+// The size and width that curves of efficiency go by (machine/machine.h):
+//
+//   family          size                                                     width
+//   matmul          the smallest of rows, columns and contraction
+//   attention       keys                                                     of a head
+//   normalization   elements of a row (layer and RMS norm, softmax)
+//   pointwise       elements of the result
 #pragma once
 
 #include <optional>
@@ -24,6 +32,8 @@ struct Work {
   std::string dtype;        // that it computes in, torch's name
   double flops = 0;         // a multiplication and an addition are two
   double bytes = 0;         // operands read and results written once
+  double size = 0;          // 0: it has none
+  double width = 0;
   // Backward, where it isn't twice the forward: bytes that it reads and writes.
   std::optional<double> backward_bytes = {};
 };

@@ -40,6 +40,57 @@ double Machine::efficiency_of(std::string_view family) const {
   return it == efficiency.end() ? 1.0 : it->second;
 }
 
+namespace {
+
+// "<family>/<type>" or "<family>/<type>/<width>"; `width` 0 where there is none, below 0 where the key is neither.
+struct CurveKey {
+  std::string_view family, dtype;
+  double width = -1;
+};
+CurveKey curve_key(std::string_view key) {
+  const size_t first = key.find('/'), second = first == std::string_view::npos ? first : key.find('/', first + 1);
+  CurveKey out{key.substr(0, first)};
+  if (first == std::string_view::npos) return out;
+  out.dtype = key.substr(first + 1, second == std::string_view::npos ? second : second - first - 1);
+  if (second == std::string_view::npos) {
+    out.width = 0;
+  } else {
+    const std::string text(key.substr(second + 1));
+    char* end = nullptr;
+    const double width = std::strtod(text.c_str(), &end);
+    out.width = end != text.c_str() && *end == '\0' && width > 0 ? width : -1;
+  }
+  return out;
+}
+
+}  // namespace
+
+std::array<double, 2> Machine::parts_of(std::string_view family, std::string_view dtype, double size, double width) const {
+  const EfficiencyCurve* curve = nullptr;
+  double distance = 0;
+  for (const auto& [key, points] : curves) {
+    const CurveKey k = curve_key(key);
+    if (size <= 0 || k.family != family || k.dtype != dtype || points.empty()) continue;
+    const double away = k.width > 0 && width > 0 ? std::abs(std::log(k.width / width)) : 0.0;
+    if (curve == nullptr || away < distance) {
+      curve = &points;
+      distance = away;
+    }
+  }
+  if (curve == nullptr) {
+    const double part = efficiency_of(family);
+    return {part, part};
+  }
+  const auto above = std::find_if(curve->begin(), curve->end(), [&](const auto& point) { return point[0] >= size; });
+  if (above == curve->begin() || above == curve->end()) {
+    const auto& end = above == curve->end() ? curve->back() : curve->front();
+    return {end[1], end[2]};
+  }
+  const auto& [low, high] = std::pair(*(above - 1), *above);
+  const double x = std::log(size / low[0]) / std::log(high[0] / low[0]);
+  return {low[1] + x * (high[1] - low[1]), low[2] + x * (high[2] - low[2])};
+}
+
 void check(const Machine& m) {
   const auto positive = [](std::string_view field, double value) {
     if (!(value > 0) || !std::isfinite(value)) user_error("[machine] {} is {}, it must be a positive number", field, value);
@@ -67,6 +118,16 @@ void check(const Machine& m) {
       user_error("[machine] efficiency has \"{}\", the families are {}", family, fmt::join(kOpFamilies, ", "));
     }
     positive("efficiency[" + family + "]", part);
+  }
+  for (const auto& [key, points] : m.curves) {
+    const CurveKey k = curve_key(key);
+    if (k.width < 0 || k.dtype.empty() || std::find(kOpFamilies.begin(), kOpFamilies.end(), k.family) == kOpFamilies.end()) {
+      user_error("[machine] curves has \"{}\", a key is <family>/<type> or <family>/<type>/<width>, such as attention/bfloat16/64", key);
+    }
+    for (size_t i = 0; i < points.size(); ++i) {
+      for (const double value : points[i]) positive(fmt::format("curves[{}]", key), value);
+      if (i > 0 && points[i][0] <= points[i - 1][0]) user_error("[machine] curves[{}] must rise in size: {} follows {}", key, points[i][0], points[i - 1][0]);
+    }
   }
   for (const auto& [field, link] : {std::pair{"intra", &m.intra}, std::pair{"inter", &m.inter}}) {
     positive(fmt::format("{}.bytes_per_s", field), link->bytes_per_s);

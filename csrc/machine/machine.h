@@ -27,6 +27,10 @@ struct Link {
 // Measured (bytes, ns) points of one kind of movement, rising in bytes.
 using SizeTable = std::vector<std::pair<int64_t, int64_t>>;
 
+// What part of the rates operators reach by their size (csrc/cost/work.h says of what): (size, forward, backward), rising in size. Backward counts as twice
+// the work of forward.
+using EfficiencyCurve = std::vector<std::array<double, 3>>;
+
 // Families of operators that reach about the same part of a device's rates (csrc/cost/work.h says which operator belongs where).
 inline constexpr std::array<std::string_view, 8> kOpFamilies{"convolution", "matmul",    "attention", "normalization",
                                                              "pointwise",   "embedding", "recurrent", "other"};
@@ -41,10 +45,12 @@ struct Machine {
   double memory_bytes_per_s = 8e9;               // that elementwise work reaches, per device, all devices busy
   double op_overhead_ns = 15e3;                  // of one operator: the call, a launch
   std::map<std::string, double> efficiency;      // by family: the part of these rates that it reaches; absent: 1
-  int64_t memory_bytes = 8LL << 30;              // per device
-  bool overlap = false;                          // communication runs beside compute
-  double step_overhead_ns = 0;                   // once in a step: ranks agree, the loop around the model
-  double segment_overhead_ns = 0;                // of the call that computes all operators between two movements; with busy_speed
+  // By "<family>/<type>" or, where the part depends on that too, "<family>/<type>/<width>"; goes before `efficiency`.
+  std::map<std::string, EfficiencyCurve> curves;
+  int64_t memory_bytes = 8LL << 30;  // per device
+  bool overlap = false;              // communication runs beside compute
+  double step_overhead_ns = 0;       // once in a step: ranks agree, the loop around the model
+  double segment_overhead_ns = 0;    // of the call that computes all operators between two movements; with busy_speed
   // How fast a device computes while k devices of its host do, in times of the rates here, by k - 1; beyond the last as the last. Empty: always 1.
   std::vector<double> busy_speed;
   SizeTable update;                             // measured (bytes, ns) of the optimizer's update of one parameter; empty: by memory_bytes_per_s
@@ -59,6 +65,9 @@ struct Machine {
   // Of a contraction of this family and type, at full efficiency.
   double flops_of(std::string_view family, const std::string& dtype) const;
   double efficiency_of(std::string_view family) const;
+  // Of forward and backward, by the curve of this family, type and the nearest width: linear in the logarithm of the size between its points, level beyond
+  // them. Where there is none, or the size is 0 (it has none), both efficiency_of(family).
+  std::array<double, 2> parts_of(std::string_view family, std::string_view dtype, double size, double width) const;
   double busy_speed_of(int num_busy) const {
     return busy_speed.empty() || num_busy < 1 ? 1.0 : busy_speed[std::min(static_cast<size_t>(num_busy), busy_speed.size()) - 1];
   }

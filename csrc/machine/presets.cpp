@@ -1,9 +1,8 @@
 // Peak rates are from the makers' data sheets, dense (no sparsity), for one device; memory sizes are what the sheet says, of which a process can use
 // less. Bandwidths of links are of one direction; data sheets of NVLink give the sum of both. Latencies are those of one step of a ring in NCCL's own
 // model of itself (src/graph/tuning.cc, hwLat of Ring with the Simple protocol): NVLink 3.4 us, PCI 5.7 us, network 14 us.
-// Efficiencies of h100 and h200 are measured (docs/machines.md, "Measured GPUs"). Those of the others are round figures of ours, to be replaced by what
-// one measured step of the real machine says; published: FlashAttention-2 reaches 50 to 73 % of an A100's peak (arXiv:2307.08691) and 35 % of an H100's,
-// version 3 up to 75 % (arXiv:2407.08608).
+// Efficiencies and curves of h100 and h200 are measured (docs/machines.md, "Measured GPUs"), a100's curves of attention published. The other efficiencies are
+// round figures of ours, to be replaced by what one measured step of the real machine says.
 #include "machine/presets.h"
 
 #include <functional>
@@ -29,6 +28,11 @@ Machine gpu() {
       {"pointwise", 0.8},   {"embedding", 0.5}, {"recurrent", 0.3}, {"other", 0.7},
   };
   return m;
+}
+
+// The same for the types of 16 bits.
+void add_curve(Machine& m, const std::string& family, const std::string& width, const EfficiencyCurve& curve) {
+  for (const char* type : {"bfloat16", "float16"}) m.curves[family + "/" + type + width] = curve;
 }
 
 // FlexFlow's and OptCNN's cluster: 4 hosts, 4 devices each, NVLink within, 100 Gb/s EDR InfiniBand between (arXiv:1807.05358; arXiv:1802.04924).
@@ -77,6 +81,10 @@ Machine a100() {
   m.memory_bytes = 80 * kGigabytes;
   m.intra = {kNvlinkStep, 300 * kGiga, 0};       // 12 NVLinks 3.0 to switches, 600 GB/s both directions
   m.inter = {kNetworkStep, 200 * kGigabits, 0};  // a ConnectX-6 for each device
+  // FlashAttention-2 with a causal mask on this card, arXiv:2307.08691: TFLOP/s forward by figure 5 (c, d), and backward by what forward leaves of figure 4
+  // (c, d), whose 3.5 times forward counted as 3 here; over 312.
+  add_curve(m, "attention", "/64", {{512, 0.37, 0.21}, {1024, 0.47, 0.28}, {2048, 0.54, 0.34}, {4096, 0.57, 0.38}, {8192, 0.58, 0.41}, {16384, 0.59, 0.43}});
+  add_curve(m, "attention", "/128", {{512, 0.42, 0.23}, {1024, 0.53, 0.32}, {2048, 0.60, 0.37}, {4096, 0.63, 0.42}, {8192, 0.64, 0.45}, {16384, 0.63, 0.48}});
   return m;
 }
 
@@ -94,6 +102,23 @@ Machine h100() {
       {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.37}, {"normalization", 0.48},
       {"pointwise", 1.07},   {"embedding", 0.14}, {"recurrent", 0.07}, {"other", 0.29},
   };
+  // benchmarks/results/gpu_shapes_h100_2026-11-26.json: bfloat16, medians by size (benchmarks/gpu_table.py, curves)
+  add_curve(m, "matmul", "",
+            {{64, 0.66, 0.54},
+             {256, 0.61, 0.50},
+             {512, 0.62, 0.59},
+             {768, 0.68, 0.71},
+             {1024, 0.72, 0.76},
+             {1536, 0.77, 0.78},
+             {2048, 0.79, 0.81},
+             {2560, 0.80, 0.81},
+             {4096, 0.80, 0.80},
+             {5120, 0.81, 0.81},
+             {7168, 0.81, 0.80},
+             {8192, 0.81, 0.79}});
+  add_curve(m, "attention", "/64", {{512, 0.63, 0.28}, {1024, 0.41, 0.22}, {2048, 0.41, 0.26}, {4096, 0.45, 0.31}, {8192, 0.46, 0.35}});
+  add_curve(m, "attention", "/128", {{512, 0.80, 0.32}, {1024, 0.53, 0.27}, {2048, 0.53, 0.32}, {4096, 0.58, 0.38}, {8192, 0.62, 0.42}});
+  add_curve(m, "normalization", "", {{768, 0.51, 0.29}, {1024, 0.58, 0.36}, {2048, 0.69, 0.52}, {4096, 0.59, 0.51}, {8192, 0.57, 0.48}, {50368, 0.64, 0.90}});
   m.update = {{640'000, 5'614}, {67'108'864, 501'000}};  // the same file: torch.optim.AdamW in float32 as it comes (foreach)
   return m;
 }
@@ -103,10 +128,11 @@ Machine h200() {
   m.memory_bytes_per_s = 4800 * kGiga;
   m.memory_bytes = 141 * kGigabytes;
   m.efficiency = {
-      // benchmarks/results/gpu_h200_2026-11-26.json
+      // benchmarks/results/gpu_h200_2026-11-26.json; the curves of products and attention are h100's, whose processors it has
       {"convolution", 0.28}, {"matmul", 0.69},    {"attention", 0.38}, {"normalization", 0.40},
       {"pointwise", 1.04},   {"embedding", 0.11}, {"recurrent", 0.08}, {"other", 0.24},
   };
+  for (const char* type : {"bfloat16", "float16"}) m.curves.erase(std::string("normalization/") + type);
   m.update = {{640'000, 4'600}, {67'108'864, 372'215}};
   return m;
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks.gpu_efficiency import Case, bytes_of, cases, made
-from benchmarks.gpu_table import efficiencies, parts, preset_of
-from torch_soap import _C
+from benchmarks.gpu_table import curves, efficiencies, parts, preset_of
+from torch_soap import _C, Machine
 from torch_soap.capture import capture
 from torch_soap.rewrite.graph_import import to_op_graph
 
@@ -51,3 +54,22 @@ def test_parts_of_the_peak_by_hand() -> None:
     table = efficiencies(machine, [*found, operator("convolution", "tf32", 1, 1)])
     assert table["matmul"] == (pytest.approx(0.5), pytest.approx(0.5), pytest.approx(4.0), 3)
     assert table["convolution"][3] == 1
+
+
+def test_curves_of_a_preset_are_what_was_measured() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_shapes_h100_2026-11-26.json"
+    machine = Machine.preset("h100")
+    found = curves(machine, json.loads(path.read_text()))
+    assert set(found) == {key for key in machine.curves if "bfloat16" in key}
+    for key, points in found.items():
+        for type_name in ("bfloat16", "float16"):
+            written = machine.curves[key.replace("bfloat16", type_name)]
+            assert [p[0] for p in written] == [p[0] for p in points]
+            assert [list(p[1:]) for p in written] == [pytest.approx(p[1:], abs=0.0051) for p in points]
+
+
+def test_a_curve_by_hand() -> None:
+    """989.4 GFLOP take an H100 1 ms in bfloat16: a product with 2 ms forward and 4 more with backward reaches half of it both ways."""
+    product = {"curve": "matmul", "rows": 512, "in": 1024, "out": 4096, "flops": 989.4e9, "bytes": 1}
+    operators = [product | {"forward": {"s": t}, "both": {"s": 3 * t}} for t in (2e-3, 1e-3, 8e-3)]
+    assert curves(Machine.preset("h100"), {"operators": operators}) == {"matmul/bfloat16": [(512, pytest.approx(0.5), pytest.approx(0.5))]}

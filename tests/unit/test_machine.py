@@ -92,6 +92,40 @@ def test_tiles_share_the_operations() -> None:
     assert work.num_bytes == 6 * 8 + 6 * 8 * 4 + 6 * 8 * 4  # indices, rows read, rows given
 
 
+# (module, inputs, target, size and width that curves of efficiency go by)
+SIZES: list[tuple[nn.Module, tuple[torch.Tensor, ...], str, tuple[int, int]]] = [
+    (nn.Linear(5, 7), (torch.randn(3, 5),), "linear", (3, 0)),
+    (nn.Linear(5, 7), (torch.randn(3, 4, 5),), "linear", (5, 0)),
+    (Call(torch.bmm), (torch.randn(2, 9, 8), torch.randn(2, 8, 7)), "bmm", (7, 0)),
+    (Call(attention), (torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)), "scaled_dot_product_attention", (7, 4)),
+    (nn.LayerNorm((3, 5)), (torch.randn(4, 3, 5),), "layer_norm", (15, 0)),
+    (nn.Softmax(1), (torch.randn(4, 3, 5),), "softmax", (3, 0)),
+    (nn.BatchNorm1d(3), (torch.randn(4, 3),), "batch_norm", (0, 0)),
+    (nn.ReLU(), (torch.randn(3, 5),), "relu", (15, 0)),
+    (nn.Embedding(100, 8), (torch.randint(100, (2, 3)),), "embedding", (0, 0)),
+]
+
+
+@pytest.mark.parametrize(("module", "inputs", "target", "size"), SIZES, ids=range(len(SIZES)))
+def test_sizes_that_efficiencies_go_by(module: nn.Module, inputs: tuple[torch.Tensor, ...], target: str, size: tuple[int, int]) -> None:
+    (work,) = works(module, *inputs)[target]
+    assert (work.size, work.width) == size
+
+
+def test_a_curve_goes_before_the_efficiency_of_its_family() -> None:
+    """Of the nearest width; between points by the logarithm of the size, beyond them level; forward and backward."""
+    machine = torch_soap.Machine(1)
+    machine.efficiency = {"attention": 0.9}
+    machine.curves = {"attention/bfloat16/64": [(1024, 0.2, 0.1), (4096, 0.4, 0.3)], "attention/bfloat16/128": [(512, 0.7, 0.6)]}
+    assert machine.parts_of("attention", "bfloat16", 2048, 64) == pytest.approx([0.3, 0.2])
+    assert machine.parts_of("attention", "bfloat16", 2048, 80) == pytest.approx([0.3, 0.2])
+    assert machine.parts_of("attention", "bfloat16", 16, 64) == [0.2, 0.1] and machine.parts_of("attention", "bfloat16", 1 << 20, 64) == [0.4, 0.3]
+    assert machine.parts_of("attention", "bfloat16", 16, 200) == [0.7, 0.6]
+    for without in (("attention", "float32", 16, 64), ("attention", "bfloat16", 0, 64)):
+        assert machine.parts_of(*without) == [0.9, 0.9]
+    assert machine.parts_of("matmul", "bfloat16", 2048, 64) == [1.0, 1.0]
+
+
 def test_views_move_nothing() -> None:
     (work,) = works(Call(lambda x: x.view(2, 2, 8) * 2), torch.randn(2, 16))["view"]
     assert (work.flops, work.num_bytes) == (0, 0)
@@ -108,6 +142,9 @@ def test_roofline_by_hand() -> None:
     assert _C.CostModel(machine).time(program, node)[0] == int(15e3 + flops / 2e11 / 0.5 * 1e9)
     machine.memory_bytes_per_s = 1e9
     assert _C.CostModel(machine).time(program, node)[0] == int(15e3 + 4 * (1024 * 512 * 2 + 512 * 512) / 1e9 / 0.5 * 1e9)
+    machine.curves = {"matmul/float32": [(256, 0.5, 0.25), (1024, 1.0, 0.5)]}
+    seconds = 4 * (1024 * 512 * 2 + 512 * 512) / 1e9
+    assert _C.CostModel(machine).time(program, node) == (int(15e3 + seconds / 0.75 * 1e9), int(2 * (15e3 + seconds / 0.375 * 1e9)))
 
 
 @pytest.mark.parametrize("name", _C.machine_presets())
@@ -146,8 +183,11 @@ WRONG: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(host_of=[0, 0.5]), r"host_of\[1\] must be an integer"),
     (lambda d: d.update(intra=3), "intra. must be an object, not 3"),
     (lambda d: d.update(tables={"exchange/2/1": [[1]]}), r"tables\[exchange/2/1\]\[0\] must be a pair \[bytes, ns\], not \[1\]"),
+    (lambda d: d.update(curves={"attention/bfloat16/64": [[1, 2]]}), r"curves\[attention/bfloat16/64\]\[0\] must be \[size, forward, backward\]"),
+    (lambda d: d.update(curves={"attention": []}), 'curves has "attention", a key is <family>/<type> or'),
+    (lambda d: d.update(curves={"matmul/bfloat16": [[2, 1, 1], [1, 1, 1]]}), r"curves\[matmul/bfloat16\] must rise in size: 1 follows 2"),
     (lambda d: d.update(memory_bytes_per_s=float("nan")), "memory_bytes_per_s is nan, it must be a positive number"),
-    (lambda d: d.update(format=7), "the file has format 7, this version reads 1 and 2"),
+    (lambda d: d.update(format=7), "the file has format 7, this version reads 1 to 3"),
     (lambda d: d.pop("format"), "the field format is missing"),
 ]
 
@@ -266,11 +306,12 @@ def test_movements_are_measured_in_the_groups_that_plans_use() -> None:
     assert calibrate.group_layouts([0, 0, 1, 1]) == {(4, 2): [[0, 1, 2, 3]], (2, 1): [[0, 1], [2, 3]], (2, 2): [[0, 2], [1, 3]]}
 
 
-def test_files_of_format_1_are_read() -> None:
+@pytest.mark.parametrize("number", ADDED)
+def test_files_of_earlier_formats_are_read(number: int) -> None:
     data = to_json(torch_soap.Machine(2))
-    for name in ADDED:
+    for name in ADDED[number]:
         del data[name]
-    assert from_json({**data, "format": 1}) == torch_soap.Machine(2)
+    assert from_json({**data, "format": number}) == torch_soap.Machine(2)
 
 
 def test_shared_cores_and_overlap_do_not_go_together() -> None:
