@@ -115,13 +115,13 @@ struct ExpandPass {
     return follow(rule, main, *placed[node.inputs[main]], out.graph.tensors[node.inputs[main]].shape);
   }
 
-  // Appends a node with its tiling; `inherited` is used when the strategy has no entry for it.
-  void place(Node node, const Tiling* inherited) {
+  // Appends a node with its tiling; `inherited` is used when the strategy has no entry for it. `made`: its rule, where that is known.
+  void place(Node node, const Tiling* inherited, std::optional<Rule> made = std::nullopt) {
     const NodeId id = add_node(out.graph, std::move(node));
     const Node& n = out.graph.nodes[id];
     shadow.resize(out.graph.tensors.size());
     placed.resize(out.graph.tensors.size());
-    Rule rule = make_rule(out.graph, n, world());
+    Rule rule = made ? std::move(*made) : make_rule(out.graph, n, world());
     FedFactor fed = fed_factor(n, rule);
     const OpConfig* c = config(n.name);
     std::optional<FedFactor> known;
@@ -258,7 +258,7 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
   if (n.operand_names.empty()) {
     for (size_t i = 0; i < n.inputs.size(); ++i) n.operand_names.push_back(fmt::format("{}", i));
   }
-  const Rule rule = make_rule(g, n, pass_.world());
+  Rule rule = make_rule(g, n, pass_.world());
   Tiling tiling;
   std::vector<std::pair<int, const FactorParts*>> kept;  // sub factor, cut
   std::vector<int> degrees;
@@ -304,7 +304,7 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
   for (const auto& cell : cells) count = std::min(count, cell.size());
   for (const auto& cell : cells) tiling.devices.insert(tiling.devices.end(), cell.begin(), cell.begin() + count);
   tiling.replicas = static_cast<int>(count);
-  pass_.place(std::move(n), &tiling);
+  pass_.place(std::move(n), &tiling, std::move(rule));
   return made;
 }
 

@@ -79,7 +79,7 @@ class DeltaSimulator {
     int op = 0;
     int first_wait = 0, end_wait = 0;  // computing, with overlap: of Slots::waits
     Group* group = nullptr;            // moving
-    const int64_t* spent = nullptr;    // computing: per device
+    const Spent* spent = nullptr;      // computing
   };
   struct Slots {
     std::vector<Slot> forward, backward;
@@ -156,7 +156,8 @@ class DeltaSimulator {
   void move(SlotKind kind, Group& group);
   void move_together(SlotKind kind, const std::vector<Group*>& groups);
   void transfer(const DeviceSet& ranks, int64_t from, int64_t price);
-  void wait(int64_t arrival);
+  // clock[d] is not before the movement has arrived at d, for d of the stretch.
+  void wait(int64_t arrival, int64_t* clock, int first, int count) const;
   const int64_t* end_of(const Reader& reader, bool backward) const;
   // For each reader or producer that the movement waits for: where it ends, on which devices.
   template <class Visit>

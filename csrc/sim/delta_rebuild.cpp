@@ -113,8 +113,8 @@ DeltaSimulator::Group* DeltaSimulator::group_of(NodeId n, int op, int operand) {
 DeltaSimulator::Slot DeltaSimulator::computing(NodeId n, SlotKind kind, int op, Slots& slots) {
   const FragmentOp& what = nodes_[n].fragment->ops[op];
   const bool backward = kind == SlotKind::kBackward;
-  const std::vector<int64_t>& spent = !backward ? what.forward : regions_[n] >= 0 ? what.again : what.backward;
-  Slot slot{.kind = kind, .differentiable = what.differentiable, .op = op, .spent = spent.data()};
+  const Spent& spent = !backward ? what.forward : regions_[n] >= 0 ? what.again : what.backward;
+  Slot slot{.kind = kind, .differentiable = what.differentiable, .op = op, .spent = &spent};
   if (!overlap_) return slot;
   slot.first_wait = static_cast<int>(slots.waits.size());
   for (int i = 0; i < static_cast<int>(what.reads.size()); ++i) {

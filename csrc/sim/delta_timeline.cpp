@@ -5,12 +5,23 @@
 #include "sim/simulate.h"
 
 namespace soap {
+namespace {
 
-void DeltaSimulator::wait(int64_t arrival) {
+constexpr size_t kAhead = 3;  // nodes: their slots are asked for while those before them run
+
+void prefetch(const void* memory) {
+#if defined(__GNUC__)
+  __builtin_prefetch(memory);
+#endif
+}
+
+}  // namespace
+
+void DeltaSimulator::wait(int64_t arrival, int64_t* clock, int first, int count) const {
   if (arrival < first_arrival_) return;
   const Arrival* a = &arrivals_[arrival - first_arrival_];
   while (true) {
-    raise(begin_.data(), *a->devices, a->at);
+    raise_within(clock, *a->devices, a->at, first, count);
     if (!a->more) return;
     ++a;
   }
@@ -18,16 +29,20 @@ void DeltaSimulator::wait(int64_t arrival) {
 
 void DeltaSimulator::compute(Slots& slots, const Slot& slot) {
   int64_t* clock = compute_clock_.data();
+  const Spent& spent = *slot.spent;
   if (shared_) {
-    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), slot.spent[d], -1, slot.differentiable);
+    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), spent[d], -1, slot.differentiable);
     return;
   }
-  if (slot.first_wait == slot.end_wait) {
-    advance(clock, slot.spent, devices_);
+  if (spent.alike) {
+    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i], clock, spent.first, spent.count);
+    advance(clock + spent.first, spent.each, spent.count);
+  } else if (slot.first_wait == slot.end_wait) {
+    advance(clock, spent.on.data(), devices_);
   } else {
     std::fill(begin_.begin(), begin_.end(), 0);
-    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i]);
-    advance_from(clock, begin_.data(), slot.spent, devices_);
+    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i], begin_.data(), 0, static_cast<int>(devices_));
+    advance_from(clock, begin_.data(), spent.on.data(), devices_);
   }
   if (!slot.read_later) return;
   const size_t at = slot.op * devices_ + (slot.kind == SlotKind::kBackward ? slots.ends.size() / 2 : 0);
@@ -142,8 +157,9 @@ void DeltaSimulator::run_forward() {
     if (!pending_.empty()) move_together(SlotKind::kFill, pending_);
     pending_.clear();
   };
-  for (NodeId n : timed_) {
-    Slots& slots = nodes_[n].slots;
+  for (size_t i = 0; i < timed_.size(); ++i) {
+    if (i + kAhead < timed_.size()) prefetch(nodes_[timed_[i + kAhead]].slots.forward.data());
+    Slots& slots = nodes_[timed_[i]].slots;
     for (const Slot& slot : slots.forward) {
       if (slot.kind == SlotKind::kCompute) {
         flush();
@@ -172,8 +188,9 @@ void DeltaSimulator::run_backward() {
     bucket_bytes = 0;
   };
   for (Group* g : at_once_) gradient(g);
-  for (auto n = timed_.rbegin(); n != timed_.rend(); ++n) {
-    Slots& slots = nodes_[*n].slots;
+  for (size_t i = timed_.size(); i-- > 0;) {
+    if (i >= kAhead) prefetch(nodes_[timed_[i - kAhead]].slots.backward.data());
+    Slots& slots = nodes_[timed_[i]].slots;
     for (const Slot& slot : slots.backward) {
       if (slot.kind == SlotKind::kBackward) {
         compute(slots, slot);

@@ -336,17 +336,19 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
       op.writes.push_back(known.at(n.outputs[k]));
     }
     if (op.computes) {
-      op.forward.resize(rows_.size());
-      op.backward.resize(rows_.size());
+      std::vector<int64_t> forward(rows_.size()), backward(rows_.size());
       for (int tile = 0; tile < tiling.tiles() && !out->chunked; ++tile) {
         const OpTime time = cost_.time(p, id, tile, 0);
         for (int d : tiling.devices_of(tile)) {
-          op.forward[d] += cost_.machine().at_speed(d, time.forward_ns);
-          op.backward[d] += cost_.machine().at_speed(d, time.backward_ns);
+          forward[d] += cost_.machine().at_speed(d, time.forward_ns);
+          backward[d] += cost_.machine().at_speed(d, time.backward_ns);
         }
       }
-      op.again = op.backward;
-      for (size_t d = 0; d < rows_.size() && op.differentiable && may_compute_again(n); ++d) op.again[d] += op.forward[d];
+      std::vector<int64_t> again = backward;
+      for (size_t d = 0; d < rows_.size() && op.differentiable && may_compute_again(n); ++d) again[d] += forward[d];
+      op.forward = Spent(std::move(forward));
+      op.backward = Spent(std::move(backward));
+      op.again = Spent(std::move(again));
     }
     out->ops.push_back(std::move(op));
   }

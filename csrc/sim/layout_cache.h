@@ -36,12 +36,12 @@ struct FragmentRead {
 
 // An operator as it runs: the node itself or one sub-operator of its expansion.
 struct FragmentOp {
-  bool computes = false;                   // false: a feed, return or store
-  bool differentiable = false;             // has a backward step
-  std::vector<int64_t> forward, backward;  // ns per device
-  std::vector<int64_t> again;              // backward that computes forward again
-  std::vector<FragmentRead> reads;         // by operand
-  std::vector<FragmentTensor> writes;      // by result
+  bool computes = false;               // false: a feed, return or store
+  bool differentiable = false;         // has a backward step
+  Spent forward, backward;             // ns
+  Spent again;                         // backward that computes forward again
+  std::vector<FragmentRead> reads;     // by operand
+  std::vector<FragmentTensor> writes;  // by result
 };
 
 struct FragmentInner {
