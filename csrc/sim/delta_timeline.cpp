@@ -29,24 +29,23 @@ void DeltaSimulator::wait(int64_t arrival, int64_t* clock, int first, int count)
 
 void DeltaSimulator::compute(Slots& slots, const Slot& slot) {
   int64_t* clock = compute_clock_.data();
-  const Spent& spent = *slot.spent;
   if (shared_) {
-    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), spent[d], -1, slot.differentiable);
+    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), (*slot.spent)[d], -1, slot.differentiable);
     return;
   }
-  if (spent.alike) {
-    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i], clock, spent.first, spent.count);
-    advance(clock + spent.first, spent.each, spent.count);
+  if (!slot.spent) {
+    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i], clock, slot.first, slot.count);
+    advance(clock + slot.first, slot.each, slot.count);
   } else if (slot.first_wait == slot.end_wait) {
-    advance(clock, spent.on.data(), devices_);
+    advance(clock, slot.spent->on.data(), devices_);
   } else {
     std::fill(begin_.begin(), begin_.end(), 0);
     for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i], begin_.data(), 0, static_cast<int>(devices_));
-    advance_from(clock, begin_.data(), spent.on.data(), devices_);
+    advance_from(clock, begin_.data(), slot.spent->on.data(), devices_);
   }
-  if (!slot.read_later) return;
+  if (slot.first_read == slot.end_read) return;
   const size_t at = slot.op * devices_ + (slot.kind == SlotKind::kBackward ? slots.ends.size() / 2 : 0);
-  std::copy(clock, clock + devices_, slots.ends.begin() + static_cast<int64_t>(at));
+  std::copy(clock + slot.first_read, clock + slot.end_read, slots.ends.begin() + static_cast<int64_t>(at + slot.first_read));
 }
 
 const int64_t* DeltaSimulator::end_of(const Reader& r, bool backward) const {
@@ -153,6 +152,7 @@ void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& gro
 // Neighbouring fills among the same ranks travel together.
 void DeltaSimulator::run_forward() {
   pending_.clear();
+  int ranks = -1;  // of what is pending
   const auto flush = [&] {
     if (!pending_.empty()) move_together(SlotKind::kFill, pending_);
     pending_.clear();
@@ -166,9 +166,9 @@ void DeltaSimulator::run_forward() {
         compute(slots, slot);
         continue;
       }
-      const bool local = slot.group->fill->pattern == Pattern::kLocal;
-      if (local || (!pending_.empty() && pending_.back()->fill->ranks != slot.group->fill->ranks)) flush();
-      if (!local) pending_.push_back(slot.group);
+      if (slot.local || ranks != slot.ranks) flush();
+      ranks = slot.ranks;
+      if (!slot.local) pending_.push_back(slot.group);
     }
   }
   flush();

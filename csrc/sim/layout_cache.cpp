@@ -112,7 +112,7 @@ int LayoutCache::intern_tiling(const std::optional<TensorTiling>& tiling) {
   }
   key.add(int64_t{tiling->replicas}).list(tiling->devices);
   const auto [it, fresh] = tiling_ids_.try_emplace(key.bytes, static_cast<int>(tilings_.size()));
-  if (fresh) tilings_.push_back(tiling);
+  if (fresh) tilings_.push_back(std::make_shared<TensorTiling>(*tiling));
   return it->second;
 }
 
@@ -125,7 +125,7 @@ LayoutId LayoutCache::intern(const Sharding& layout) {
     key.add(int64_t{c.chunk}).list(c.devices);
   }
   const auto [it, fresh] = layout_ids_.try_emplace(key.bytes, static_cast<int>(layouts_.size()));
-  if (fresh) layouts_.push_back(std::make_unique<Sharding>(layout));
+  if (fresh) layouts_.push_back(std::make_shared<Sharding>(layout));
   return it->second;
 }
 
@@ -133,7 +133,7 @@ int LayoutCache::intern_ranks(const std::vector<int>& ranks) {
   Key key(scratch_);
   key.list(ranks);
   const auto [it, fresh] = rank_ids_.try_emplace(key.bytes, static_cast<int>(sets_.size()));
-  if (fresh) sets_.push_back(std::make_unique<DeviceSet>(ranks));
+  if (fresh) sets_.push_back(std::make_shared<DeviceSet>(ranks));
   return it->second;
 }
 
@@ -206,7 +206,7 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   const int64_t reduced = reduced_element_bytes(t, gradient ? Reduce::kSum : produced.partial);
   const auto [it, fresh] = edges_.try_emplace(Numbers{tiles, copies, (t.element_bytes << 1) | int64_t{gradient}, reduced});
   if (!fresh) return it->second.get();
-  auto out = std::make_unique<EdgeMove>();
+  auto out = std::make_shared<EdgeMove>();
   const Flows flows = gradient ? grad_flows(produced, read, 0) : fill_flows(produced, read, 0);
   const Movement& m = flows.movement;
   out->pattern = m.pattern;
@@ -270,7 +270,7 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
     std::vector<std::optional<TensorTiling>> out;
     for (TensorId t : source.inputs) {
       const size_t at = std::find(distinct_[node].begin(), distinct_[node].end(), t) - distinct_[node].begin();
-      out.push_back(ids[at] < 0 ? std::nullopt : tilings_[ids[at]]);
+      out.push_back(ids[at] < 0 ? std::nullopt : std::optional(*tilings_[ids[at]]));
     }
     return out;
   };

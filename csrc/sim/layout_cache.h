@@ -91,9 +91,15 @@ class LayoutCache {
   };
 
   LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost);
+  // Knows what the other does, which stays as it is: several threads may copy one at a time.
+  LayoutCache(const LayoutCache&) = default;
 
   const OpGraph& graph() const { return graph_; }
+  const FedRows& rows() const { return rows_; }
   const CostModel& cost() const { return cost_; }
+  // Equal for nodes of the same operator, shapes and attributes, which have the same rule and lower alike.
+  int class_of(NodeId node) const { return classes_[node]; }
+  int classes() const { return static_cast<int>(class_ids_.size()); }
   // Inputs of a node, each once, in the order in which they first appear.
   const std::vector<TensorId>& distinct_inputs(NodeId node) const { return distinct_[node]; }
 
@@ -128,15 +134,16 @@ class LayoutCache {
   const FedRows rows_;
   const CostModel& cost_;
   std::vector<std::vector<TensorId>> distinct_;
-  std::vector<int> classes_;  // per node: equal for nodes that lower alike
+  std::vector<int> classes_;  // per node
   std::unordered_map<std::string, int> class_ids_, layout_ids_, tiling_ids_, rank_ids_;
-  std::vector<std::unique_ptr<Sharding>> layouts_;
-  std::vector<std::unique_ptr<DeviceSet>> sets_;
-  std::vector<std::optional<TensorTiling>> tilings_;
-  std::unordered_map<std::string, std::unique_ptr<Fragment>> fragments_;
+  // Shared with copies: what is made once isn't changed.
+  std::vector<std::shared_ptr<const Sharding>> layouts_;
+  std::vector<std::shared_ptr<const DeviceSet>> sets_;
+  std::vector<std::shared_ptr<const TensorTiling>> tilings_;
+  std::unordered_map<std::string, std::shared_ptr<const Fragment>> fragments_;
   template <class T>
   using ByNumbers = std::unordered_map<Numbers, T, NumbersHash>;
-  ByNumbers<std::unique_ptr<EdgeMove>> edges_;
+  ByNumbers<std::shared_ptr<const EdgeMove>> edges_;
   ByNumbers<int64_t> reduce_prices_;
   ByNumbers<std::vector<int64_t>> updates_, stored_;
   std::unordered_map<std::string, LayoutId> derived_;
