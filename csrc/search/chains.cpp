@@ -13,8 +13,7 @@ constexpr int kRounds = 24;        // of the whole budget, at least
 constexpr int kExchanges = 8;      // of the whole budget
 constexpr int kLeastPerRound = 8;  // simulations of a chain
 constexpr int kMostPerRound = 32;  // so that whoever watches is soon heard
-constexpr int kLeast = 256;        // simulations before the search may end for want of luck, or
-constexpr int kEachOther = 2;      // one for so many operators
+constexpr int kLeast = 256;        // simulations before the search may end for want of luck
 
 // One walk. Used by one thread at a time.
 struct Chain {
@@ -153,7 +152,6 @@ ChainResult run_chains(const LayoutCache& cache, const Proposals& proposals, con
   const int each_chain = options.simulations / count;
   const int steps = std::clamp(each_chain / kRounds, kLeastPerRound, kMostPerRound);
   const int exchange = std::max(each_chain / steps / kExchanges, 1);  // rounds between two
-  const int patience = std::max(kLeast, static_cast<int>(proposals.operators().size()) / kEachOther);
   int left = each_chain, done = 0, lucky = 0;  // of each chain, of all
   int64_t seen_ns = out.best.step_ns;
   for (int round = 1, next_settling = 1; left > 0; ++round) {
@@ -164,7 +162,7 @@ ChainResult run_chains(const LayoutCache& cache, const Proposals& proposals, con
     const int64_t fastest_ns = by_speed(chains).front()->fastest_ns;
     if (fastest_ns < seen_ns) lucky = done;
     seen_ns = std::min(seen_ns, fastest_ns);
-    const bool end = left <= 0 || (done > patience && done - lucky > done / 2);
+    const bool end = left <= 0 || (options.stops_early && done >= kLeast && done - lucky > done / 2);
     const bool short_of_memory = options.memory_limit_bytes && out.best.memory_bytes > *options.memory_limit_bytes / 2;
     if ((round == next_settling && short_of_memory) || end) {
       settle(chains, price, out.best);
@@ -178,6 +176,7 @@ ChainResult run_chains(const LayoutCache& cache, const Proposals& proposals, con
     out.simulations += c->simulations;
     out.illegal += c->illegal;
   }
+  each([&](size_t i) { chains[i].reset(); });  // much memory, which takes its time
   return out;
 }
 

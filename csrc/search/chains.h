@@ -5,7 +5,7 @@
 // simulations, a round; between rounds the calling thread looks at what they found and lets the chain that is farthest behind go on from the
 // best. After the last round, and where memory is short after rounds 1, 2, 4, 8, ..., it prices the fastest whole: where that needs too much memory,
 // its chain goes back to the last that didn't. What is stored (parameters with gradients and the optimizer's state) is held under the limit at every step. They
-// stop at the budget, or, as FlexFlow does, when half of the search so far has brought nothing (after 256 simulations, or one for every other operator).
+// stop at the budget, or, as FlexFlow does, when half of the search so far has brought nothing (after 256 simulations).
 //
 // The number of chains is the caller's and each has its own random numbers and cache, so the result depends on the seed alone, not on the
 // number of threads or on which is faster.
@@ -24,6 +24,7 @@ struct ChainOptions {
   int chains = 4;
   int simulations = 400;  // of all chains together, at most
   double temperature = 0.02;
+  bool stops_early = true;  // when half has brought nothing
   std::optional<int64_t> memory_limit_bytes;  // per device
   int threads = 0;                            // 0: as many as the machine has. Changes nothing but the time
 };

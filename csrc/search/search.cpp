@@ -83,6 +83,7 @@ struct Searcher {
 
   Candidate descend(Candidate best) {
     int left = options.descent_simulations;
+    if (left <= 0) return best;
     DeltaSimulator delta(cache, best.strategy, rows);
     for (bool improved = true; improved;) {
       improved = false;
@@ -126,6 +127,7 @@ struct Searcher {
                               .chains = options.chains,
                               .simulations = options.mcmc_simulations,
                               .temperature = options.temperature,
+                              .stops_early = options.stops_early,
                               .memory_limit_bytes = options.count_memory ? std::optional(memory_limit()) : std::nullopt};
     ChainResult found = run_chains(
         cache, proposals, options.constraints, starts, chains, [&](const Strategy& s, int64_t step_ns) { return price("mcmc", s, step_ns); },

@@ -34,6 +34,7 @@ struct SearchOptions {
   int mcmc_simulations = 400;  // of all chains together
   int chains = 4;
   double temperature = 0.02;                  // accepted with exp(-relative loss / temperature)
+  bool stops_early = true;                    // MCMC ends when half of it has brought nothing; false: at its budget
   std::optional<int64_t> memory_limit_bytes;  // per device; default: the machine's
   // False: nothing is too large, and no candidate's memory is known (-1). Each then costs its timeline alone, as in FlexFlow's search.
   bool count_memory = true;

@@ -1,6 +1,8 @@
 // resolve: configurations -> tilings, in topological order, expanding operators on the way.
 #include <algorithm>
 #include <numeric>
+#include <unordered_set>
+#include <utility>
 
 #include "base/error.h"
 #include "sharding/expand.h"
@@ -379,8 +381,12 @@ ResolvedNode resolve_node(const OpGraph& graph, const Node& node, const Strategy
 Resolved resolve(const OpGraph& graph, const Strategy& strategy, const FedRows& rows) {
   ExpandPass pass{.source = graph, .strategy = strategy, .rows = rows};
   pass.run();
+  std::unordered_set<std::string_view> names;
+  for (const auto* nodes : {&graph.nodes, &std::as_const(pass.out.graph.nodes)}) {
+    for (const Node& n : *nodes) names.insert(n.name);
+  }
   for (const auto& [name, config] : strategy.nodes) {
-    if (!graph.find(name) && !pass.out.graph.find(name)) user_error("[plan] there is no operator {}", name);
+    if (!names.count(name)) user_error("[plan] there is no operator {}", name);
   }
   return std::move(pass.out);
 }

@@ -83,6 +83,7 @@ struct Key {
 
 LayoutCache::LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost) : graph_(graph), rows_(rows), cost_(cost) {
   for (const Node& n : graph.nodes) {
+    names_.insert(n.name);
     std::vector<TensorId> distinct;
     Key key(scratch_);
     key.add(static_cast<int64_t>(n.kind)).add(n.target).add(n.family).add(int64_t{n.sample_dim}).add(int64_t{n.no_grad});

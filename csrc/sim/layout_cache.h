@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -100,6 +101,8 @@ class LayoutCache {
   // Equal for nodes of the same operator, shapes and attributes, which have the same rule and lower alike.
   int class_of(NodeId node) const { return classes_[node]; }
   int classes() const { return static_cast<int>(class_ids_.size()); }
+  // Whether a node of the graph has this name.
+  bool names(std::string_view name) const { return names_.count(name) > 0; }
   // Inputs of a node, each once, in the order in which they first appear.
   const std::vector<TensorId>& distinct_inputs(NodeId node) const { return distinct_[node]; }
 
@@ -135,6 +138,7 @@ class LayoutCache {
   const CostModel& cost_;
   std::vector<std::vector<TensorId>> distinct_;
   std::vector<int> classes_;  // per node
+  std::unordered_set<std::string_view> names_;
   std::unordered_map<std::string, int> class_ids_, layout_ids_, tiling_ids_, rank_ids_;
   // Shared with copies: what is made once isn't changed.
   std::vector<std::shared_ptr<const Sharding>> layouts_;
