@@ -88,7 +88,10 @@ Layout Layouts::parsed(std::span<const int> key, size_t dims) {
       if (p.sets[d] != alike[d]) alike[d] = -1;
     }
   }
-  return {.partial = static_cast<Reduce>(key[0]), .parts = {parts, parts_.size()}, .alike = {alike, dims}};
+  return {.partial = static_cast<Reduce>(key[0]),
+          .parts = {parts, parts_.size()},
+          .alike = {alike, dims},
+          .single = std::all_of(parts_.begin(), parts_.end(), [](const Layout::Part& p) { return p.devices.size() == 1; })};
 }
 
 int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_size) {
@@ -208,10 +211,9 @@ int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, 
   return ns;
 }
 
-// fill_pieces (or grad_pieces) and recognise in one walk; see there for the rules.
-int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes) {
+int64_t Layouts::alike_in(const Layout& from, const Layout& to) {
   if (from.parts.empty() || to.parts.empty()) return 0;
-  int64_t shared = 1;  // elements of both in the dims in which neither is cut
+  int64_t shared = 1;
   differing_.clear();
   for (size_t d = 0; d < to.alike.size(); ++d) {
     if (from.alike[d] >= 0 && to.alike[d] >= 0)
@@ -219,6 +221,35 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
     else
       differing_.push_back(static_cast<int>(d));
   }
+  return shared;
+}
+
+std::pair<int64_t, bool> Layouts::exchange(const Layout& from, const Layout& to, int64_t element_bytes) {
+  const int64_t shared = alike_in(from, to);
+  if (shared == 0) return {0, false};
+  uint64_t ranks = 0;
+  bool whole = true;
+  traffic_.clear();
+  for (const Layout::Part& copy : to.parts) {
+    for (const Layout::Part& source : from.parts) {
+      int64_t volume = shared;
+      for (size_t i = 0; i < differing_.size() && volume > 0; ++i) volume *= common(source.sets[differing_[i]], copy.sets[differing_[i]]);
+      if (volume == 0) continue;
+      whole = whole && volume == source.volume && volume == copy.volume;
+      if (source.mask == copy.mask) continue;
+      ranks |= source.mask | copy.mask;
+      traffic_.add(source.devices[0], copy.devices[0], volume * element_bytes);
+    }
+  }
+  if (ranks == 0) return {0, false};
+  ranks_.clear();
+  for (; ranks != 0; ranks &= ranks - 1) ranks_.push_back(std::countr_zero(ranks));
+  return {exchange_ns(machine_, ranks_, traffic_), whole};
+}
+
+// fill_pieces (or grad_pieces) and recognise in one walk; see there for the rules.
+int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes) {
+  const int64_t shared = alike_in(from, to);
   if (shared == 0) return 0;
   pieces_.clear();
   uint64_t ranks = 0;
@@ -260,10 +291,12 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
 
 namespace {
 
-uint64_t key_of(int tiles, int copies, bool gradient, const Tensor& t) {
-  SOAP_CHECK(tiles < (1 << 27) && copies < (1 << 27) && t.element_bytes < 256, "[layout] too many layouts: {}", std::max(tiles, copies));
-  return static_cast<uint64_t>(tiles) << 37 | static_cast<uint64_t>(copies) << 10 | static_cast<uint64_t>(t.element_bytes) << 2 |
-         static_cast<uint64_t>(gradient) << 1 | static_cast<uint64_t>(is_float(t));
+enum class Way { kFill, kGradient, kThereAndBack };
+
+uint64_t key_of(int tiles, int copies, Way way, const Tensor& t) {
+  SOAP_CHECK(tiles < (1 << 26) && copies < (1 << 26) && t.element_bytes < 256, "[layout] too many layouts: {}", std::max(tiles, copies));
+  return static_cast<uint64_t>(tiles) << 38 | static_cast<uint64_t>(copies) << 12 | static_cast<uint64_t>(t.element_bytes) << 4 |
+         static_cast<uint64_t>(way) << 1 | static_cast<uint64_t>(is_float(t));
 }
 
 }  // namespace
@@ -271,7 +304,7 @@ uint64_t key_of(int tiles, int copies, bool gradient, const Tensor& t) {
 // Equal layouts of a complete tensor are one: every copy is the tile of its device, either way.
 int64_t Layouts::fill_ns(int tiles, int copies, const Tensor& t) {
   if (tiles == copies && layouts_[tiles].partial == Reduce::kNone) return 0;
-  const auto [ns, fresh] = prices_.at(key_of(tiles, copies, false, t));
+  const auto [ns, fresh] = prices_.at(key_of(tiles, copies, Way::kFill, t));
   if (fresh) {
     const Layout& from = layouts_[tiles];
     *ns = price(from, layouts_[copies], from.partial, t.element_bytes, reduced_element_bytes(t, from.partial));
@@ -281,9 +314,25 @@ int64_t Layouts::fill_ns(int tiles, int copies, const Tensor& t) {
 
 int64_t Layouts::gradient_ns(int tiles, int copies, const Tensor& t) {
   if (tiles == copies && layouts_[tiles].partial == Reduce::kNone) return 0;
-  const auto [ns, fresh] = prices_.at(key_of(tiles, copies, true, t));
+  const auto [ns, fresh] = prices_.at(key_of(tiles, copies, Way::kGradient, t));
   if (fresh) *ns = price(layouts_[copies], layouts_[tiles], Reduce::kSum, t.element_bytes, reduced_element_bytes(t, Reduce::kSum));
   return *ns;
+}
+
+// Where each part is on one device and the machine is a model, the gradient's exchange is the fill's the other way round, and as busy. Not so where
+// the pieces are whole: those may be the addends of an all-reduce.
+int64_t Layouts::there_and_back_ns(int tiles, int copies, const Tensor& t) {
+  const Layout from = layouts_[tiles], to = layouts_[copies];
+  if (tiles == copies && from.partial == Reduce::kNone) return 0;
+  if (from.partial != Reduce::kNone || !from.single || !to.single || !machine_.tables.empty()) {
+    return fill_ns(tiles, copies, t) + gradient_ns(tiles, copies, t);
+  }
+  const uint64_t key = key_of(tiles, copies, Way::kThereAndBack, t);
+  const auto [known, fresh] = prices_.at(key);
+  if (!fresh) return *known;
+  const auto [ns, whole] = exchange(from, to, t.element_bytes);
+  const int64_t both = ns + (whole ? gradient_ns(tiles, copies, t) : ns);
+  return *prices_.at(key).first = both;
 }
 
 }  // namespace soap

@@ -32,6 +32,7 @@ struct Layout {
   Reduce partial = Reduce::kNone;
   std::span<const Part> parts;  // without the empty ones
   std::span<const int> alike;   // per dim: the set that all parts have, -1 where they differ
+  bool single = true;           // each part is on one device
 };
 
 // Numbers by numbers, in one stretch of memory.
@@ -93,7 +94,7 @@ class Layouts {
   int64_t fill_ns(int tiles, int copies, const Tensor& tensor);
   int64_t gradient_ns(int tiles, int copies, const Tensor& tensor);
   int64_t reshard_ns(int tiles, int copies, const Tensor& tensor, bool gradient) {
-    return fill_ns(tiles, copies, tensor) + (gradient ? gradient_ns(tiles, copies, tensor) : 0);
+    return gradient ? there_and_back_ns(tiles, copies, tensor) : fill_ns(tiles, copies, tensor);
   }
 
  private:
@@ -107,6 +108,12 @@ class Layouts {
     return a == b ? x.size : common_of_many(a, b);
   }
   int64_t common_of_many(int a, int b);
+  int64_t there_and_back_ns(int tiles, int copies, const Tensor& tensor);
+  // Finds the dims in which one of them is cut, `differing_`; elements that both have in the others.
+  int64_t alike_in(const Layout& from, const Layout& to);
+  // Of layouts whose parts are on one device each, where nothing is summed: what the exchange takes, and whether each piece is all of its
+  // source and of its copy.
+  std::pair<int64_t, bool> exchange(const Layout& from, const Layout& to, int64_t element_bytes);
   int64_t price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes);
   struct Piece {
     int source = 0, copy = 0;  // indices of parts
@@ -146,7 +153,7 @@ class Layouts {
   std::vector<KnownSet> sets_;
   std::vector<int> storage_;                                           // per layout of copies, whose sets say the shape; -1 for not known
   NumberMap common_;                                                   // of (a, b), b <= a, where one of them isn't an interval
-  NumberMap prices_;                                                   // of (tiles, copies, way, element)
+  NumberMap prices_;                                                   // of (tiles, copies, Way, element)
   std::map<std::tuple<uint64_t, int64_t, int>, int64_t> all_reduces_;  // (ranks, bytes, at once) -> ns
   std::vector<Piece> pieces_;                                          // of the movement that is being priced
   std::vector<int> key_, ranks_, differing_;                           // of what is looked up or priced

@@ -34,15 +34,15 @@ DeviceSet::DeviceSet(std::vector<int> sorted) : devices(std::move(sorted)), coun
   stretch = devices.back() - first + 1 == count;
 }
 
-Spent::Spent(std::vector<int64_t> per_device) : on(std::move(per_device)) {
+Spent::Spent(const std::vector<int64_t>& per_device) {
   const auto spends = [](int64_t ns) { return ns != 0; };
-  const auto begin = std::find_if(on.begin(), on.end(), spends);
-  const auto end = std::find_if(on.rbegin(), std::reverse_iterator(begin), spends).base();
+  const auto begin = std::find_if(per_device.begin(), per_device.end(), spends);
+  const auto end = std::find_if(per_device.rbegin(), std::reverse_iterator(begin), spends).base();
   if (begin == end) return;
-  first = static_cast<int>(begin - on.begin());
+  first = static_cast<int>(begin - per_device.begin());
   count = static_cast<int>(end - begin);
   each = *begin;
-  alike = std::all_of(begin, end, [&](int64_t ns) { return ns == each; });
+  if (!std::all_of(begin, end, [&](int64_t ns) { return ns == each; })) on = per_device;
 }
 
 SOAP_WIDE void advance(int64_t* clock, int64_t each, size_t devices) {

@@ -16,16 +16,19 @@ struct DeviceSet {
   explicit DeviceSet(std::vector<int> sorted);
 };
 
-// What a computation takes on each device. Most take the same on a stretch of devices and nothing elsewhere, and the list isn't looked at.
+// What a computation takes on each device. Most take the same on a stretch of devices and nothing elsewhere: they have no list.
 struct Spent {
-  std::vector<int64_t> on;  // per device
   int first = 0, count = 0;
-  int64_t each = 0;   // on each device of the stretch
-  bool alike = true;  // that is all
+  int64_t each = 0;         // on each device of the stretch
+  std::vector<int64_t> on;  // per device; empty where that is all
 
   Spent() = default;
-  explicit Spent(std::vector<int64_t> per_device);
-  int64_t operator[](size_t device) const { return on[device]; }
+  explicit Spent(const std::vector<int64_t>& per_device);
+  bool alike() const { return on.empty(); }
+  int64_t operator[](size_t device) const {
+    if (!alike()) return on[device];
+    return device - static_cast<size_t>(first) < static_cast<size_t>(count) ? each : 0;
+  }
 };
 
 // clock[d] += spent[d]

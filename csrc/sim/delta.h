@@ -76,8 +76,7 @@ class DeltaSimulator {
     SlotKind kind = SlotKind::kCompute;
     bool differentiable = false;
     int op = 0;
-    // Moving.
-    bool local = false;
+    // Moving. `ranks`: -1 where nothing crosses devices.
     int ranks = -1;
     Group* group = nullptr;
     // Computing. `each` on `count` devices from `first` on, several operators together, or what `spent` says where that isn't null.

@@ -115,7 +115,7 @@ DeltaSimulator::Slot DeltaSimulator::computing(NodeId n, SlotKind kind, int op, 
   const bool backward = kind == SlotKind::kBackward;
   const Spent& spent = !backward ? what.forward : regions_[n] >= 0 ? what.again : what.backward;
   Slot slot{.kind = kind, .differentiable = what.differentiable, .op = op};
-  if (spent.alike && !shared_) {
+  if (spent.alike() && !shared_) {
     slot.first = spent.first;
     slot.count = spent.count;
     slot.each = spent.each;
@@ -182,11 +182,11 @@ void DeltaSimulator::rebuild_forward(NodeId n, Slots& slots) {
       const Reader& first = g->readers.front();
       const bool here = first.node == n && first.op == op && first.operand == i;
       if (!here || cache_.layout(g->copies).coords.empty()) continue;
-      slots.forward.push_back({.kind = SlotKind::kFill, .op = op, .local = g->fill->pattern == Pattern::kLocal, .ranks = g->fill->ranks, .group = g});
+      slots.forward.push_back({.kind = SlotKind::kFill, .op = op, .ranks = g->fill->ranks, .group = g});
     }
     if (!f.ops[op].computes) continue;
     // A local fill only keeps those before and after it from travelling together.
-    while (!slots.forward.empty() && slots.forward.back().kind == SlotKind::kFill && slots.forward.back().local) slots.forward.pop_back();
+    while (!slots.forward.empty() && slots.forward.back().kind == SlotKind::kFill && slots.forward.back().ranks < 0) slots.forward.pop_back();
     push_computing(slots.forward, computing(n, SlotKind::kCompute, op, slots));
   }
 }

@@ -166,9 +166,9 @@ void DeltaSimulator::run_forward() {
         compute(slots, slot);
         continue;
       }
-      if (slot.local || ranks != slot.ranks) flush();
+      if (slot.ranks < 0 || ranks != slot.ranks) flush();
       ranks = slot.ranks;
-      if (!slot.local) pending_.push_back(slot.group);
+      if (slot.ranks >= 0) pending_.push_back(slot.group);
     }
   }
   flush();

@@ -307,6 +307,7 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
       throw InternalError(fmt::format("[delta] {} ({}): two results are one tensor", source.name, source.target));
     }
   }
+  std::vector<int64_t> forward, backward, again;  // of an operator, per device
   out->tiles.assign(r.results.size(), -1);
   out->producers.assign(r.results.size(), -1);
   for (NodeId id = r.first; id < static_cast<NodeId>(p.graph.nodes.size()); ++id) {
@@ -337,7 +338,8 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
       op.writes.push_back(known.at(n.outputs[k]));
     }
     if (op.computes) {
-      std::vector<int64_t> forward(rows_.size()), backward(rows_.size());
+      forward.assign(rows_.size(), 0);
+      backward.assign(rows_.size(), 0);
       for (int tile = 0; tile < tiling.tiles() && !out->chunked; ++tile) {
         const OpTime time = cost_.time(p, id, tile, 0);
         for (int d : tiling.devices_of(tile)) {
@@ -345,11 +347,11 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
           backward[d] += cost_.machine().at_speed(d, time.backward_ns);
         }
       }
-      std::vector<int64_t> again = backward;
+      again = backward;
       for (size_t d = 0; d < rows_.size() && op.differentiable && may_compute_again(n); ++d) again[d] += forward[d];
-      op.forward = Spent(std::move(forward));
-      op.backward = Spent(std::move(backward));
-      op.again = Spent(std::move(again));
+      op.forward = Spent(forward);
+      op.backward = Spent(backward);
+      op.again = Spent(again);
     }
     out->ops.push_back(std::move(op));
   }
