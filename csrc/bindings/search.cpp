@@ -120,7 +120,9 @@ void bind_search(py::module_& m) {
       .def_readwrite("mcmc_simulations", &SearchOptions::mcmc_simulations)
       .def_readwrite("chains", &SearchOptions::chains)
       .def_readwrite("temperature", &SearchOptions::temperature)
+      .def_readwrite("stops_early", &SearchOptions::stops_early)
       .def_readwrite("memory_limit_bytes", &SearchOptions::memory_limit_bytes)
+      .def_readwrite("count_memory", &SearchOptions::count_memory)
       .def_readwrite("constraints", &SearchOptions::constraints)
       .def_readwrite("starts", &SearchOptions::starts);
   py::class_<Candidate>(m, "Candidate")

@@ -13,30 +13,27 @@ constexpr int kRounds = 24;        // of the whole budget, at least
 constexpr int kExchanges = 8;      // of the whole budget
 constexpr int kLeastPerRound = 8;  // simulations of a chain
 constexpr int kMostPerRound = 32;  // so that whoever watches is soon heard
-constexpr int kTries = 2;          // of each operator, before the search may end for want of luck
-constexpr int kLeast = 256;        // simulations before that
+constexpr int kLeast = 256;        // simulations before the search may end for want of luck
 
 // One walk. Used by one thread at a time.
 struct Chain {
   const Proposals& proposals;
   const Constraints& constraints;
   const ChainOptions& options;
-  const FedRows& rows;
   LayoutCache cache;
   DeltaSimulator delta;
   std::mt19937_64 random;
   int64_t current_ns, fastest_ns;
   Strategy fastest;  // where it has been, since it was last sent somewhere
   int simulations = 0, illegal = 0;
+  size_t opened = 0;  // of the proposals that change everything
 
-  Chain(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const Proposals& proposals, const Constraints& constraints, const Strategy& start,
-        const ChainOptions& options, int index)
+  Chain(const LayoutCache& known, const Proposals& proposals, const Constraints& constraints, const Strategy& start, const ChainOptions& options, int index)
       : proposals(proposals),
         constraints(constraints),
         options(options),
-        rows(rows),
-        cache(graph, rows, cost),
-        delta(cache, start, rows),
+        cache(known),
+        delta(cache, start, known.rows()),
         random(options.seed * 0x9e3779b97f4a7c15 + static_cast<uint64_t>(index)),
         current_ns(delta.step_ns()),
         fastest_ns(current_ns),
@@ -44,12 +41,14 @@ struct Chain {
 
   bool legal() const {
     if (options.memory_limit_bytes && delta.stored_bytes() > *options.memory_limit_bytes) return false;
-    return constraints.empty() || allowed(cache.graph(), delta.strategy(), rows, constraints);
+    return constraints.empty() || allowed(cache.graph(), delta.strategy(), cache.rows(), constraints);
   }
 
   void walk(int steps) {
     for (int i = 0; i < steps; ++i) {
-      const Proposal proposal = proposals.draw(delta.strategy(), random);
+      std::optional<Proposal> opening = proposals.opening(opened, delta.strategy());
+      opened += opening.has_value();
+      const Proposal proposal = opening ? std::move(*opening) : proposals.draw(delta.strategy(), random);
       ++simulations;
       int64_t time = 0;
       try {
@@ -65,7 +64,7 @@ struct Chain {
       }
       const double loss = static_cast<double>(time - current_ns) / static_cast<double>(std::max<int64_t>(current_ns, 1));
       const double luck = static_cast<double>(random() >> 11) * 0x1p-53;
-      if (time > current_ns && luck >= std::exp(-loss / options.temperature)) {
+      if (opening ? time >= current_ns : time > current_ns && luck >= std::exp(-loss / options.temperature)) {
         delta.undo();
         continue;
       }
@@ -95,7 +94,7 @@ std::vector<Chain*> by_speed(const std::vector<std::unique_ptr<Chain>>& chains) 
 void settle(const std::vector<std::unique_ptr<Chain>>& chains, const PriceWhole& price, Candidate& best) {
   for (Chain* c : by_speed(chains)) {
     if (c->fastest_ns >= best.step_ns) return;
-    Candidate found = price(c->fastest);
+    Candidate found = price(c->fastest, c->fastest_ns);
     if (found.fits && found.step_ns >= 0 && found.step_ns < best.step_ns) {
       best = std::move(found);
     } else {
@@ -126,8 +125,8 @@ void on_threads(size_t chains, int most_threads, const Work& work) {
 
 }  // namespace
 
-ChainResult run_chains(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const Proposals& proposals, const Constraints& constraints,
-                       const std::vector<Candidate>& starts, const ChainOptions& options, const PriceWhole& price, const BetweenRounds& between) {
+ChainResult run_chains(const LayoutCache& cache, const Proposals& proposals, const Constraints& constraints, const std::vector<Candidate>& starts,
+                       const ChainOptions& options, const PriceWhole& price, const BetweenRounds& between) {
   ChainResult out{.best = starts.front()};
   const int count = std::clamp(options.simulations / kLeastPerRound, 0, options.chains);
   if (count == 0) return out;
@@ -148,12 +147,11 @@ ChainResult run_chains(const OpGraph& graph, const FedRows& rows, const CostMode
   };
   each([&](size_t i) {
     const Strategy& start = starts[i < starts.size() ? i : 0].strategy;
-    chains[i] = std::make_unique<Chain>(graph, rows, cost, proposals, constraints, start, options, static_cast<int>(i));
+    chains[i] = std::make_unique<Chain>(cache, proposals, constraints, start, options, static_cast<int>(i));
   });
   const int each_chain = options.simulations / count;
   const int steps = std::clamp(each_chain / kRounds, kLeastPerRound, kMostPerRound);
   const int exchange = std::max(each_chain / steps / kExchanges, 1);  // rounds between two
-  const int patience = std::max(kLeast, kTries * static_cast<int>(proposals.operators().size()));
   int left = each_chain, done = 0, lucky = 0;  // of each chain, of all
   int64_t seen_ns = out.best.step_ns;
   for (int round = 1, next_settling = 1; left > 0; ++round) {
@@ -164,7 +162,7 @@ ChainResult run_chains(const OpGraph& graph, const FedRows& rows, const CostMode
     const int64_t fastest_ns = by_speed(chains).front()->fastest_ns;
     if (fastest_ns < seen_ns) lucky = done;
     seen_ns = std::min(seen_ns, fastest_ns);
-    const bool end = left <= 0 || (done > patience && done - lucky > done / 2);
+    const bool end = left <= 0 || (options.stops_early && done >= kLeast && done - lucky > done / 2);
     const bool short_of_memory = options.memory_limit_bytes && out.best.memory_bytes > *options.memory_limit_bytes / 2;
     if ((round == next_settling && short_of_memory) || end) {
       settle(chains, price, out.best);
@@ -178,6 +176,7 @@ ChainResult run_chains(const OpGraph& graph, const FedRows& rows, const CostMode
     out.simulations += c->simulations;
     out.illegal += c->illegal;
   }
+  each([&](size_t i) { chains[i].reset(); });  // much memory, which takes its time
   return out;
 }
 

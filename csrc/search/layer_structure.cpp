@@ -198,6 +198,7 @@ struct LayerEvaluator::State {
   std::vector<char> here = {};      // [tile]
   std::vector<IndexSet> sets = {};  // per factor
   std::vector<int> taken = {};
+  bool tiled = false;  // the program's tiling is that of the configuration at hand
 
   // Which cuts a member keeps; false where that depends on more than each cut by itself.
   bool keep(size_t index) {
@@ -255,6 +256,7 @@ struct LayerEvaluator::State {
   void place(size_t index, int replicas) {
     const LayerStructure::Member& m = s.members[index];
     own.clear();
+    tiled = false;
     count = 1;
     int grid = 1;
     for (int i : order[index]) {
@@ -345,10 +347,13 @@ struct LayerEvaluator::State {
     for (size_t i = 0; i < m.times.size(); ++i) {
       if (std::equal(mine, mine + width, m.known_sizes.begin() + static_cast<int64_t>(i * width))) return m.times[i];
     }
-    Tiling& tiling = s.program->tilings[m.node];
-    tiling = {};
-    for (int k : own) tiling.cuts.push_back({m.cuts[cuts[k]].factor, without_chunks(m.cuts[cuts[k]].parts)});
-    tiling.devices = first_devices(tiling.tiles());
+    if (!tiled) {
+      Tiling& tiling = s.program->tilings[m.node];
+      tiling = {};
+      for (int k : own) tiling.cuts.push_back({m.cuts[cuts[k]].factor, without_chunks(m.cuts[cuts[k]].parts)});
+      tiling.devices = first_devices(tiling.tiles());
+      tiled = true;
+    }
     m.known_sizes.insert(m.known_sizes.end(), mine, mine + width);
     m.times.push_back(cost.time(*s.program, m.node, static_cast<int>(tile), 0));
     return m.times.back();

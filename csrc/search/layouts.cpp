@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <memory>
 
 #include "base/error.h"
 #include "sim/simulate.h"
@@ -12,70 +13,90 @@ namespace soap {
 int Layouts::set(const IndexSet& set) {
   const auto [it, fresh] = known_sets_.try_emplace(set, static_cast<int>(sets_.size()));
   if (fresh) {
-    sets_.push_back({.begin = set.begin(), .end = set.end(), .size = set.size(), .interval = set.is_interval(), .set = &it->first});
+    sets_.push_back({.begin = set.is_interval() ? set.begin() : -1, .end = set.end(), .size = set.size(), .set = &it->first});
   }
   return it->second;
 }
 
 int Layouts::add(const Sharding& sharding) {
-  Layout layout{.partial = sharding.partial};
+  const size_t dims = sharding.coords.empty() ? 0 : sharding.coords.front().box.size();
+  key_.assign({static_cast<int>(sharding.partial), static_cast<int>(dims)});
   for (const Coord& c : sharding.coords) {
     SOAP_CHECK(c.chunk == 0, "[layout] {} is cut in time", to_string(c.box));
-    Layout::Part part{.devices = c.devices};
-    for (const IndexSet& s : c.box) part.sets.push_back(set(s));
-    layout.parts.push_back(std::move(part));
+    if (std::any_of(c.box.begin(), c.box.end(), [](const IndexSet& s) { return s.empty(); })) continue;
+    for (const IndexSet& s : c.box) key_.push_back(set(s));
+    key_.push_back(static_cast<int>(c.devices.size()));
+    key_.insert(key_.end(), c.devices.begin(), c.devices.end());
   }
-  return add(std::move(layout));
-}
-
-int Layouts::add(Layout layout) {
-  key_.assign(1, static_cast<int>(layout.partial));
-  bool empty = false;
-  for (Layout::Part& part : layout.parts) {
-    part.volume = 1;
-    for (int s : part.sets) part.volume *= sets_[s].size;
-    empty = empty || part.volume == 0;
-    if (part.volume == 0) continue;
-    part.mask = 0;
-    for (int d : part.devices) {
-      SOAP_CHECK(d < kLargestLayoutWorld, "[layout] device {} of at most {}", d, kLargestLayoutWorld);
-      part.mask |= uint64_t{1} << d;
-    }
-    key_.push_back(-1);
-    key_.insert(key_.end(), part.sets.begin(), part.sets.end());
-    key_.push_back(-2);
-    key_.insert(key_.end(), part.devices.begin(), part.devices.end());
-  }
-  if (empty) std::erase_if(layout.parts, [](const Layout::Part& p) { return p.volume == 0; });
-  const auto [it, fresh] = known_.try_emplace(key_, static_cast<int>(layouts_.size()));
-  if (fresh) layouts_.push_back(std::move(layout));
-  return it->second;
+  return add_key(dims);
 }
 
 int Layouts::add(Reduce partial, const Tiles& tiles) {
-  key_.assign(1, static_cast<int>(partial));
+  key_.assign({static_cast<int>(partial), static_cast<int>(tiles.dims)});
   for (size_t t = 0; t < tiles.count; ++t) {
     const int *sets = tiles.sets + t * tiles.dims, *devices = tiles.devices + t * tiles.replicas;
     if (tiles.here && !tiles.here[t]) continue;
     if (std::any_of(sets, sets + tiles.dims, [&](int s) { return sets_[s].size == 0; })) continue;
-    key_.push_back(-1);
     key_.insert(key_.end(), sets, sets + tiles.dims);
-    key_.push_back(-2);
+    key_.push_back(static_cast<int>(tiles.replicas));
     key_.insert(key_.end(), devices, devices + tiles.replicas);
   }
-  const auto it = known_.find(key_);
-  if (it != known_.end()) return it->second;
-  Layout layout{.partial = partial};
-  for (size_t t = 0; t < tiles.count; ++t) {
-    const int *sets = tiles.sets + t * tiles.dims, *devices = tiles.devices + t * tiles.replicas;
-    if (!tiles.here || tiles.here[t]) layout.parts.push_back({.sets = {sets, sets + tiles.dims}, .devices = {devices, devices + tiles.replicas}});
+  return add_key(tiles.dims);
+}
+
+int Layouts::add_key(size_t dims) {
+  uint64_t hash = key_.size();
+  for (int x : key_) hash = (hash ^ static_cast<uint64_t>(x)) * 0x9e3779b97f4a7c15ULL, hash ^= hash >> 29;
+  const auto slot_of = [&](uint64_t h, const auto& matches) {
+    size_t i = h & (slots_.size() - 1);
+    while (slots_[i] >= 0 && !matches(known_[slots_[i]])) i = (i + 1) & (slots_.size() - 1);
+    return i;
+  };
+  const size_t slot = slot_of(hash, [&](const Known& k) { return k.hash == hash && std::ranges::equal(k.key, key_); });
+  if (slots_[slot] >= 0) return slots_[slot];
+  const int id = static_cast<int>(layouts_.size());
+  int* kept = static_cast<int*>(memory_.allocate(key_.size() * sizeof(int), alignof(int)));
+  std::copy(key_.begin(), key_.end(), kept);
+  known_.push_back({hash, {kept, key_.size()}});
+  layouts_.push_back(parsed(known_.back().key, dims));
+  slots_[slot] = id;
+  if (2 * known_.size() > slots_.size()) {
+    slots_.assign(slots_.size() * 4, -1);
+    for (size_t k = 0; k < known_.size(); ++k) slots_[slot_of(known_[k].hash, [](const Known&) { return false; })] = static_cast<int>(k);
   }
-  return add(std::move(layout));
+  return id;
+}
+
+Layout Layouts::parsed(std::span<const int> key, size_t dims) {
+  parts_.clear();
+  for (size_t at = 2; at < key.size();) {
+    Layout::Part part{.sets = key.subspan(at, dims), .devices = key.subspan(at + dims + 1, key[at + dims]), .volume = 1};
+    for (int s : part.sets) part.volume *= sets_[s].size;
+    for (int d : part.devices) {
+      SOAP_CHECK(d < kLargestLayoutWorld, "[layout] device {} of at most {}", d, kLargestLayoutWorld);
+      part.mask |= uint64_t{1} << d;
+    }
+    at += dims + 1 + part.devices.size();
+    parts_.push_back(part);
+  }
+  auto* parts = static_cast<Layout::Part*>(memory_.allocate(parts_.size() * sizeof(Layout::Part), alignof(Layout::Part)));
+  std::uninitialized_copy(parts_.begin(), parts_.end(), parts);
+  int* alike = static_cast<int*>(memory_.allocate(dims * sizeof(int), alignof(int)));
+  for (size_t d = 0; d < dims; ++d) {
+    alike[d] = parts_.empty() ? -1 : parts_.front().sets[d];
+    for (const Layout::Part& p : parts_) {
+      if (p.sets[d] != alike[d]) alike[d] = -1;
+    }
+  }
+  return {.partial = static_cast<Reduce>(key[0]),
+          .parts = {parts, parts_.size()},
+          .alike = {alike, dims},
+          .single = std::all_of(parts_.begin(), parts_.end(), [](const Layout::Part& p) { return p.devices.size() == 1; })};
 }
 
 int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_size) {
-  const auto [it, fresh] = storage_.try_emplace(copies, -1);
-  if (!fresh) return it->second;
+  if (storage_.size() < layouts_.size()) storage_.resize(layouts_.size(), -1);
+  if (storage_[copies] >= 0) return storage_[copies];
   Sharding whole{.coords = {{.box = whole_box(shape)}}}, out;
   for (int d = 0; d < world_size; ++d) whole.coords[0].devices.push_back(d);
   const Layout layout = layouts_[copies];
@@ -85,7 +106,7 @@ int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_si
   bool parts = true;  // one per device, which make up the whole
   for (const Layout::Part& part : layout.parts) {
     size_t same = 0;
-    while (same < kept.size() && kept[same]->sets != part.sets) ++same;
+    while (same < kept.size() && !std::ranges::equal(kept[same]->sets, part.sets)) ++same;
     if (same == kept.size()) {
       for (const Layout::Part* other : kept) {
         int64_t overlap = 1;
@@ -113,9 +134,9 @@ int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_si
 }
 
 int64_t Layouts::common_of_many(int a, int b) {
-  const auto [it, fresh] = common_.try_emplace(static_cast<uint64_t>(std::max(a, b)) << 32 | static_cast<uint64_t>(std::min(a, b)));
-  if (fresh) it->second = intersect(*sets_[a].set, *sets_[b].set).size();
-  return it->second;
+  const auto [size, fresh] = common_.at(static_cast<uint64_t>(std::max(a, b)) << 32 | static_cast<uint64_t>(std::min(a, b)));
+  if (fresh) *size = intersect(*sets_[a].set, *sets_[b].set).size();
+  return *size;
 }
 
 namespace {
@@ -159,7 +180,7 @@ int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, 
   struct Group {
     uint64_t ranks = 0;
     size_t pieces = 0;
-    const std::vector<int>* sets = nullptr;
+    std::span<const int> sets;
     std::vector<int> addends;
   };
   std::map<int, Group> groups;
@@ -167,8 +188,8 @@ int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, 
     Group& g = groups[root(p.from)];
     g.ranks |= uint64_t{1} << p.from | uint64_t{1} << p.to;
     ++g.pieces;
-    if (g.sets == nullptr) g.sets = &to.parts[p.copy].sets;
-    if (*g.sets != to.parts[p.copy].sets) return -1;
+    if (g.pieces == 1) g.sets = to.parts[p.copy].sets;
+    if (!std::ranges::equal(g.sets, to.parts[p.copy].sets)) return -1;
   }
   std::map<std::vector<int>, const std::vector<int>*> order;
   std::vector<std::vector<int>> reduced;
@@ -179,7 +200,7 @@ int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, 
       g.addends.push_back(addend[r]);
     }
     if (g.pieces != ranks.size() * ranks.size()) return -1;
-    if (*order.emplace(*g.sets, &g.addends).first->second != g.addends) return -1;
+    if (*order.emplace(std::vector<int>(g.sets.begin(), g.sets.end()), &g.addends).first->second != g.addends) return -1;
     if (ranks.size() > 1) reduced.push_back(ranks);
   }
   const int at_once = groups_at_once(machine_, reduced);
@@ -190,8 +211,46 @@ int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, 
   return ns;
 }
 
+int64_t Layouts::alike_in(const Layout& from, const Layout& to) {
+  if (from.parts.empty() || to.parts.empty()) return 0;
+  int64_t shared = 1;
+  differing_.clear();
+  for (size_t d = 0; d < to.alike.size(); ++d) {
+    if (from.alike[d] >= 0 && to.alike[d] >= 0)
+      shared *= common(from.alike[d], to.alike[d]);
+    else
+      differing_.push_back(static_cast<int>(d));
+  }
+  return shared;
+}
+
+std::pair<int64_t, bool> Layouts::exchange(const Layout& from, const Layout& to, int64_t element_bytes) {
+  const int64_t shared = alike_in(from, to);
+  if (shared == 0) return {0, false};
+  uint64_t ranks = 0;
+  bool whole = true;
+  traffic_.clear();
+  for (const Layout::Part& copy : to.parts) {
+    for (const Layout::Part& source : from.parts) {
+      int64_t volume = shared;
+      for (size_t i = 0; i < differing_.size() && volume > 0; ++i) volume *= common(source.sets[differing_[i]], copy.sets[differing_[i]]);
+      if (volume == 0) continue;
+      whole = whole && volume == source.volume && volume == copy.volume;
+      if (source.mask == copy.mask) continue;
+      ranks |= source.mask | copy.mask;
+      traffic_.add(source.devices[0], copy.devices[0], volume * element_bytes);
+    }
+  }
+  if (ranks == 0) return {0, false};
+  ranks_.clear();
+  for (; ranks != 0; ranks &= ranks - 1) ranks_.push_back(std::countr_zero(ranks));
+  return {exchange_ns(machine_, ranks_, traffic_), whole};
+}
+
 // fill_pieces (or grad_pieces) and recognise in one walk; see there for the rules.
 int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes) {
+  const int64_t shared = alike_in(from, to);
+  if (shared == 0) return 0;
   pieces_.clear();
   uint64_t ranks = 0;
   bool whole = reduce != Reduce::kNone;       // every piece is all of its source and all of its copy, and they are summed
@@ -206,8 +265,8 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
     const Layout::Part& copy = to.parts[j];
     for (size_t k = 0; k < from.parts.size(); ++k) {
       const Layout::Part& source = from.parts[k];
-      int64_t volume = 1;
-      for (size_t d = 0; d < copy.sets.size() && volume > 0; ++d) volume *= common(source.sets[d], copy.sets[d]);
+      int64_t volume = shared;
+      for (size_t i = 0; i < differing_.size() && volume > 0; ++i) volume *= common(source.sets[differing_[i]], copy.sets[differing_[i]]);
       if (volume == 0) continue;
       whole = whole && volume == source.volume && volume == copy.volume;
       for (size_t r = 0; r < copy.devices.size(); ++r) {
@@ -232,10 +291,12 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
 
 namespace {
 
-uint64_t key_of(int tiles, int copies, bool gradient, const Tensor& t) {
-  SOAP_CHECK(tiles < (1 << 27) && copies < (1 << 27) && t.element_bytes < 256, "[layout] too many layouts: {}", std::max(tiles, copies));
-  return static_cast<uint64_t>(tiles) << 37 | static_cast<uint64_t>(copies) << 10 | static_cast<uint64_t>(t.element_bytes) << 2 |
-         static_cast<uint64_t>(gradient) << 1 | static_cast<uint64_t>(is_float(t));
+enum class Way { kFill, kGradient, kThereAndBack };
+
+uint64_t key_of(int tiles, int copies, Way way, const Tensor& t) {
+  SOAP_CHECK(tiles < (1 << 26) && copies < (1 << 26) && t.element_bytes < 256, "[layout] too many layouts: {}", std::max(tiles, copies));
+  return static_cast<uint64_t>(tiles) << 38 | static_cast<uint64_t>(copies) << 12 | static_cast<uint64_t>(t.element_bytes) << 4 |
+         static_cast<uint64_t>(way) << 1 | static_cast<uint64_t>(is_float(t));
 }
 
 }  // namespace
@@ -243,19 +304,35 @@ uint64_t key_of(int tiles, int copies, bool gradient, const Tensor& t) {
 // Equal layouts of a complete tensor are one: every copy is the tile of its device, either way.
 int64_t Layouts::fill_ns(int tiles, int copies, const Tensor& t) {
   if (tiles == copies && layouts_[tiles].partial == Reduce::kNone) return 0;
-  const auto [it, fresh] = prices_.try_emplace(key_of(tiles, copies, false, t));
+  const auto [ns, fresh] = prices_.at(key_of(tiles, copies, Way::kFill, t));
   if (fresh) {
     const Layout& from = layouts_[tiles];
-    it->second = price(from, layouts_[copies], from.partial, t.element_bytes, reduced_element_bytes(t, from.partial));
+    *ns = price(from, layouts_[copies], from.partial, t.element_bytes, reduced_element_bytes(t, from.partial));
   }
-  return it->second;
+  return *ns;
 }
 
 int64_t Layouts::gradient_ns(int tiles, int copies, const Tensor& t) {
   if (tiles == copies && layouts_[tiles].partial == Reduce::kNone) return 0;
-  const auto [it, fresh] = prices_.try_emplace(key_of(tiles, copies, true, t));
-  if (fresh) it->second = price(layouts_[copies], layouts_[tiles], Reduce::kSum, t.element_bytes, reduced_element_bytes(t, Reduce::kSum));
-  return it->second;
+  const auto [ns, fresh] = prices_.at(key_of(tiles, copies, Way::kGradient, t));
+  if (fresh) *ns = price(layouts_[copies], layouts_[tiles], Reduce::kSum, t.element_bytes, reduced_element_bytes(t, Reduce::kSum));
+  return *ns;
+}
+
+// Where each part is on one device and the machine is a model, the gradient's exchange is the fill's the other way round, and as busy. Not so where
+// the pieces are whole: those may be the addends of an all-reduce.
+int64_t Layouts::there_and_back_ns(int tiles, int copies, const Tensor& t) {
+  const Layout from = layouts_[tiles], to = layouts_[copies];
+  if (tiles == copies && from.partial == Reduce::kNone) return 0;
+  if (from.partial != Reduce::kNone || !from.single || !to.single || !machine_.tables.empty()) {
+    return fill_ns(tiles, copies, t) + gradient_ns(tiles, copies, t);
+  }
+  const uint64_t key = key_of(tiles, copies, Way::kThereAndBack, t);
+  const auto [known, fresh] = prices_.at(key);
+  if (!fresh) return *known;
+  const auto [ns, whole] = exchange(from, to, t.element_bytes);
+  const int64_t both = ns + (whole ? gradient_ns(tiles, copies, t) : ns);
+  return *prices_.at(key).first = both;
 }
 
 }  // namespace soap

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
+#include <memory_resource>
+#include <span>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
@@ -19,23 +21,60 @@ namespace soap {
 
 constexpr int kLargestLayoutWorld = 64;
 
+// What it lists is the Layouts' memory.
 struct Layout {
   struct Part {
-    std::vector<int> sets;  // per dim: number of an index set
+    std::span<const int> sets;  // per dim: number of an index set
+    std::span<const int> devices;
     int64_t volume = 0;
     uint64_t mask = 0;  // of devices
-    std::vector<int> devices;
   };
   Reduce partial = Reduce::kNone;
-  std::vector<Part> parts;  // without the empty ones
+  std::span<const Part> parts;  // without the empty ones
+  std::span<const int> alike;   // per dim: the set that all parts have, -1 where they differ
+  bool single = true;           // each part is on one device
+};
+
+// Numbers by numbers, in one stretch of memory.
+class NumberMap {
+ public:
+  // Where the key's value is, and whether it is new. Not ~0.
+  std::pair<int64_t*, bool> at(uint64_t key) {
+    if (2 * (used_ + 1) > entries_.size()) grow();
+    Entry& e = find(entries_, key);
+    const bool fresh = e.key != key;
+    if (fresh) e = {key, 0}, ++used_;
+    return {&e.value, fresh};
+  }
+
+ private:
+  struct Entry {
+    uint64_t key = kNone;
+    int64_t value = 0;
+  };
+  static constexpr uint64_t kNone = ~uint64_t{0};
+  static Entry& find(std::vector<Entry>& in, uint64_t key) {
+    const uint64_t h = key * 0x9e3779b97f4a7c15ULL;
+    size_t i = (h ^ h >> 32) & (in.size() - 1);
+    while (in[i].key != key && in[i].key != kNone) i = (i + 1) & (in.size() - 1);
+    return in[i];
+  }
+  void grow() {
+    std::vector<Entry> more(std::max<size_t>(1024, entries_.size() * 4));
+    for (const Entry& e : entries_) {
+      if (e.key != kNone) find(more, e.key) = e;
+    }
+    entries_ = std::move(more);
+  }
+  std::vector<Entry> entries_;
+  size_t used_ = 0;
 };
 
 class Layouts {
  public:
-  explicit Layouts(const Machine& machine) : machine_(machine), traffic_(machine) {}
+  explicit Layouts(const Machine& machine) : machine_(machine), traffic_(machine), slots_(256, -1) {}
 
   int add(const Sharding& sharding);
-  int add(Layout layout);  // volumes and masks filled in here; parts may be empty
   // The same from arrays: tile t has the sets [t * dims, (t + 1) * dims) and the devices [t * replicas, (t + 1) * replicas); only tiles with here[t].
   struct Tiles {
     size_t count = 0, dims = 0, replicas = 0;
@@ -55,17 +94,26 @@ class Layouts {
   int64_t fill_ns(int tiles, int copies, const Tensor& tensor);
   int64_t gradient_ns(int tiles, int copies, const Tensor& tensor);
   int64_t reshard_ns(int tiles, int copies, const Tensor& tensor, bool gradient) {
-    return fill_ns(tiles, copies, tensor) + (gradient ? gradient_ns(tiles, copies, tensor) : 0);
+    return gradient ? there_and_back_ns(tiles, copies, tensor) : fill_ns(tiles, copies, tensor);
   }
 
  private:
+  // The layout that `key_` says: the kind of partial values, dims, and for each part its sets, the number of its devices, and these.
+  int add_key(size_t dims);
+  Layout parsed(std::span<const int> key, size_t dims);
   // Elements of both sets.
   int64_t common(int a, int b) {
     const KnownSet &x = sets_[a], &y = sets_[b];
-    if (x.interval && y.interval) return std::max<int64_t>(std::min(x.end, y.end) - std::max(x.begin, y.begin), 0);
+    if (x.begin >= 0 && y.begin >= 0) return std::max<int64_t>(std::min(x.end, y.end) - std::max(x.begin, y.begin), 0);
     return a == b ? x.size : common_of_many(a, b);
   }
   int64_t common_of_many(int a, int b);
+  int64_t there_and_back_ns(int tiles, int copies, const Tensor& tensor);
+  // Finds the dims in which one of them is cut, `differing_`; elements that both have in the others.
+  int64_t alike_in(const Layout& from, const Layout& to);
+  // Of layouts whose parts are on one device each, where nothing is summed: what the exchange takes, and whether each piece is all of its
+  // source and of its copy.
+  std::pair<int64_t, bool> exchange(const Layout& from, const Layout& to, int64_t element_bytes);
   int64_t price(const Layout& from, const Layout& to, Reduce reduce, int64_t element_bytes, int64_t reduced_bytes);
   struct Piece {
     int source = 0, copy = 0;  // indices of parts
@@ -78,15 +126,14 @@ class Layouts {
 
   const Machine& machine_;
   Traffic traffic_;  // of the exchange that is being priced
-  std::vector<Layout> layouts_;
-  struct Hash {
-    size_t operator()(const std::vector<int>& v) const {
-      uint64_t h = v.size();
-      for (int x : v) h = (h ^ static_cast<uint64_t>(x)) * 0x9e3779b97f4a7c15ULL, h ^= h >> 29;
-      return h;
-    }
+  std::pmr::monotonic_buffer_resource memory_{1 << 14};  // of what layouts list
+  struct Known {
+    uint64_t hash = 0;
+    std::span<const int> key;
   };
-  std::unordered_map<std::vector<int>, int, Hash> known_;  // by everything in it
+  std::vector<Layout> layouts_;
+  std::vector<Known> known_;  // per layout: everything in it
+  std::vector<int> slots_;    // of a hash table: layouts, -1 for none
   struct SetHash {
     size_t operator()(const IndexSet& set) const {
       uint64_t h = 0;
@@ -99,17 +146,18 @@ class Layouts {
   };
   std::unordered_map<IndexSet, int, SetHash> known_sets_;
   struct KnownSet {
-    int64_t begin = 0, end = 0, size = 0;
-    bool interval = false;
+    int64_t begin = -1, end = 0;  // of an interval, begin -1 of anything else
+    int64_t size = 0;
     const IndexSet* set = nullptr;
   };
   std::vector<KnownSet> sets_;
-  std::unordered_map<int, int> storage_;                               // by copies: their sets say the shape
-  std::unordered_map<uint64_t, int64_t> common_;                       // of (a, b), b <= a, where one of them isn't an interval
-  std::unordered_map<uint64_t, int64_t> prices_;                       // of (tiles, copies, way, element)
+  std::vector<int> storage_;                                           // per layout of copies, whose sets say the shape; -1 for not known
+  NumberMap common_;                                                   // of (a, b), b <= a, where one of them isn't an interval
+  NumberMap prices_;                                                   // of (tiles, copies, Way, element)
   std::map<std::tuple<uint64_t, int64_t, int>, int64_t> all_reduces_;  // (ranks, bytes, at once) -> ns
   std::vector<Piece> pieces_;                                          // of the movement that is being priced
-  std::vector<int> key_, ranks_;                                       // of what is looked up or priced
+  std::vector<int> key_, ranks_, differing_;                           // of what is looked up or priced
+  std::vector<Layout::Part> parts_;
 };
 
 }  // namespace soap

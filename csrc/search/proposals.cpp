@@ -22,12 +22,18 @@ void shuffle(std::vector<int>& values, std::mt19937_64& random) {
 
 }  // namespace
 
-Proposals::Proposals(const OpGraph& graph, int world_size) : graph_(graph), world_(world_size) {
+Proposals::Proposals(const LayoutCache& cache) : graph_(cache.graph()), world_(static_cast<int>(cache.rows().size())), rules_(cache.classes()) {
+  const OpGraph& graph = graph_;
   std::vector<std::pair<int64_t, const Node*>> sized;
+  std::vector<char> known(rules_.size());
   for (const Node& n : graph.nodes) {
-    rules_.push_back(make_rule(graph, n, world_size));
+    const int c = cache.class_of(n.id);
+    cache_class_.push_back(c);
     if (n.kind == NodeKind::kParam && !graph.output(n, 0).shape.empty()) parameters_.push_back(&n);
-    if (n.kind != NodeKind::kOp || rules_.back().view) continue;
+    if (n.kind != NodeKind::kOp) continue;
+    if (!known[c]) rules_[c] = make_rule(graph, n, world_);
+    known[c] = 1;
+    if (rules_[c].view) continue;
     int64_t parameters = 0, activations = 0;
     for (TensorId t : n.inputs) {
       const int64_t bytes = numel(graph.tensors[t].shape) * graph.tensors[t].element_bytes;
@@ -41,7 +47,7 @@ Proposals::Proposals(const OpGraph& graph, int world_size) : graph_(graph), worl
 
 std::vector<std::optional<OpConfig>> Proposals::usual_configs(const Node& n) const {
   std::vector<std::optional<OpConfig>> out{std::nullopt, OpConfig{.cuts = {{"n", {.tiles = world_, .fed = true}}}}};
-  for (const Factor& f : rules_[n.id].factors) {
+  for (const Factor& f : rule_of(n).factors) {
     if (f.cut != Cuttable::kWhole && f.size / f.unit >= world_) out.push_back(OpConfig{.cuts = {{f.name, {.tiles = world_}}}});
   }
   return out;
@@ -51,7 +57,7 @@ std::vector<std::optional<OpConfig>> Proposals::usual_configs(const Node& n) con
 OpConfig Proposals::random_config(const Node& n, std::mt19937_64& random) const {
   OpConfig c;
   std::vector<const Factor*> factors;
-  for (const Factor& f : rules_[n.id].factors) {
+  for (const Factor& f : rule_of(n).factors) {
     if (f.cut != Cuttable::kWhole && f.size >= 2) factors.push_back(&f);
   }
   const bool may_chunk = static_cast<int64_t>(graph_.nodes.size()) * world_ <= kChunkedWork;
@@ -81,17 +87,26 @@ OpConfig Proposals::random_config(const Node& n, std::mt19937_64& random) const 
   return c;
 }
 
+// All parameters stored in parts, or all where they are used.
+Proposal Proposals::all_in_parts(const Strategy& from) const {
+  const bool in_parts = std::none_of(parameters_.begin(), parameters_.end(), [&](const Node* p) { return from.nodes.count(p->name) > 0; });
+  Proposal out;
+  for (const Node* p : parameters_) {
+    if (!in_parts && from.nodes.count(p->name) == 0) continue;
+    out.changes.push_back({p->id, in_parts ? std::optional(OpConfig{.cuts = {{"d0", {.tiles = world_}}}}) : std::nullopt});
+  }
+  return out;
+}
+
+std::optional<Proposal> Proposals::opening(size_t index, const Strategy& from) const {
+  if (index < kBuckets.size()) return Proposal{.bucket_bytes = kBuckets[index]};
+  if (index == kBuckets.size()) return all_in_parts(from);
+  return std::nullopt;
+}
+
 Proposal Proposals::draw(const Strategy& from, std::mt19937_64& random) const {
   if (below(64, random) == 0) return {.bucket_bytes = kBuckets[below(kBuckets.size(), random)]};
-  if (below(64, random) == 0) {  // all parameters stored in parts, or all where they are used
-    const bool in_parts = std::none_of(parameters_.begin(), parameters_.end(), [&](const Node* p) { return from.nodes.count(p->name) > 0; });
-    Proposal out;
-    for (const Node* p : parameters_) {
-      if (!in_parts && from.nodes.count(p->name) == 0) continue;
-      out.changes.push_back({p->id, in_parts ? std::optional(OpConfig{.cuts = {{"d0", {.tiles = world_}}}}) : std::nullopt});
-    }
-    return out;
-  }
+  if (below(64, random) == 0) return all_in_parts(from);
   const Node& n = *operators_[below(std::min<size_t>(operators_.size(), 8 + operators_.size() / 2), random)];
   switch (below(8, random)) {
     case 0: return {{{n.id, std::nullopt}}};

@@ -1,6 +1,7 @@
 #include "search/search.h"
 
 #include <algorithm>
+#include <limits>
 #include <random>
 
 #include "base/error.h"
@@ -14,6 +15,7 @@ namespace soap {
 namespace {
 
 constexpr int64_t kIllegal = -1;
+constexpr int64_t kNotCounted = -1;
 constexpr int kLayerWiseTries = 3;
 constexpr int64_t kRegionsWork = 200;  // nodes x devices
 constexpr int kRecomputed = 6;         // plans that are too large and tried with recomputation
@@ -26,21 +28,28 @@ struct Searcher {
   ProgressWatch& watch;
   SearchResult result;
   std::mt19937_64 random;
-  LayoutCache cache;
-  Proposals proposals;
+  LayoutCache& cache;
+  const Proposals& proposals;
 
-  int64_t memory_limit() const { return options.memory_limit_bytes.value_or(cost.machine().memory_bytes); }
+  int64_t memory_limit() const {
+    return options.count_memory ? options.memory_limit_bytes.value_or(cost.machine().memory_bytes) : std::numeric_limits<int64_t>::max();
+  }
   int world() const { return static_cast<int>(rows.size()); }
 
-  // Simulated time of a strategy; a candidate's score is the time, plus a penalty that no time reaches when it doesn't fit.
-  Candidate price(std::string name, const Strategy& s) {
+  // Simulated time of a strategy, where that isn't `known`; a candidate's score is the time, plus a penalty that no time reaches when it doesn't fit.
+  Candidate price(std::string name, const Strategy& s, std::optional<int64_t> known = std::nullopt) {
     Candidate c{.name = std::move(name), .strategy = s};
     try {
       if (!allowed(graph, s, rows, options.constraints)) user_error("[search] {} leaves the constraints", c.name);
-      const Simulation sim = simulate(lower(graph, s, rows), cost);
-      c.step_ns = sim.step_ns;
-      c.memory_bytes = *std::max_element(sim.memory_bytes.begin(), sim.memory_bytes.end());
-      c.fits = c.memory_bytes <= memory_limit();
+      if (options.count_memory) {
+        const Simulation sim = simulate(lower(graph, s, rows), cost);
+        c.step_ns = sim.step_ns;
+        c.memory_bytes = *std::max_element(sim.memory_bytes.begin(), sim.memory_bytes.end());
+        c.fits = c.memory_bytes <= memory_limit();
+      } else {
+        c.step_ns = known ? *known : DeltaSimulator(cache, s, rows).step_ns();
+        c.memory_bytes = kNotCounted;
+      }
     } catch (const std::invalid_argument&) {  // not legal for this graph: a proposal, not a mistake
       c.step_ns = kIllegal;
       ++result.illegal;
@@ -74,6 +83,7 @@ struct Searcher {
 
   Candidate descend(Candidate best) {
     int left = options.descent_simulations;
+    if (left <= 0) return best;
     DeltaSimulator delta(cache, best.strategy, rows);
     for (bool improved = true; improved;) {
       improved = false;
@@ -117,9 +127,10 @@ struct Searcher {
                               .chains = options.chains,
                               .simulations = options.mcmc_simulations,
                               .temperature = options.temperature,
-                              .memory_limit_bytes = memory_limit()};
+                              .stops_early = options.stops_early,
+                              .memory_limit_bytes = options.count_memory ? std::optional(memory_limit()) : std::nullopt};
     ChainResult found = run_chains(
-        graph, rows, cost, proposals, options.constraints, starts, chains, [&](const Strategy& s) { return price("mcmc", s); },
+        cache, proposals, options.constraints, starts, chains, [&](const Strategy& s, int64_t step_ns) { return price("mcmc", s, step_ns); },
         [&, told = 0](int simulations, int64_t best_ns) mutable {
           for (; told < simulations; ++told) watch.simulated();
           watch.priced(best_ns);
@@ -231,15 +242,20 @@ struct Searcher {
 }  // namespace
 
 SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options, Observer observer) {
+  if (!options.count_memory && options.memory_limit_bytes) {
+    user_error("[search] a memory limit of {} bytes, and memory isn't counted: leave one of them out", *options.memory_limit_bytes);
+  }
   ProgressWatch watch(std::move(observer));
+  LayoutCache cache(graph, rows, cost);
+  const Proposals proposals(cache);
   Searcher s{.graph = graph,
              .rows = rows,
              .cost = cost,
              .options = options,
              .watch = watch,
              .random = std::mt19937_64(options.seed),
-             .cache = LayoutCache(graph, rows, cost),
-             .proposals = Proposals(graph, static_cast<int>(rows.size()))};
+             .cache = cache,
+             .proposals = proposals};
   s.run();
   return std::move(s.result);
 }

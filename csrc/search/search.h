@@ -34,7 +34,10 @@ struct SearchOptions {
   int mcmc_simulations = 400;  // of all chains together
   int chains = 4;
   double temperature = 0.02;                  // accepted with exp(-relative loss / temperature)
+  bool stops_early = true;                    // MCMC ends when half of it has brought nothing; false: at its budget
   std::optional<int64_t> memory_limit_bytes;  // per device; default: the machine's
+  // False: nothing is too large, and no candidate's memory is known (-1). Each then costs its timeline alone, as in FlexFlow's search.
+  bool count_memory = true;
   Constraints constraints;
   // Where the search begins, by name; empty: the seeds. Either is adapted to the constraints.
   std::vector<std::pair<std::string, Strategy>> starts;
@@ -44,7 +47,7 @@ struct Candidate {
   std::string name;  // "ddp", "megatron", ..., "optcnn", "descent", "mcmc"
   Strategy strategy;
   int64_t step_ns = 0;
-  int64_t memory_bytes = 0;  // largest device
+  int64_t memory_bytes = 0;  // largest device; -1 where it isn't counted
   bool fits = true;
 };
 
@@ -59,7 +62,7 @@ struct SearchResult {
 };
 
 std::vector<std::pair<std::string, Strategy>> seeds(const OpGraph& graph, int world_size);
-// Throws std::invalid_argument when nothing fits or nothing keeps the constraints. Where the observer ends the search, seeds are still priced until one
+// Throws std::invalid_argument when nothing fits, nothing keeps the constraints, or there is a limit on memory that isn't counted. Where the observer ends the search, seeds are still priced until one
 // fits, so that what comes back is a legal plan.
 SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options, Observer observer = {});
 

@@ -26,6 +26,7 @@ struct Grid {
   int replicas = 1;
 };
 Grid regrid(const std::vector<int>& degrees, const std::vector<char>& kept, int replicas, const std::vector<int>& devices) {
+  if (replicas == 1 && std::count(kept.begin(), kept.end(), 0) == 0) return {devices, 1};
   std::vector<std::vector<int>> rows;  // [kept tile] -> devices
   size_t kept_tiles = 1;
   for (size_t i = 0; i < degrees.size(); ++i) kept_tiles *= kept[i] ? degrees[i] : 1;
@@ -83,6 +84,14 @@ Parts factor_parts(const Rule& rule, const DimExpr& dim, int f, const Parts& set
 }
 
 bool partition(const Parts& parts, int64_t size) {
+  int64_t end = 0;  // of intervals that follow each other
+  for (const auto& tile : parts) {
+    for (const IndexSet& s : tile) {
+      if (s.empty()) continue;
+      end = end >= 0 && s.is_interval() && s.begin() == end ? s.end() : -1;
+    }
+  }
+  if (end >= 0) return end == size;
   int64_t total = 0;
   IndexSet all;
   for (const auto& tile : parts) {

@@ -1,6 +1,8 @@
 // resolve: configurations -> tilings, in topological order, expanding operators on the way.
 #include <algorithm>
 #include <numeric>
+#include <unordered_set>
+#include <utility>
 
 #include "base/error.h"
 #include "sharding/expand.h"
@@ -115,13 +117,13 @@ struct ExpandPass {
     return follow(rule, main, *placed[node.inputs[main]], out.graph.tensors[node.inputs[main]].shape);
   }
 
-  // Appends a node with its tiling; `inherited` is used when the strategy has no entry for it.
-  void place(Node node, const Tiling* inherited) {
+  // Appends a node with its tiling; `inherited` is used when the strategy has no entry for it. `made`: its rule, where that is known.
+  void place(Node node, const Tiling* inherited, std::optional<Rule> made = std::nullopt) {
     const NodeId id = add_node(out.graph, std::move(node));
     const Node& n = out.graph.nodes[id];
     shadow.resize(out.graph.tensors.size());
     placed.resize(out.graph.tensors.size());
-    Rule rule = make_rule(out.graph, n, world());
+    Rule rule = made ? std::move(*made) : make_rule(out.graph, n, world());
     FedFactor fed = fed_factor(n, rule);
     const OpConfig* c = config(n.name);
     std::optional<FedFactor> known;
@@ -258,7 +260,7 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
   if (n.operand_names.empty()) {
     for (size_t i = 0; i < n.inputs.size(); ++i) n.operand_names.push_back(fmt::format("{}", i));
   }
-  const Rule rule = make_rule(g, n, pass_.world());
+  Rule rule = make_rule(g, n, pass_.world());
   Tiling tiling;
   std::vector<std::pair<int, const FactorParts*>> kept;  // sub factor, cut
   std::vector<int> degrees;
@@ -304,7 +306,7 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
   for (const auto& cell : cells) count = std::min(count, cell.size());
   for (const auto& cell : cells) tiling.devices.insert(tiling.devices.end(), cell.begin(), cell.begin() + count);
   tiling.replicas = static_cast<int>(count);
-  pass_.place(std::move(n), &tiling);
+  pass_.place(std::move(n), &tiling, std::move(rule));
   return made;
 }
 
@@ -379,8 +381,12 @@ ResolvedNode resolve_node(const OpGraph& graph, const Node& node, const Strategy
 Resolved resolve(const OpGraph& graph, const Strategy& strategy, const FedRows& rows) {
   ExpandPass pass{.source = graph, .strategy = strategy, .rows = rows};
   pass.run();
+  std::unordered_set<std::string_view> names;
+  for (const auto* nodes : {&graph.nodes, &std::as_const(pass.out.graph.nodes)}) {
+    for (const Node& n : *nodes) names.insert(n.name);
+  }
   for (const auto& [name, config] : strategy.nodes) {
-    if (!graph.find(name) && !pass.out.graph.find(name)) user_error("[plan] there is no operator {}", name);
+    if (!names.count(name)) user_error("[plan] there is no operator {}", name);
   }
   return std::move(pass.out);
 }

@@ -90,8 +90,10 @@ Sharding result_sharding(const Rule& rule, const Tiling& tiling, int result, con
 OperandCopies operand_copies(const Rule& rule, const Tiling& tiling, int operand, const std::vector<int64_t>& shape) {
   const Operand& o = rule.operands[operand];
   OperandCopies out;
-  std::map<std::pair<Box, std::vector<int>>, int> seen;
+  std::map<std::pair<Box, std::vector<int>>, int> seen;  // of several chunks
   const int chunks = tiling.chunks();
+  // Of one chunk: mostly each device reads one copy, so those that may be equal are few.
+  std::vector<std::vector<int>> of_first_device;
   out.coord_of.resize(size_t(tiling.tiles()) * chunks, -1);
   for (int chunk = 0; chunk < chunks; ++chunk) {  // chunk-major, so that a shared copy is tagged with the first chunk that needs it
     for (int tile = 0; tile < tiling.tiles(); ++tile) {
@@ -99,6 +101,17 @@ OperandCopies operand_copies(const Rule& rule, const Tiling& tiling, int operand
       const bool here = std::all_of(o.anchors.begin(), o.anchors.end(), [&](int f) { return sets[f].contains(0); });
       if (!here) continue;
       const auto devices = tiling.devices_of(tile);
+      if (chunks == 1) {
+        Coord copy{.box = box_of(o.dims, rule, shape, sets), .devices = {devices.begin(), devices.end()}};
+        of_first_device.resize(std::max<size_t>(of_first_device.size(), devices[0] + 1));
+        std::vector<int>& near = of_first_device[devices[0]];
+        const auto same = std::find_if(near.begin(), near.end(), [&](int c) { return out.sharding.coords[c] == copy; });
+        out.coord_of[tile] = same == near.end() ? static_cast<int>(out.sharding.coords.size()) : *same;
+        if (same != near.end()) continue;
+        near.push_back(out.coord_of[tile]);
+        out.sharding.coords.push_back(std::move(copy));
+        continue;
+      }
       std::pair<Box, std::vector<int>> key{box_of(o.dims, rule, shape, sets), {devices.begin(), devices.end()}};
       const auto [it, fresh] = seen.emplace(key, static_cast<int>(out.sharding.coords.size()));
       if (fresh) out.sharding.coords.push_back({.box = key.first, .chunk = chunk, .devices = key.second});

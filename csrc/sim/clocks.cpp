@@ -34,6 +34,21 @@ DeviceSet::DeviceSet(std::vector<int> sorted) : devices(std::move(sorted)), coun
   stretch = devices.back() - first + 1 == count;
 }
 
+Spent::Spent(const std::vector<int64_t>& per_device) {
+  const auto spends = [](int64_t ns) { return ns != 0; };
+  const auto begin = std::find_if(per_device.begin(), per_device.end(), spends);
+  const auto end = std::find_if(per_device.rbegin(), std::reverse_iterator(begin), spends).base();
+  if (begin == end) return;
+  first = static_cast<int>(begin - per_device.begin());
+  count = static_cast<int>(end - begin);
+  each = *begin;
+  if (!std::all_of(begin, end, [&](int64_t ns) { return ns == each; })) on = per_device;
+}
+
+SOAP_WIDE void advance(int64_t* clock, int64_t each, size_t devices) {
+  for (size_t d = 0; d < devices; ++d) clock[d] += each;
+}
+
 SOAP_WIDE void advance(int64_t* __restrict clock, const int64_t* __restrict spent, size_t devices) {
   for (size_t d = 0; d < devices; ++d) clock[d] += spent[d];
 }
@@ -55,6 +70,18 @@ int64_t latest(const int64_t* clock, const DeviceSet& set) {
 void raise(int64_t* clock, const DeviceSet& set, int64_t at) {
   if (set.stretch) return raise_all(clock + set.first, at, set.count);
   for (int d : set.devices) clock[d] = std::max(clock[d], at);
+}
+
+void raise_within(int64_t* clock, const DeviceSet& set, int64_t at, int first, int count) {
+  const int end = first + count;
+  if (set.stretch) {
+    const int from = std::max(first, set.first), to = std::min(end, set.first + set.count);
+    if (from < to) raise_all(clock + from, at, to - from);
+    return;
+  }
+  for (int d : set.devices) {
+    if (d >= first && d < end) clock[d] = std::max(clock[d], at);
+  }
 }
 
 void raise(int64_t* clock, const DeviceSet& set, const int64_t* at) {

@@ -37,7 +37,7 @@ DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const 
     if (!is_store(n)) timed_.push_back(n.id);
   }
   for (const auto& [name, config] : start.nodes) {
-    if (!graph_.find(name) && !graph_.find(name.substr(0, name.find('/')))) user_error("[plan] there is no operator {}", name);
+    if (!cache.names(name) && !cache.names(std::string_view(name).substr(0, name.find('/')))) user_error("[plan] there is no operator {}", name);
   }
   std::vector<NodeId> all;
   for (const Node& n : graph_.nodes) all.push_back(n.id);

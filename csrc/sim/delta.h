@@ -75,12 +75,17 @@ class DeltaSimulator {
   enum class SlotKind : uint8_t { kFill, kCompute, kGradientFill, kRefill, kBackward };
   struct Slot {
     SlotKind kind = SlotKind::kCompute;
-    bool read_later = false;  // computing, with overlap: a movement waits for when this ends
     bool differentiable = false;
     int op = 0;
-    int first_wait = 0, end_wait = 0;  // computing, with overlap: of Slots::waits
-    Group* group = nullptr;            // moving
-    const int64_t* spent = nullptr;    // computing: per device
+    // Moving. `ranks`: -1 where nothing crosses devices.
+    int ranks = -1;
+    Group* group = nullptr;
+    // Computing. `each` on `count` devices from `first` on, several operators together, or what `spent` says where that isn't null.
+    int first = 0, count = 0;
+    int64_t each = 0;
+    const Spent* spent = nullptr;
+    int first_wait = 0, end_wait = 0;  // with overlap: of Slots::waits
+    int first_read = 0, end_read = 0;  // with overlap: movements wait for when this ends on some of these devices
   };
   struct Slots {
     std::vector<Slot> forward, backward;
@@ -145,6 +150,7 @@ class DeltaSimulator {
   void rebuild_backward(NodeId n, Slots& slots);
   Group* group_of(NodeId n, int op, int operand);
   Slot computing(NodeId n, SlotKind kind, int op, Slots& slots);
+  void push_computing(std::vector<Slot>& list, Slot slot);
   void update_stored();
   TensorState& state_of(NodeId node, const FragmentTensor& tensor);
   static void sort_newest_first(std::vector<Group*>& groups);
@@ -157,7 +163,8 @@ class DeltaSimulator {
   void move(SlotKind kind, Group& group);
   void move_together(SlotKind kind, const std::vector<Group*>& groups);
   void transfer(const DeviceSet& ranks, int64_t from, int64_t price);
-  void wait(int64_t arrival);
+  // clock[d] is not before the movement has arrived at d, for d of the stretch.
+  void wait(int64_t arrival, int64_t* clock, int first, int count) const;
   const int64_t* end_of(const Reader& reader, bool backward) const;
   // For each reader or producer that the movement waits for: where it ends, on which devices.
   template <class Visit>

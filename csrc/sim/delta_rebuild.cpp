@@ -113,24 +113,55 @@ DeltaSimulator::Group* DeltaSimulator::group_of(NodeId n, int op, int operand) {
 DeltaSimulator::Slot DeltaSimulator::computing(NodeId n, SlotKind kind, int op, Slots& slots) {
   const FragmentOp& what = nodes_[n].fragment->ops[op];
   const bool backward = kind == SlotKind::kBackward;
-  const std::vector<int64_t>& spent = !backward ? what.forward : regions_[n] >= 0 ? what.again : what.backward;
-  Slot slot{.kind = kind, .differentiable = what.differentiable, .op = op, .spent = spent.data()};
+  const Spent& spent = !backward ? what.forward : regions_[n] >= 0 ? what.again : what.backward;
+  Slot slot{.kind = kind, .differentiable = what.differentiable, .op = op};
+  if (spent.alike() && !shared_) {
+    slot.first = spent.first;
+    slot.count = spent.count;
+    slot.each = spent.each;
+  } else {
+    slot.spent = &spent;
+  }
   if (!overlap_) return slot;
+  const auto read_later = [&](const DeviceSet& devices) {
+    if (devices.count == 0) return;
+    slot.first_read = slot.end_read == 0 ? devices.first : std::min(slot.first_read, devices.first);
+    slot.end_read = std::max(slot.end_read, devices.devices.back() + 1);
+  };
   slot.first_wait = static_cast<int>(slots.waits.size());
   for (int i = 0; i < static_cast<int>(what.reads.size()); ++i) {
     Group* g = group_of(n, op, i);
     if (!backward && g->fill->pattern != Pattern::kLocal) slots.waits.push_back(&g->filled);
     if (backward && g->used_again) slots.waits.push_back(&g->refilled);
-    slot.read_later = slot.read_later || (backward ? g->gradient_moves() : g->used_again);
+    if (backward ? g->gradient_moves() : g->used_again) read_later(backward ? *g->gradient_fill->senders : *g->fill->receivers);
   }
   for (const FragmentTensor& t : what.writes) {
     for (Group* g : state_of(n, t).groups) {
       if (backward && g->gradient_moves()) slots.waits.push_back(&g->gradient_filled);
-      slot.read_later = slot.read_later || (!backward && g->fill->pattern != Pattern::kLocal);
+      if (!backward && g->fill->pattern != Pattern::kLocal) read_later(*g->fill->senders);
     }
   }
   slot.end_wait = static_cast<int>(slots.waits.size());
   return slot;
+}
+
+// After a computation nothing waits to travel. So what takes no time is left out there, and operators between which nothing happens are one.
+void DeltaSimulator::push_computing(std::vector<Slot>& list, Slot slot) {
+  if (!list.empty() && (list.back().kind == SlotKind::kCompute || list.back().kind == SlotKind::kBackward) && !slot.spent && !shared_) {
+    const Slot& last = list.back();
+    if (slot.count == 0 && slot.end_read == 0) return;
+    const bool idle = last.count == 0, alike = last.first == slot.first && last.count == slot.count;
+    if (!last.spent && last.end_read == 0 && slot.first_wait == slot.end_wait && (idle || alike)) {
+      if (!idle) {
+        slot.each += last.each;
+        slot.first_wait = last.first_wait;
+        slot.end_wait = last.end_wait;
+      }
+      list.back() = slot;
+      return;
+    }
+  }
+  list.push_back(slot);
 }
 
 void DeltaSimulator::rebuild_slots(NodeId n) {
@@ -150,15 +181,14 @@ void DeltaSimulator::rebuild_forward(NodeId n, Slots& slots) {
       Group* g = group_of(n, op, i);
       const Reader& first = g->readers.front();
       const bool here = first.node == n && first.op == op && first.operand == i;
-      if (here && !cache_.layout(g->copies).coords.empty()) slots.forward.push_back({.kind = SlotKind::kFill, .op = op, .group = g});
+      if (!here || cache_.layout(g->copies).coords.empty()) continue;
+      slots.forward.push_back({.kind = SlotKind::kFill, .op = op, .ranks = g->fill->ranks, .group = g});
     }
     if (!f.ops[op].computes) continue;
     // A local fill only keeps those before and after it from travelling together, where it isn't work.
-    const auto idle = [](const EdgeMove& m) { return m.pattern == Pattern::kLocal && m.local_ns.empty(); };
-    while (!slots.forward.empty() && slots.forward.back().kind == SlotKind::kFill && idle(*slots.forward.back().group->fill)) {
-      slots.forward.pop_back();
-    }
-    slots.forward.push_back(computing(n, SlotKind::kCompute, op, slots));
+    const auto idle = [](const Slot& s) { return s.kind == SlotKind::kFill && s.ranks < 0 && s.group->fill->local_ns.empty(); };
+    while (!slots.forward.empty() && idle(slots.forward.back())) slots.forward.pop_back();
+    push_computing(slots.forward, computing(n, SlotKind::kCompute, op, slots));
   }
 }
 
@@ -192,7 +222,7 @@ void DeltaSimulator::rebuild_backward(NodeId n, Slots& slots) {
       return std::tuple(x.node, x.op, x.operand) < std::tuple(y.node, y.op, y.operand);
     });
     push(SlotKind::kRefill, op);
-    slots.backward.push_back(computing(n, SlotKind::kBackward, op, slots));
+    push_computing(slots.backward, computing(n, SlotKind::kBackward, op, slots));
     groups.clear();
     for (int i = 0; i < static_cast<int>(f.ops[op].reads.size()); ++i) {
       Group* g = group_of(n, op, i);

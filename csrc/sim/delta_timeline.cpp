@@ -6,12 +6,23 @@
 #include "sim/simulate.h"
 
 namespace soap {
+namespace {
 
-void DeltaSimulator::wait(int64_t arrival) {
+constexpr size_t kAhead = 3;  // nodes: their slots are asked for while those before them run
+
+void prefetch(const void* memory) {
+#if defined(__GNUC__)
+  __builtin_prefetch(memory);
+#endif
+}
+
+}  // namespace
+
+void DeltaSimulator::wait(int64_t arrival, int64_t* clock, int first, int count) const {
   if (arrival < first_arrival_) return;
   const Arrival* a = &arrivals_[arrival - first_arrival_];
   while (true) {
-    raise(begin_.data(), *a->devices, a->at);
+    raise_within(clock, *a->devices, a->at, first, count);
     if (!a->more) return;
     ++a;
   }
@@ -20,19 +31,22 @@ void DeltaSimulator::wait(int64_t arrival) {
 void DeltaSimulator::compute(Slots& slots, const Slot& slot) {
   int64_t* clock = compute_clock_.data();
   if (shared_) {
-    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), slot.spent[d], -1, slot.differentiable);
+    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), (*slot.spent)[d], -1, slot.differentiable);
     return;
   }
-  if (slot.first_wait == slot.end_wait) {
-    advance(clock, slot.spent, devices_);
+  if (!slot.spent) {
+    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i], clock, slot.first, slot.count);
+    advance(clock + slot.first, slot.each, slot.count);
+  } else if (slot.first_wait == slot.end_wait) {
+    advance(clock, slot.spent->on.data(), devices_);
   } else {
     std::fill(begin_.begin(), begin_.end(), 0);
-    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i]);
-    advance_from(clock, begin_.data(), slot.spent, devices_);
+    for (int i = slot.first_wait; i < slot.end_wait; ++i) wait(*slots.waits[i], begin_.data(), 0, static_cast<int>(devices_));
+    advance_from(clock, begin_.data(), slot.spent->on.data(), devices_);
   }
-  if (!slot.read_later) return;
+  if (slot.first_read == slot.end_read) return;
   const size_t at = slot.op * devices_ + (slot.kind == SlotKind::kBackward ? slots.ends.size() / 2 : 0);
-  std::copy(clock, clock + devices_, slots.ends.begin() + static_cast<int64_t>(at));
+  std::copy(clock + slot.first_read, clock + slot.end_read, slots.ends.begin() + static_cast<int64_t>(at + slot.first_read));
 }
 
 const int64_t* DeltaSimulator::end_of(const Reader& r, bool backward) const {
@@ -143,21 +157,23 @@ void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& gro
 // Neighbouring fills among the same ranks travel together.
 void DeltaSimulator::run_forward() {
   pending_.clear();
+  int ranks = -1;  // of what is pending
   const auto flush = [&] {
     if (!pending_.empty()) move_together(SlotKind::kFill, pending_);
     pending_.clear();
   };
-  for (NodeId n : timed_) {
-    Slots& slots = nodes_[n].slots;
+  for (size_t i = 0; i < timed_.size(); ++i) {
+    if (i + kAhead < timed_.size()) prefetch(nodes_[timed_[i + kAhead]].slots.forward.data());
+    Slots& slots = nodes_[timed_[i]].slots;
     for (const Slot& slot : slots.forward) {
       if (slot.kind == SlotKind::kCompute) {
         flush();
         compute(slots, slot);
         continue;
       }
-      const bool local = slot.group->fill->pattern == Pattern::kLocal;
-      if (local || (!pending_.empty() && pending_.back()->fill->ranks != slot.group->fill->ranks)) flush();
-      local ? move(SlotKind::kFill, *slot.group) : pending_.push_back(slot.group);
+      if (slot.ranks < 0 || ranks != slot.ranks) flush();
+      ranks = slot.ranks;
+      slot.ranks < 0 ? move(SlotKind::kFill, *slot.group) : pending_.push_back(slot.group);
     }
   }
   flush();
@@ -177,8 +193,9 @@ void DeltaSimulator::run_backward() {
     bucket_bytes = 0;
   };
   for (Group* g : at_once_) gradient(g);
-  for (auto n = timed_.rbegin(); n != timed_.rend(); ++n) {
-    Slots& slots = nodes_[*n].slots;
+  for (size_t i = timed_.size(); i-- > 0;) {
+    if (i >= kAhead) prefetch(nodes_[timed_[i - kAhead]].slots.backward.data());
+    Slots& slots = nodes_[timed_[i]].slots;
     for (const Slot& slot : slots.backward) {
       if (slot.kind == SlotKind::kBackward) {
         compute(slots, slot);

@@ -84,6 +84,7 @@ struct Key {
 
 LayoutCache::LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost) : graph_(graph), rows_(rows), cost_(cost) {
   for (const Node& n : graph.nodes) {
+    names_.insert(n.name);
     std::vector<TensorId> distinct;
     Key key(scratch_);
     key.add(static_cast<int64_t>(n.kind)).add(n.target).add(n.family).add(int64_t{n.sample_dim}).add(int64_t{n.no_grad});
@@ -113,7 +114,7 @@ int LayoutCache::intern_tiling(const std::optional<TensorTiling>& tiling) {
   }
   key.add(int64_t{tiling->replicas}).list(tiling->devices);
   const auto [it, fresh] = tiling_ids_.try_emplace(key.bytes, static_cast<int>(tilings_.size()));
-  if (fresh) tilings_.push_back(tiling);
+  if (fresh) tilings_.push_back(std::make_shared<TensorTiling>(*tiling));
   return it->second;
 }
 
@@ -126,7 +127,7 @@ LayoutId LayoutCache::intern(const Sharding& layout) {
     key.add(int64_t{c.chunk}).list(c.devices);
   }
   const auto [it, fresh] = layout_ids_.try_emplace(key.bytes, static_cast<int>(layouts_.size()));
-  if (fresh) layouts_.push_back(std::make_unique<Sharding>(layout));
+  if (fresh) layouts_.push_back(std::make_shared<Sharding>(layout));
   return it->second;
 }
 
@@ -134,7 +135,7 @@ int LayoutCache::intern_ranks(const std::vector<int>& ranks) {
   Key key(scratch_);
   key.list(ranks);
   const auto [it, fresh] = rank_ids_.try_emplace(key.bytes, static_cast<int>(sets_.size()));
-  if (fresh) sets_.push_back(std::make_unique<DeviceSet>(ranks));
+  if (fresh) sets_.push_back(std::make_shared<DeviceSet>(ranks));
   return it->second;
 }
 
@@ -207,7 +208,7 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   const int64_t reduced = reduced_element_bytes(t, gradient ? Reduce::kSum : produced.partial);
   const auto [it, fresh] = edges_.try_emplace(Numbers{tiles, copies, (t.element_bytes << 1) | int64_t{gradient}, reduced});
   if (!fresh) return it->second.get();
-  auto out = std::make_unique<EdgeMove>();
+  auto out = std::make_shared<EdgeMove>();
   const Flows flows = gradient ? grad_flows(produced, read, 0) : fill_flows(produced, read, 0);
   const Movement& m = flows.movement;
   out->pattern = m.pattern;
@@ -272,7 +273,7 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
     std::vector<std::optional<TensorTiling>> out;
     for (TensorId t : source.inputs) {
       const size_t at = std::find(distinct_[node].begin(), distinct_[node].end(), t) - distinct_[node].begin();
-      out.push_back(ids[at] < 0 ? std::nullopt : tilings_[ids[at]]);
+      out.push_back(ids[at] < 0 ? std::nullopt : std::optional(*tilings_[ids[at]]));
     }
     return out;
   };
@@ -308,6 +309,7 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
       throw InternalError(fmt::format("[delta] {} ({}): two results are one tensor", source.name, source.target));
     }
   }
+  std::vector<int64_t> forward, backward, again;  // of an operator, per device
   out->tiles.assign(r.results.size(), -1);
   out->producers.assign(r.results.size(), -1);
   for (NodeId id = r.first; id < static_cast<NodeId>(p.graph.nodes.size()); ++id) {
@@ -338,17 +340,20 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
       op.writes.push_back(known.at(n.outputs[k]));
     }
     if (op.computes) {
-      op.forward.resize(rows_.size());
-      op.backward.resize(rows_.size());
+      forward.assign(rows_.size(), 0);
+      backward.assign(rows_.size(), 0);
       for (int tile = 0; tile < tiling.tiles() && !out->chunked; ++tile) {
         const OpTime time = cost_.time(p, id, tile, 0);
         for (int d : tiling.devices_of(tile)) {
-          op.forward[d] += cost_.machine().at_speed(d, time.forward_ns);
-          op.backward[d] += cost_.machine().at_speed(d, time.backward_ns);
+          forward[d] += cost_.machine().at_speed(d, time.forward_ns);
+          backward[d] += cost_.machine().at_speed(d, time.backward_ns);
         }
       }
-      op.again = op.backward;
-      for (size_t d = 0; d < rows_.size() && op.differentiable && may_compute_again(n); ++d) op.again[d] += op.forward[d];
+      again = backward;
+      for (size_t d = 0; d < rows_.size() && op.differentiable && may_compute_again(n); ++d) again[d] += forward[d];
+      op.forward = Spent(forward);
+      op.backward = Spent(backward);
+      op.again = Spent(again);
     }
     out->ops.push_back(std::move(op));
   }

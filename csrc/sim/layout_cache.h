@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -36,12 +37,12 @@ struct FragmentRead {
 
 // An operator as it runs: the node itself or one sub-operator of its expansion.
 struct FragmentOp {
-  bool computes = false;                   // false: a feed, return or store
-  bool differentiable = false;             // has a backward step
-  std::vector<int64_t> forward, backward;  // ns per device
-  std::vector<int64_t> again;              // backward that computes forward again
-  std::vector<FragmentRead> reads;         // by operand
-  std::vector<FragmentTensor> writes;      // by result
+  bool computes = false;               // false: a feed, return or store
+  bool differentiable = false;         // has a backward step
+  Spent forward, backward;             // ns
+  Spent again;                         // backward that computes forward again
+  std::vector<FragmentRead> reads;     // by operand
+  std::vector<FragmentTensor> writes;  // by result
 };
 
 struct FragmentInner {
@@ -92,9 +93,17 @@ class LayoutCache {
   };
 
   LayoutCache(const OpGraph& graph, const FedRows& rows, const CostModel& cost);
+  // Knows what the other does, which stays as it is: several threads may copy one at a time.
+  LayoutCache(const LayoutCache&) = default;
 
   const OpGraph& graph() const { return graph_; }
+  const FedRows& rows() const { return rows_; }
   const CostModel& cost() const { return cost_; }
+  // Equal for nodes of the same operator, shapes and attributes, which have the same rule and lower alike.
+  int class_of(NodeId node) const { return classes_[node]; }
+  int classes() const { return static_cast<int>(class_ids_.size()); }
+  // Whether a node of the graph has this name.
+  bool names(std::string_view name) const { return names_.count(name) > 0; }
   // Inputs of a node, each once, in the order in which they first appear.
   const std::vector<TensorId>& distinct_inputs(NodeId node) const { return distinct_[node]; }
 
@@ -129,15 +138,17 @@ class LayoutCache {
   const FedRows rows_;
   const CostModel& cost_;
   std::vector<std::vector<TensorId>> distinct_;
-  std::vector<int> classes_;  // per node: equal for nodes that lower alike
+  std::vector<int> classes_;  // per node
+  std::unordered_set<std::string_view> names_;
   std::unordered_map<std::string, int> class_ids_, layout_ids_, tiling_ids_, rank_ids_;
-  std::vector<std::unique_ptr<Sharding>> layouts_;
-  std::vector<std::unique_ptr<DeviceSet>> sets_;
-  std::vector<std::optional<TensorTiling>> tilings_;
-  std::unordered_map<std::string, std::unique_ptr<Fragment>> fragments_;
+  // Shared with copies: what is made once isn't changed.
+  std::vector<std::shared_ptr<const Sharding>> layouts_;
+  std::vector<std::shared_ptr<const DeviceSet>> sets_;
+  std::vector<std::shared_ptr<const TensorTiling>> tilings_;
+  std::unordered_map<std::string, std::shared_ptr<const Fragment>> fragments_;
   template <class T>
   using ByNumbers = std::unordered_map<Numbers, T, NumbersHash>;
-  ByNumbers<std::unique_ptr<EdgeMove>> edges_;
+  ByNumbers<std::shared_ptr<const EdgeMove>> edges_;
   ByNumbers<int64_t> reduce_prices_;
   ByNumbers<std::vector<int64_t>> updates_, stored_;
   std::unordered_map<std::string, LayoutId> derived_;

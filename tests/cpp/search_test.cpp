@@ -59,17 +59,18 @@ TEST(Search, ThreadsDoNotChangeThePlan) {
   const OpGraph g = wide_mlp(512);
   const CostModel cost(slow_links(4));
   const FedRows rows{4, 4, 4, 4};
-  const Proposals proposals(g, 4);
-  const auto price = [&](const Strategy& s) {
+  const LayoutCache cache(g, rows, cost);
+  const Proposals proposals(cache);
+  const auto price = [&](const Strategy& s, int64_t) {
     const Simulation sim = simulate(lower(g, s, rows), cost);
     return Candidate{.name = "mcmc", .strategy = s, .step_ns = sim.step_ns, .memory_bytes = sim.memory_bytes[0]};
   };
-  const std::vector<Candidate> starts{price(seeds(g, 4)[0].second)};
+  const std::vector<Candidate> starts{price(seeds(g, 4)[0].second, 0)};
   std::vector<std::string> plans;
   std::vector<int> told;
   for (const int threads : {1, 3}) {
     const ChainOptions options{.seed = 3, .chains = 5, .simulations = 600, .threads = threads};
-    const ChainResult r = run_chains(g, rows, cost, proposals, {}, starts, options, price, [&](int done, int64_t) {
+    const ChainResult r = run_chains(cache, proposals, {}, starts, options, price, [&](int done, int64_t) {
       told.push_back(done);
       return true;
     });
@@ -87,9 +88,9 @@ TEST(Search, ChainsKeepWhatIsStoredUnderTheLimit) {
   const OpGraph g = wide_mlp(256);
   const CostModel cost(slow_links(2));
   const FedRows rows{4, 4};
-  const Proposals proposals(g, 2);
   LayoutCache cache(g, rows, cost);
-  const auto price = [&](const Strategy& s) {
+  const Proposals proposals(cache);
+  const auto price = [&](const Strategy& s, int64_t) {
     const Simulation sim = simulate(lower(g, s, rows), cost);
     EXPECT_LE(DeltaSimulator(cache, s, rows).stored_bytes(), *std::max_element(sim.memory_bytes.begin(), sim.memory_bytes.end()));
     return Candidate{.name = "mcmc", .strategy = s, .step_ns = sim.step_ns};
@@ -98,7 +99,7 @@ TEST(Search, ChainsKeepWhatIsStoredUnderTheLimit) {
   const int64_t limit = DeltaSimulator(cache, tensor_parallel, rows).stored_bytes();
   ASSERT_LT(limit, DeltaSimulator(cache, seeds(g, 2)[0].second, rows).stored_bytes());
   const ChainOptions options{.seed = 1, .chains = 2, .simulations = 300, .temperature = 10, .memory_limit_bytes = limit};
-  const ChainResult r = run_chains(g, rows, cost, proposals, {}, {price(tensor_parallel)}, options, price, [](int, int64_t) { return true; });
+  const ChainResult r = run_chains(cache, proposals, {}, {price(tensor_parallel, 0)}, options, price, [](int, int64_t) { return true; });
   EXPECT_GT(r.illegal, 20);
   EXPECT_LE(DeltaSimulator(cache, r.best.strategy, rows).stored_bytes(), limit);
 }
