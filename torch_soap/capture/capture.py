@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.export._trace  # else the first export imports it, which takes longer than to trace a small module
 import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -171,7 +173,7 @@ class Captured:
         if self.fold != "none":
             self.before = Attributes(self.module)
         stack = contextlib.ExitStack()
-        for context in (self._mode(), eager_check.preserved(self.module), ops.functions(), cumulative_averages(self.module)):
+        for context in (uncollected(), self._mode(), eager_check.preserved(self.module), ops.functions(), cumulative_averages(self.module)):
             stack.enter_context(context)
         with stack, ops.modules(self.module, self.recordings, self.train), watch:
             if self.fold != "none" and not self.recordings:
@@ -284,7 +286,9 @@ class Captured:
                 if group != "const":
                     (buffers if group == "buffer" else parameters)[name] = shared[id(tensor)]
             handles.append(shared[id(tensor)])
-        with quiet():
+        if self.folding is not None:
+            importer.stored = self.folding.by_path(buffers | parameters)
+        with quiet(), uncollected():
             outputs = importer.run(trace.program.graph_module, handles)
         made = list(zip(outputs, spec.output_specs, strict=True))
         for handle, item in made:
@@ -391,6 +395,18 @@ def cumulative_averages(module: nn.Module) -> Iterator[None]:
     finally:
         for m in norms:
             m.momentum = None
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, which else goes through all that a trace holds, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -78,10 +78,19 @@ class Folding:
         def token(*_: Any) -> torch.Tensor:
             return torch.empty([])
 
-        self.enter = define("enter", "(str path, Tensor[] inputs, Tensor[] stored) -> Tensor", token)
+        self.enter = define("enter", "(str path, Tensor[] inputs) -> Tensor", token)
         self.leave = define("leave", "(Tensor entered, Tensor[] outputs, Tensor[] outer) -> Tensor", token)
-        signature = "(Tensor left, str path, int kind, Tensor[] inputs, Tensor[] stored, Tensor[] outer) -> Tensor[]"
+        signature = "(Tensor left, str path, int kind, Tensor[] inputs, Tensor[] outer) -> Tensor[]"
         self.again = define("again", signature, lambda _left, _path, kind, *_: self.results(kind))
+
+    def by_path(self, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Of each module that may be folded, what of these is in it."""
+        inside = {f"{p}.{n}": path for g in self.groups for path in g for p, m in self.modules[path].named_modules(prefix=path) for n, _ in tensors_of(m)}
+        out: dict[str, dict[str, torch.Tensor]] = {path: {} for group in self.groups for path in group}
+        for name, tensor in tensors.items():
+            if name in inside:
+                out[inside[name]][name.removeprefix(inside[name])] = tensor
+        return out
 
     def results(self, kind: int) -> list[torch.Tensor]:
         metas = [self.kinds[kind].record.metas[n] for n in self.kinds[kind].made]
@@ -144,7 +153,7 @@ class Folding:
     def lead(self, leader: Leader, run: Callable[[], Any], inputs: list[torch.Tensor], stored: dict[str, torch.Tensor]) -> Any:
         """Traced as it is, between two markers."""
         tensors = Tensors(inputs, stored)
-        entered = self.enter(leader.path, inputs, list(stored.values()))
+        entered = self.enter(leader.path, inputs)
         with Recorder(leader.record, tensors, run.__code__):
             result = run()
         leaves, leader.out_spec = flatten(result)
@@ -183,7 +192,7 @@ class Folding:
         outer = leader.record.outer
         if len(tensors.outer) != len(outer) or any(a is not b for a, b in zip(tensors.outer, outer, strict=True)):
             raise CannotFold("other tensors from outside")
-        made = self.again(leader.left, path, self.kinds.index(leader), inputs, list(stored.values()), outer)
+        made = self.again(leader.left, path, self.kinds.index(leader), inputs, outer)
         for n, tensor in zip(leader.made, made, strict=True):
             with torch._C.DisableTorchFunction():
                 tensor.requires_grad_(leader.record.metas[n].requires_grad)
@@ -220,7 +229,7 @@ def repeated(root: nn.Module, attributes: bool) -> list[list[str]]:
     other: those come first whose folding saves most."""
     if len(list(root.named_modules(remove_duplicate=False))) > len(list(root.modules())):  # modules with several paths
         return []
-    owners = Counter(id(t) for m in root.modules() for t in itertools.chain(m._parameters.values(), m._buffers.values()) if t is not None)
+    owners = Counter(id(t) for m in root.modules() for _, t in tensors_of(m))
     groups: dict[Any, list[str]] = defaultdict(list)
     for path, module in root.named_modules():
         inner = list(module.named_modules())
@@ -236,14 +245,17 @@ def repeated(root: nn.Module, attributes: bool) -> list[list[str]]:
 
 def excluded(module: nn.Module, owners: Counter[int]) -> bool:
     """Of TorchScript, with tensors that others have too, or with statistics that each call writes."""
-    tensors = [t for t in itertools.chain(module._parameters.values(), module._buffers.values()) if t is not None]
     writes = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.training
-    return writes or isinstance(module, torch.jit.ScriptModule) or any(owners[id(t)] > 1 for t in tensors)
+    return writes or isinstance(module, torch.jit.ScriptModule) or any(owners[id(t)] > 1 for _, t in tensors_of(module))
+
+
+def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Its own parameters and buffers."""
+    return [(n, t) for n, t in itertools.chain(module._parameters.items(), module._buffers.items()) if t is not None]
 
 
 def kind_of(module: nn.Module, attributes: bool) -> tuple[Any, ...]:
-    stored = itertools.chain(module._parameters.items(), module._buffers.items())
-    tensors = tuple((n, None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad)) for n, t in stored)
+    tensors = tuple((n, tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for n, t in tensors_of(module))
     values = []
     for name, value in sorted(vars(module).items()) if attributes else ():
         with contextlib.suppress(Unrecordable):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from torch_soap import functional
 from torch_soap.capture import canonical, compound, unfold
@@ -79,6 +79,7 @@ class Importer:
         self.aliases = Aliases(self)
         self.buffer_updates: list[tuple[int, torch.Tensor]] = []  # (argument, new value) of the call at hand
         self.buffers: dict[str, torch.Tensor] = {}  # handles by name
+        self.stored: dict[str, dict[str, torch.Tensor]] = {}  # of repeated modules: handles of their parameters and buffers, by path and name
         self.rows_apart = False  # opaque modules may be split on the sample dim
         self.opaques: dict[str, FunctionCall | ModuleCall] = {}  # by name of the operator that stands for it in the trace
         self.path = ""
@@ -445,8 +446,8 @@ class Importer:
             return unfold.enter(self, *args)
         if kind == "leave":
             return unfold.leave(self, *args)
-        region, path, _, *operands = args
-        return unfold.again(self, region, path, [handle for group in operands for handle in group])
+        region, path, _, inputs, outer = args
+        return unfold.again(self, region, path, inputs, outer)
 
     def region(self, target: Any, args: tuple[Any, ...]) -> list[Any]:
         """Inlines a higher-order operator that only sets a mode."""
@@ -491,6 +492,5 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def fake_like(mode: FakeTensorMode, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> torch.Tensor:
-    with mode:
-        tensor = torch.empty(shape, dtype=dtype)
+    tensor = FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), torch.get_default_device())
     return tensor.requires_grad_(requires_grad) if dtype.is_floating_point or dtype.is_complex else tensor

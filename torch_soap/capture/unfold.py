@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_soap.capture.graph import Ref, substitute
 from torch_soap.capture.observe import CannotFold
@@ -38,8 +39,8 @@ class Region:
     results: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
-def enter(importer: Importer, path: str, inputs: list[torch.Tensor], stored: list[torch.Tensor]) -> Region:
-    operands = present(importer, [*inputs, *stored])
+def enter(importer: Importer, path: str, inputs: list[torch.Tensor]) -> Region:
+    operands = present(importer, [*stored(importer, path), *inputs])
     graph, aliases = importer.graph, importer.aliases
     modes = (importer.no_grad, importer.autocast)
     return Region(path, len(graph.nodes), len(graph.values), importer.num_random, modes, set(aliases.handles), len(aliases.written), operands)
@@ -67,13 +68,13 @@ def leave(importer: Importer, region: Region, outputs: list[torch.Tensor], outer
     return region
 
 
-def again(importer: Importer, region: Region, path: str, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+def again(importer: Importer, region: Region, path: str, inputs: list[torch.Tensor], outer: list[torch.Tensor]) -> list[torch.Tensor]:
     """The region's nodes once more: handles of their outputs."""
     graph, ids = importer.graph, importer.ids
     if region.modes != (importer.no_grad, importer.autocast):
         raise CannotFold("its copies have other modes")
     values: dict[int, int] = {}
-    for mine, other in zip(region.operands, present(importer, operands), strict=True):
+    for mine, other in zip(region.operands, present(importer, [*stored(importer, path), *inputs, *outer]), strict=True):
         if look(mine) != look(other):
             raise CannotFold("its copies have other operands")
         if values.setdefault(ids[id(mine)], ids[id(other)]) != ids[id(other)]:
@@ -106,6 +107,11 @@ def again(importer: Importer, region: Region, path: str, operands: list[torch.Te
     return [importer.aliases.sealed(twin(importer, handle), twin(importer, now), value(ids[id(now)]), handle is now) for handle, now in region.results]
 
 
+def stored(importer: Importer, path: str) -> list[torch.Tensor]:
+    """Handles of the parameters and buffers in a module: for copies in the same order."""
+    return [handle for _, handle in sorted(importer.stored[path].items())]
+
+
 def present(importer: Importer, handles: list[torch.Tensor]) -> list[torch.Tensor]:
     """Their present values, as long as no operator is needed to have them."""
     nodes = len(importer.graph.nodes)
@@ -120,6 +126,5 @@ def look(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def twin(importer: Importer, tensor: torch.Tensor) -> torch.Tensor:
-    with importer.mode:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return made.requires_grad_(tensor.requires_grad)
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(importer.mode, made, tensor.device).requires_grad_(tensor.requires_grad)
