@@ -16,6 +16,7 @@ import torch
 
 from torch_soap import functional
 from torch_soap.capture.canonical import REWRITES, narrow, permute, view
+from torch_soap.capture.observe import CannotFold
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "reshape_as", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"}
 PERMUTES = {"transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT", "permute", "movedim", "moveaxis"}
@@ -60,6 +61,8 @@ class Aliases:
         self.now: dict[int, torch.Tensor] = {}
         self.writes: dict[int, int] = {}
         self.handles: dict[int, torch.Tensor] = {}  # alive, so that their id() stays theirs
+        self.written: list[int] = []  # ids of the handles that own what was written, in order
+        self.no_writes: set[int] = set()  # ids of handles whose memory's other views aren't known
 
     def fresh(self, value: Any) -> Any:
         """Handles for results that share no memory with anything."""
@@ -73,6 +76,16 @@ class Aliases:
                 handle = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             self.now[id(handle)] = value
         self.handles[id(handle)] = handle
+        return handle
+
+    def sealed(self, handle: torch.Tensor, value: torch.Tensor, number: int, same: bool) -> torch.Tensor:
+        """A handle of value `number`, which looks like `value`; the memory that it shares with others isn't known, so it can't be written."""
+        value = handle if same else value
+        self.graph.ids[id(value)] = number
+        self.handles |= {id(handle): handle, id(value): value}
+        self.no_writes.add(id(handle))
+        if not same:
+            self.now[id(handle)] = value
         return handle
 
     def copied(self, handle: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -124,6 +137,9 @@ class Aliases:
         if entry is None and self.graph.no_grad and handle.requires_grad:
             value = self._past_autograd(self._read(handle), value)
         if entry is None:
+            if id(handle) in self.no_writes:
+                raise CannotFold("an output of a copy is written")
+            self.written.append(id(handle))
             self.writes[id(handle)] = self.writes.get(id(handle), 0) + 1
         else:
             self.write(entry.parent, self._scatter(entry, self._read(entry.parent), value))

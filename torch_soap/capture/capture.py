@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.export._trace  # else the first export imports it, which takes longer than to trace a small module
 import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_soap.capture import check as eager_check
+from torch_soap.capture.fold import Attributes, Folding, repeated
 from torch_soap.capture.graph import Graph, Ref
 from torch_soap.capture.importer import CUMULATIVE, CaptureError, Importer, fake_like
 from torch_soap.capture.names import clean_path, unique
 from torch_soap.capture.objective import FlatCall, Objective
 from torch_soap.capture.objective import num_targets as num_targets
+from torch_soap.capture.observe import CannotFold
 from torch_soap.capture.opaque import ModuleCall, OpaqueOps, Recording, fill, mode_of
 from torch_soap.capture.signature import Signature, example_rows, moved_dims, scaled, signature_of, without_rows
 from torch_soap.capture.structure import flatten, input_names, leaf_names
@@ -51,9 +55,12 @@ class Captured:
         rows_apart: they gave the same on the first batch when their rows were computed in two parts: they may be split on the sample dim.
         batch_dims: for each input tensor the dim that moves with the batch, None for none.
         checked: compared with eager (False on the meta device).
+        fold: which repeated modules are traced once (`fold.py`): those "alike" in classes and tensors, those "equal" in plain attributes too, or "none".
     """
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, train: bool, loss: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, train: bool, loss: Callable[..., Any] | None, fold: str = "alike"
+    ) -> None:
         self.module = module
         self.objective = Objective(module, loss)
         self.train = train
@@ -72,6 +79,9 @@ class Captured:
         self.recordings: dict[str, list[list[Recording]]] = {}
         self.return_dims: list[tuple[int | None, int]] | None = None
         self.last: Trace | None = None
+        self.fold = fold
+        self.folding: Folding | None = None
+        self.before: Attributes | None = None
         # Tied tensors have one name, the first.
         self.parameters = dict(itertools.chain(module.named_parameters(), prefixed("loss.", self.objective.loss_parameters())))
         self.names_of = {id(t): n for n, t in itertools.chain(self.parameters.items(), self.buffers.items())}
@@ -159,15 +169,25 @@ class Captured:
             shapes = {"tensors": tuple({d: torch.export.Dim.AUTO} if d is not None else None for d in dims)}
         ops = OpaqueOps()
         watch = Watch(self.module)
+        folding = None
+        if self.fold != "none":
+            self.before = Attributes(self.module)
         stack = contextlib.ExitStack()
-        for context in (self._mode(), eager_check.preserved(self.module), ops.functions(), cumulative_averages(self.module)):
+        for context in (uncollected(), self._mode(), eager_check.preserved(self.module), ops.functions(), cumulative_averages(self.module)):
             stack.enter_context(context)
         with stack, ops.modules(self.module, self.recordings, self.train), watch:
+            if self.fold != "none" and not self.recordings:
+                self.folding = folding = Folding(self.module, attributes=self.fold == "equal")
+                stack.enter_context(folding.installed())
             try:
                 program = torch.export.export(flat, tuple(examples), strict=False, dynamic_shapes=shapes)
             except Exception as error:  # torch.export documents no exception type for untraceable code
+                if folding is not None and (folding.failed or folding.folded):
+                    raise CannotFold(folding.failed or "what follows can't be traced with it") from error
                 reason = f"{user_line(error)}: {first_line(error)}"
                 raise CaptureError(reason, watch.running[-1] if watch.running else None) from error
+        if folding is not None and folding.failed:
+            raise CannotFold(folding.failed)
         if dims is not None:
             values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"][-len(dims) :]
             if any(d is not None and not isinstance(v.shape[d], torch.SymInt) for v, d in zip(values, dims, strict=True)):
@@ -222,6 +242,24 @@ class Captured:
 
     # -- import --------------------------------------------------------------------------------------------------------
     def _import(self, signature: Signature) -> Graph:
+        constants = dict(self.constants)
+        try:
+            return self._import_at(signature)
+        except CannotFold:
+            self.unfold(constants)
+        return self._import(signature)
+
+    def unfold(self, constants: dict[str, torch.Tensor]) -> None:
+        """The next trace is made as if this one hadn't been, with less folding."""
+        if self.folding is None or self.before is None:
+            raise RuntimeError("[capture] nothing to unfold")
+        self.before.restore()
+        groups = self.folding.groups if self.fold == "alike" else []
+        self.fold = "equal" if groups and repeated(self.module, attributes=True) not in (groups, []) else "none"
+        self.constants, self.folding = constants, None
+        self.traces.clear()
+
+    def _import_at(self, signature: Signature) -> Graph:
         importer = Importer(FakeTensorMode(allow_non_fake_inputs=True))
         if torch.is_autocast_enabled("cpu"):  # around the call: not in the trace
             importer.autocast = ("cpu", torch.get_autocast_dtype("cpu"), True)
@@ -248,7 +286,9 @@ class Captured:
                 if group != "const":
                     (buffers if group == "buffer" else parameters)[name] = shared[id(tensor)]
             handles.append(shared[id(tensor)])
-        with quiet():
+        if self.folding is not None:
+            importer.stored = self.folding.by_path(buffers | parameters)
+        with quiet(), uncollected():
             outputs = importer.run(trace.program.graph_module, handles)
         made = list(zip(outputs, spec.output_specs, strict=True))
         for handle, item in made:
@@ -355,6 +395,18 @@ def cumulative_averages(module: nn.Module) -> Iterator[None]:
     finally:
         for m in norms:
             m.momentum = None
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, which else goes through all that a trace holds, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

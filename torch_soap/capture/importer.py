@@ -14,14 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from torch_soap import functional
-from torch_soap.capture import canonical, compound
+from torch_soap.capture import canonical, compound, unfold
 from torch_soap.capture.alias import Aliases, View
 from torch_soap.capture.canonical import INPLACE
+from torch_soap.capture.fold import FOLD_NAMESPACE
 from torch_soap.capture.graph import Graph, Node, Ref, refs
 from torch_soap.capture.names import clean_path, last_line, name_nodes, prune
+from torch_soap.capture.observe import CannotFold
 from torch_soap.capture.opaque import OPAQUE_NAMESPACE, FunctionCall, ModuleCall
 from torch_soap.random_ops import RANDOM_KERNELS, is_random
 
@@ -77,6 +79,7 @@ class Importer:
         self.aliases = Aliases(self)
         self.buffer_updates: list[tuple[int, torch.Tensor]] = []  # (argument, new value) of the call at hand
         self.buffers: dict[str, torch.Tensor] = {}  # handles by name
+        self.stored: dict[str, dict[str, torch.Tensor]] = {}  # of repeated modules: handles of their parameters and buffers, by path and name
         self.rows_apart = False  # opaque modules may be split on the sample dim
         self.opaques: dict[str, FunctionCall | ModuleCall] = {}  # by name of the operator that stands for it in the trace
         self.path = ""
@@ -387,6 +390,8 @@ class Importer:
                 self.source = last_line(fx_node.meta.get("stack_trace"))
                 try:
                     env[fx_node] = self.step(fx_node, args, kwargs)
+                except CannotFold:
+                    raise
                 except CaptureError as error:
                     error.at(self.path)
                     raise
@@ -402,6 +407,8 @@ class Importer:
             return args[0][args[1]]
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self.region(target, args)
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == FOLD_NAMESPACE:
+            return self.folded(target, args)
         self.buffer_updates = []
         result = self.call(fx_node, target, self.aliases.read(args), self.aliases.read(kwargs))
         for index, value in self.buffer_updates:
@@ -431,6 +438,16 @@ class Importer:
             entry = View(args[0], op_name(target), target, tuple(args[1:]), kwargs, i if several else None, 0, [tuple(h.shape) for h in handles])
             out.append(self.aliases.bind_view(handle, value, entry))
         return out if several else out[0]
+
+    def folded(self, target: Any, args: tuple[Any, ...]) -> Any:
+        """The markers around a repeated module, and what stands for its copies."""
+        kind = target._opname.split("_")[0]
+        if kind == "enter":
+            return unfold.enter(self, *args)
+        if kind == "leave":
+            return unfold.leave(self, *args)
+        region, path, _, inputs, outer = args
+        return unfold.again(self, region, path, inputs, outer)
 
     def region(self, target: Any, args: tuple[Any, ...]) -> list[Any]:
         """Inlines a higher-order operator that only sets a mode."""
@@ -475,6 +492,5 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def fake_like(mode: FakeTensorMode, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> torch.Tensor:
-    with mode:
-        tensor = torch.empty(shape, dtype=dtype)
+    tensor = FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), torch.get_default_device())
     return tensor.requires_grad_(requires_grad) if dtype.is_floating_point or dtype.is_complex else tensor

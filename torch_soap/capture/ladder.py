@@ -31,6 +31,7 @@ def capture(
     loss: Callable[..., Any] | None = None,
     sample_dims: Sequence[int | None] | None = None,
     check: bool = True,
+    fold: bool = True,
 ) -> Captured:
     """Captures `module` (with `loss`, when given) and checks the capture once against eager.
 
@@ -39,11 +40,12 @@ def capture(
         train: the mode to capture; default: the module's own.
         sample_dims: of each input tensor the dim that holds the rows; default: found by size and replay.
         check: compare outputs and gradients with eager on the example (never on the meta device).
+        fold: trace repeated modules once, where that can't be told from the result.
 
     Returns:
         Never fails for a module that runs: what can't be traced is opaque, at worst all of it (`opaque`, `reasons`).
     """
-    captured = Captured(module, args, kwargs or {}, train=module.training if train is None else train, loss=loss)
+    captured = Captured(module, args, kwargs or {}, train=module.training if train is None else train, loss=loss, fold="alike" if fold else "none")
     on_meta = any(t.is_meta for t in (*module.parameters(), *captured.inputs))
     choices = [list(sample_dims)] if sample_dims is not None else batch_dim_choices(signature_of(captured.inputs))
     if on_meta:
