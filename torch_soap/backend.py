@@ -59,6 +59,10 @@ def beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
         return group
     if group.group_name not in _beside or _beside[group.group_name] not in dist.distributed_c10d._world.pg_map:
         timeout = group._get_backend(torch.device("cpu")).options._timeout
+        world = dist.distributed_c10d._world
+        counts: list[Any] = [None] * group.size()
+        dist.all_gather_object(counts, world.group_count, group=group)
+        world.group_count = max(counts)  # names of groups go by it, and ranks that have made groups of their own count otherwise
         _beside[group.group_name] = dist.new_group(backend="soap", timeout=timeout, group_desc="soap")
     return _beside[group.group_name]
 
