@@ -103,6 +103,7 @@ void SoapBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool wai
   std::vector<int> absent;
   for (int r = 1; r < size_; ++r) {
     const auto left = timeout - std::chrono::duration_cast<Milliseconds>(transport::Clock::now() - begin);
+    TORCH_CHECK(wait_all_ranks || left.count() > 0, "Rank 0 timed out in monitoredBarrier after ", timeout.count(), " ms");
     if (came(post(r, false), std::max(left, Milliseconds(1)))) continue;
     absent.push_back(r);
     if (!wait_all_ranks) break;

@@ -21,8 +21,8 @@ namespace soap::transport {
 
 class Exchange final : public Collective {
  public:
-  // Sizes of `outgoing`: 1 (the same to all) or one for each rank. Sizes of `incoming`: one for each rank; what isn't wanted is empty. With `strict` another
-  // number of bytes from a rank than its `incoming` has is an error of this rank. Memory to and from oneself is copied here.
+  // Sizes of `outgoing`: 1 (the same to all) or one for each rank. Sizes of `incoming` and `wanted`: one for each rank; what isn't wanted isn't read, and
+  // another number of bytes than `incoming` has is an error of this rank. What goes to oneself is copied when all ranks have come.
   Exchange(int rank, int num_ranks, std::vector<Memory> outgoing, std::vector<Memory> incoming, std::vector<bool> wanted);
 
   void alone() override;
@@ -71,7 +71,7 @@ class AllReduce final : public Collective {
 
 class ReduceScatter final : public Collective {
  public:
-  // incoming[r]: this rank's part for rank r.
+  // input[r]: this rank's part for rank r.
   ReduceScatter(int rank, int num_ranks, std::vector<Memory> input, Memory output, Reducer reducer);
 
   void alone() override;
