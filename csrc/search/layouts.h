@@ -125,7 +125,7 @@ class Layouts {
   int64_t all_reduce(uint64_t ranks, int64_t bytes, int at_once);
 
   const Machine& machine_;
-  Traffic traffic_;  // of the exchange that is being priced
+  Traffic traffic_;                                      // of the exchange that is being priced
   std::pmr::monotonic_buffer_resource memory_{1 << 14};  // of what layouts list
   struct Known {
     uint64_t hash = 0;
