@@ -19,18 +19,24 @@ import torch
 import torchvision.models as tv
 from torch.nn import functional as F
 
+from benchmarks import flexflow_models
 from tests.dist.launch import revision
 from tests.unit.planning import graph_of
 from torch_soap import _C
 from torch_soap.machine import Machine
 
 RESULTS = Path(__file__).parent / "results"
-CASES = [("alexnet", 1, 4), ("resnet50", 4, 4), ("inception_v3", 16, 4)]  # model, hosts, devices of each
-BARS = {"resnet50": 10_000, "inception_v3": 3_000}  # changes per second
+CASES = [("alexnet", 1, 4), ("resnet50", 4, 4), ("inception_v3", 16, 4), ("nmt", 16, 4)]  # model, hosts, devices of each
+BARS = {"resnet50": 10_000, "inception_v3": 3_000, "nmt": 3_000}  # changes per second
 ROWS, CHANGES, ROUNDS, KEPT = 32, 1000, 5, 0.2
+NMT_ROWS = flexflow_models.BATCH.get("nmt", 64)  # a device
 
 
 def graph(name: str, world: int) -> _C.OpGraph:
+    if name == "nmt":
+        module, inputs, loss = flexflow_models.build(name, world)
+        assert inputs[0].shape[0] == NMT_ROWS * world
+        return graph_of(module, *inputs, loss=loss)
     with torch.device("meta"):
         model = tv.inception_v3(aux_logits=False, init_weights=False) if name == "inception_v3" else tv.get_model(name)
     size = 299 if name == "inception_v3" else 224
@@ -54,7 +60,7 @@ def configs(graph: _C.OpGraph, world: int) -> list[tuple[int, list[_C.OpConfig |
 
 def measure(name: str, hosts: int, per_host: int, overlap: bool) -> dict[str, Any]:
     world = hosts * per_host
-    ops, rows = graph(name, world), [ROWS] * world
+    ops, rows = graph(name, world), [NMT_ROWS if name == "nmt" else ROWS] * world
     machine = Machine.preset("p100", hosts=hosts, devices_per_host=per_host)
     machine.overlap = overlap
     cost, start = _C.CostModel(machine), dict(_C.seeds(ops, world))["ddp"]
@@ -86,7 +92,7 @@ def test_write_table(capsys: pytest.CaptureFixture[str]) -> None:
         "# Delta simulation",
         "",
         f"`python -m pytest benchmarks/test_delta_speed.py -s`: random changes of one operator, one in five kept; CPU time of one thread, median [range] "
-        f"of {ROUNDS} rounds of {CHANGES}. Full: lower and simulate, once. P100 preset, 4 devices a host, {ROWS} rows a device. "
+        f"of {ROUNDS} rounds of {CHANGES}. Full: lower and simulate, once. P100 preset, 4 devices a host, {ROWS} rows a device ({NMT_ROWS} of NMT's). "
         f"Revision {revision()}, {platform.machine()}, {os.cpu_count()} cores.",
         "",
         "| model | devices | overlap | nodes | first ms | changes/s | bar | full ms | factor |",

@@ -829,11 +829,13 @@ class Sample:
 class SearchOptions:
     chains: int
     constraints: Constraints
+    count_memory: bool
     descent_simulations: int
     mcmc_simulations: int
     memory_limit_bytes: int | None
     seed: int
     starts: list[tuple[str, Strategy]]
+    stops_early: bool
     temperature: float
     def __init__(self) -> None: ...
 

@@ -152,7 +152,7 @@ ChainResult run_chains(const LayoutCache& cache, const Proposals& proposals, con
   const int each_chain = options.simulations / count;
   const int steps = std::clamp(each_chain / kRounds, kLeastPerRound, kMostPerRound);
   const int exchange = std::max(each_chain / steps / kExchanges, 1);  // rounds between two
-  int left = each_chain, done = 0, lucky = 0;  // of each chain, of all
+  int left = each_chain, done = 0, lucky = 0;                         // of each chain, of all
   int64_t seen_ns = out.best.step_ns;
   for (int round = 1, next_settling = 1; left > 0; ++round) {
     const int now = std::min(steps, left);

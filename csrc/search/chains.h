@@ -24,7 +24,7 @@ struct ChainOptions {
   int chains = 4;
   int simulations = 400;  // of all chains together, at most
   double temperature = 0.02;
-  bool stops_early = true;  // when half has brought nothing
+  bool stops_early = true;                    // when half has brought nothing
   std::optional<int64_t> memory_limit_bytes;  // per device
   int threads = 0;                            // 0: as many as the machine has. Changes nothing but the time
 };

@@ -197,7 +197,12 @@ LayerCosts layer_costs(const OpGraph& graph, const FedRows& rows, const CostMode
   if (world > cost.machine().num_devices())
     user_error("[search] the machine {} has {} devices, not {}", cost.machine().name, cost.machine().num_devices(), world);
   Program fixed = on_one_device(graph, rows);
-  LayerBuilder b{.fixed = fixed, .graph = fixed.graph, .cost = cost, .options = options, .layouts = Layouts(cost.machine()), .out = {.world_size = world}};
+  LayerBuilder b{.fixed = fixed,
+                 .graph = fixed.graph,
+                 .cost = cost,
+                 .options = options,
+                 .layouts = Layouts(cost.machine(), options.by_resolving),
+                 .out = {.world_size = world}};
   b.make_layers();
   b.make_tables();
   b.make_edges();

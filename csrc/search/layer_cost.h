@@ -30,7 +30,7 @@ namespace soap {
 struct LayerOptions {
   bool reductions = true;       // cut also what an operator sums over, which OptCNN doesn't
   int max_configurations = 64;  // of a layer: fewest cuts first, of those with as many the ones on most devices
-  bool by_resolving = false;    // every configuration resolved by itself as lowering does: slow, equal (tests)
+  bool by_resolving = false;    // every configuration resolved by itself as lowering does, every movement priced by itself: slow, equal (tests)
 };
 
 struct Layer {

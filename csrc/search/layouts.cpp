@@ -324,7 +324,7 @@ int64_t Layouts::gradient_ns(int tiles, int copies, const Tensor& t) {
 int64_t Layouts::there_and_back_ns(int tiles, int copies, const Tensor& t) {
   const Layout from = layouts_[tiles], to = layouts_[copies];
   if (tiles == copies && from.partial == Reduce::kNone) return 0;
-  if (from.partial != Reduce::kNone || !from.single || !to.single || !machine_.tables.empty()) {
+  if (from.partial != Reduce::kNone || !from.single || !to.single || !machine_.tables.empty() || each_way_) {
     return fill_ns(tiles, copies, t) + gradient_ns(tiles, copies, t);
   }
   const uint64_t key = key_of(tiles, copies, Way::kThereAndBack, t);

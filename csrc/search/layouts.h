@@ -72,7 +72,8 @@ class NumberMap {
 
 class Layouts {
  public:
-  explicit Layouts(const Machine& machine) : machine_(machine), traffic_(machine), slots_(256, -1) {}
+  // each_way: what goes there and back is priced as two movements, which is slower and the same (tests).
+  explicit Layouts(const Machine& machine, bool each_way = false) : machine_(machine), each_way_(each_way), traffic_(machine), slots_(256, -1) {}
 
   int add(const Sharding& sharding);
   // The same from arrays: tile t has the sets [t * dims, (t + 1) * dims) and the devices [t * replicas, (t + 1) * replicas); only tiles with here[t].
@@ -125,7 +126,8 @@ class Layouts {
   int64_t all_reduce(uint64_t ranks, int64_t bytes, int at_once);
 
   const Machine& machine_;
-  Traffic traffic_;  // of the exchange that is being priced
+  bool each_way_;
+  Traffic traffic_;                                      // of the exchange that is being priced
   std::pmr::monotonic_buffer_resource memory_{1 << 14};  // of what layouts list
   struct Known {
     uint64_t hash = 0;

@@ -62,8 +62,8 @@ struct SearchResult {
 };
 
 std::vector<std::pair<std::string, Strategy>> seeds(const OpGraph& graph, int world_size);
-// Throws std::invalid_argument when nothing fits, nothing keeps the constraints, or there is a limit on memory that isn't counted. Where the observer ends the search, seeds are still priced until one
-// fits, so that what comes back is a legal plan.
+// Throws std::invalid_argument when nothing fits, nothing keeps the constraints, or there is a limit on memory that isn't counted. Where the observer ends the
+// search, seeds are still priced until one fits, so that what comes back is a legal plan.
 SearchResult search(const OpGraph& graph, const FedRows& rows, const CostModel& cost, const SearchOptions& options, Observer observer = {});
 
 }  // namespace soap
