@@ -55,7 +55,7 @@ class Captured:
         rows_apart: they gave the same on the first batch when their rows were computed in two parts: they may be split on the sample dim.
         batch_dims: for each input tensor the dim that moves with the batch, None for none.
         checked: compared with eager (False on the meta device).
-        fold: which repeated modules are traced once (`fold.py`): those "alike" in classes and tensors, those "equal" in plain attributes too, or "none".
+        fold: which repeated modules are traced once (`fold.py`): those "alike" but for their place in a list, those "equal" in that too, or "none".
     """
 
     def __init__(
