@@ -104,15 +104,15 @@ class Folding:
             for group, paths in enumerate(self.groups):
                 for path in paths:
                     module = self.modules[path]
-                    replaced.append((module, module.__dict__.get("forward")))
-                    module.forward = self.intercept(group, path, module, module.forward)  # type: ignore[method-assign]
+                    replaced.append((module, vars(module).get("forward")))
+                    vars(module)["forward"] = self.intercept(group, path, module, module.forward)
             yield
         finally:
             for module, own in replaced:
                 if own is None:
-                    del module.forward
+                    del vars(module)["forward"]
                 else:
-                    module.forward = own  # type: ignore[method-assign]
+                    vars(module)["forward"] = own
 
     def intercept(self, group: int, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +148,10 @@ class Folding:
             return self.lead(leader, run, inputs, stored)
         if leader.left is None:
             return run()
-        return self.follow(leader, path, run, inputs, stored)
+        try:
+            return self.follow(leader, path, run, inputs, stored)
+        except Exception as error:  # of the module's code too: in a trace it wouldn't have met a stand-in
+            raise CannotFold(str(error)) from error
 
     def lead(self, leader: Leader, run: Callable[[], Any], inputs: list[torch.Tensor], stored: dict[str, torch.Tensor]) -> Any:
         """Traced as it is, between two markers."""
