@@ -104,15 +104,15 @@ class Folding:
             for group, paths in enumerate(self.groups):
                 for path in paths:
                     module = self.modules[path]
-                    replaced.append((module, vars(module).get("forward")))
-                    vars(module)["forward"] = self.intercept(group, path, module, module.forward)
+                    replaced.append((module, module.__dict__.get("forward")))
+                    module.__dict__["forward"] = self.intercept(group, path, module, module.forward)
             yield
         finally:
             for module, own in replaced:
                 if own is None:
-                    del vars(module)["forward"]
+                    del module.__dict__["forward"]
                 else:
-                    vars(module)["forward"] = own
+                    module.__dict__["forward"] = own
 
     def intercept(self, group: int, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -220,8 +220,8 @@ class Attributes:
 
     def restore(self) -> None:
         for module, attributes, _ in self.saved:
-            vars(module).clear()
-            vars(module).update(attributes)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
         for container, before in self.contents.values():
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(before)
