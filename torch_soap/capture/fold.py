@@ -138,9 +138,7 @@ class Folding:
             signature = (spec, [about(leaf) for leaf in leaves], modes())
         except Unrecordable:
             return run()
-        stored = {
-            f"{path}.{n}": t for path, m in module.named_modules() for n, t in itertools.chain(m._parameters.items(), m._buffers.items()) if t is not None
-        }
+        stored = {f"{p}.{n}": t for p, m in module.named_modules() for n, t in tensors_of(m)}
         leader = next((known for known in self.leaders[group] if known.signature == signature), None)
         if leader is None:
             leader = Leader(path, signature)
