@@ -169,14 +169,19 @@ class Alternating(Block):
         return super().forward(x.flip(1) if self.index else x)
 
 
-def test_attributes_that_matter_split_the_groups() -> None:
+def test_places_that_matter_split_the_groups() -> None:
     assert copies(both(stack(LayerIndex), X)) == 0
     captured = both(stack(Alternating), X)
-    assert (captured.fold, copies(captured)) == ("equal", 2)
+    assert (captured.fold, copies(captured)) == ("alike", 2)
 
 
-def test_ignored_layer_index_does_not() -> None:
+def test_places_that_are_not_used_do_not() -> None:
     assert both(stack(Block), X).fold == "alike"
+
+
+def test_other_attributes_are_compared_at_once() -> None:
+    captured = both(lambda: Stack([Block(i, trap=str(i % 2)) for i in range(4)]), X)
+    assert (captured.fold, copies(captured)) == ("alike", 2)
 
 
 class DropPath(Block):
@@ -419,7 +424,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "a hook on a block": (HookOnBlock, 3),
     "a hook in a block": (ManyHooks, 0),
     "a forward of its own": (OwnForward, 0),
-    "a mode of its own": (OneInEval, 0),
+    "a mode of its own": (OneInEval, 2),
     "another bias": (OtherWidth, 2),
     "a global": (stack(Global), 0),
     "a custom function": (stack(Custom), 0),

@@ -43,6 +43,7 @@ class Trace:
     out_names: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # Python attributes that the forward changed: the trace has baked them
     assigned: list[str] = field(default_factory=list)  # attributes to which the forward assigned tensors: the trace has dropped them
+    folding: Folding | None = None  # of repeated modules
 
 
 class Captured:
@@ -55,7 +56,7 @@ class Captured:
         rows_apart: they gave the same on the first batch when their rows were computed in two parts: they may be split on the sample dim.
         batch_dims: for each input tensor the dim that moves with the batch, None for none.
         checked: compared with eager (False on the meta device).
-        fold: which repeated modules are traced once (`fold.py`): those "alike" in classes and tensors, those "equal" in plain attributes too, or "none".
+        fold: which repeated modules are traced once (`fold.py`): those "alike" but for their place in a list, those "equal" in that too, or "none".
     """
 
     def __init__(
@@ -182,8 +183,9 @@ class Captured:
             try:
                 program = torch.export.export(flat, tuple(examples), strict=False, dynamic_shapes=shapes)
             except Exception as error:  # torch.export documents no exception type for untraceable code
-                if folding is not None and (folding.failed or folding.folded):
-                    raise CannotFold(folding.failed or "what follows can't be traced with it") from error
+                if folding is not None and folding.leaders:
+                    self.fold = self.fold if folding.failed else "equal"  # the last that is tried: it may be the code's own fault
+                    raise CannotFold(folding.failed or "what follows can't be traced") from error
                 reason = f"{user_line(error)}: {first_line(error)}"
                 raise CaptureError(reason, watch.running[-1] if watch.running else None) from error
         if folding is not None and folding.failed:
@@ -195,7 +197,7 @@ class Captured:
         if watch.drew:
             raise CaptureError("it draws from Python's or NumPy's random numbers, which a trace would bake", watch.drew[0])
         result = flat.result
-        return Trace(program, ops, result.constants, result.slots, result.spec, result.names, result.changed, result.assigned)
+        return Trace(program, ops, result.constants, result.slots, result.spec, result.names, result.changed, result.assigned, folding)
 
     def instantiate(self, inputs: Any) -> Graph:
         """The graph at the global shapes of these inputs (tensors of any kind in the structure of a call, or a
@@ -242,19 +244,20 @@ class Captured:
 
     # -- import --------------------------------------------------------------------------------------------------------
     def _import(self, signature: Signature) -> Graph:
-        constants = dict(self.constants)
+        constants, self.before = dict(self.constants), None
         try:
             return self._import_at(signature)
         except CannotFold:
             self.unfold(constants)
+        finally:
+            self.before = None
         return self._import(signature)
 
     def unfold(self, constants: dict[str, torch.Tensor]) -> None:
         """The next trace is made as if this one hadn't been, with less folding."""
-        if self.folding is None or self.before is None:
-            raise RuntimeError("[capture] nothing to unfold")
-        self.before.restore()
-        groups = self.folding.groups if self.fold == "alike" else []
+        if self.before is not None:  # traced just now; the attributes of an older trace have moved on
+            self.before.restore()
+        groups = self.folding.groups if self.folding is not None and self.fold == "alike" else []
         self.fold = "equal" if groups and repeated(self.module, attributes=True) not in (groups, []) else "none"
         self.constants, self.folding = constants, None
         self.traces.clear()
@@ -286,8 +289,8 @@ class Captured:
                 if group != "const":
                     (buffers if group == "buffer" else parameters)[name] = shared[id(tensor)]
             handles.append(shared[id(tensor)])
-        if self.folding is not None:
-            importer.stored = self.folding.by_path(buffers | parameters)
+        if trace.folding is not None:
+            importer.stored = trace.folding.by_path(buffers | parameters)
         with quiet(), uncollected():
             outputs = importer.run(trace.program.graph_module, handles)
         made = list(zip(outputs, spec.output_specs, strict=True))

@@ -105,14 +105,14 @@ class Folding:
                 for path in paths:
                     module = self.modules[path]
                     replaced.append((module, module.__dict__.get("forward")))
-                    module.forward = self.intercept(group, path, module, module.forward)  # type: ignore[method-assign]
+                    module.__dict__["forward"] = self.intercept(group, path, module, module.forward)
             yield
         finally:
             for module, own in replaced:
                 if own is None:
-                    del module.forward
+                    del module.__dict__["forward"]
                 else:
-                    module.forward = own  # type: ignore[method-assign]
+                    module.__dict__["forward"] = own
 
     def intercept(self, group: int, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -138,9 +138,7 @@ class Folding:
             signature = (spec, [about(leaf) for leaf in leaves], modes())
         except Unrecordable:
             return run()
-        stored = {
-            f"{path}.{n}": t for path, m in module.named_modules() for n, t in itertools.chain(m._parameters.items(), m._buffers.items()) if t is not None
-        }
+        stored = {f"{p}.{n}": t for p, m in module.named_modules() for n, t in tensors_of(m)}
         leader = next((known for known in self.leaders[group] if known.signature == signature), None)
         if leader is None:
             leader = Leader(path, signature)
@@ -148,7 +146,10 @@ class Folding:
             return self.lead(leader, run, inputs, stored)
         if leader.left is None:
             return run()
-        return self.follow(leader, path, run, inputs, stored)
+        try:
+            return self.follow(leader, path, run, inputs, stored)
+        except Exception as error:  # of the module's code too: in a trace it wouldn't have met a stand-in
+            raise CannotFold(str(error)) from error
 
     def lead(self, leader: Leader, run: Callable[[], Any], inputs: list[torch.Tensor], stored: dict[str, torch.Tensor]) -> Any:
         """Traced as it is, between two markers."""
@@ -217,26 +218,36 @@ class Attributes:
 
     def restore(self) -> None:
         for module, attributes, _ in self.saved:
-            vars(module).clear()
-            vars(module).update(attributes)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
         for container, before in self.contents.values():
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(before)
 
 
 def repeated(root: nn.Module, attributes: bool) -> list[list[str]]:
-    """Paths of modules with the same classes and tensors (and plain `attributes`) inside, tensors that nobody else has; groups don't lie in each
-    other: those come first whose folding saves most."""
+    """Paths of modules with the same classes, plain attributes and tensors inside, tensors that nobody else has. Groups don't lie in each other:
+    those come first whose folding saves most.
+
+    Args:
+        attributes: all of them, also numbers that are in the module's path: places in a list, which the code may or may not use.
+    """
     if len(list(root.named_modules(remove_duplicate=False))) > len(list(root.modules())):  # modules with several paths
         return []
     owners = Counter(id(t) for m in root.modules() for _, t in tensors_of(m))
-    groups: dict[Any, list[str]] = defaultdict(list)
+    alike: dict[Any, list[tuple[str, dict[Any, Any]]]] = defaultdict(list)
     for path, module in root.named_modules():
         inner = list(module.named_modules())
         if path and len(inner) >= LEAST_MODULES and not any(excluded(m, owners) for _, m in inner):
-            groups[tuple((p, *kind_of(m, attributes)) for p, m in inner)].append(path)
+            values = {(p, n): v for p, m in inner for n, v in values_of(m)}
+            alike[tuple((p, *kind_of(m)) for p, m in inner)].append((path, values))
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for key, members in alike.items():
+        ignored = set() if attributes else places(members)
+        for path, values in members:
+            groups[(key, tuple(sorted((n, v) for n, v in values.items() if n not in ignored)))].append(path)
     taken: list[list[str]] = []
-    for _, paths in sorted(groups.items(), key=lambda item: -(len(item[1]) - 1) * len(item[0])):
+    for _, paths in sorted(groups.items(), key=lambda item: -(len(item[1]) - 1) * len(item[0][0])):
         known = [p for group in taken for p in group]
         if len(paths) > 1 and not any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in paths for b in known):
             taken.append(paths)
@@ -254,13 +265,21 @@ def tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(n, t) for n, t in itertools.chain(module._parameters.items(), module._buffers.items()) if t is not None]
 
 
-def kind_of(module: nn.Module, attributes: bool) -> tuple[Any, ...]:
-    tensors = tuple((n, tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for n, t in tensors_of(module))
-    values = []
-    for name, value in sorted(vars(module).items()) if attributes else ():
+def kind_of(module: nn.Module) -> tuple[Any, ...]:
+    return (type(module), tuple((n, tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for n, t in tensors_of(module)))
+
+
+def values_of(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Plain attributes and sequences of them, spelled out."""
+    for name, value in vars(module).items():
         with contextlib.suppress(Unrecordable):
-            values.append((name, tuple(map(plain, value)) if isinstance(value, tuple) else plain(value)))
-    return (type(module), tensors, tuple(values))
+            yield name, repr([plain(v) for v in value] if isinstance(value, tuple | list) else plain(value))
+
+
+def places(members: list[tuple[str, dict[Any, Any]]]) -> set[Any]:
+    """Attributes that are in each member a number in its path."""
+    numbers = [{repr((int, int(p))) for p in path.split(".") if p.isdigit()} for path, _ in members]
+    return {n for n in members[0][1] if all(values.get(n) in own for (_, values), own in zip(members, numbers, strict=True))}
 
 
 def about(leaf: Any) -> Any:
