@@ -312,7 +312,7 @@ WorkPtr SoapBackend::allgather_into_tensor_coalesced(TensorList& outputs, Tensor
       part.for_each(0, part.num_bytes(), [&](std::byte* data, uint64_t, uint64_t bytes) { incoming[r].add(data, bytes); });
     }
   }
-  const Call call{OpType::ALLGATHER_INTO_TENSOR_COALESCED, "all_gather", kCall, options.timeout, !options.asyncOp};
+  const Call call{OpType::_ALLGATHER_BASE, "all_gather", kCall, options.timeout, !options.asyncOp};
   return exchange(call, {outgoing}, std::move(incoming), std::vector<bool>(size_, true), inputs, outputs, std::move(held));
 }
 

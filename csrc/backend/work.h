@@ -48,7 +48,7 @@ class SoapWork final : public c10d::Work {
   void abort() override;
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
   uint64_t getSequencenumber() const override { return sequence_; }
-  std::chrono::milliseconds getTimeout() const override;
+  std::chrono::milliseconds getTimeout() const;  // torch 2.13's Work has none to override
 
  private:
   void ended(std::exception_ptr error);
