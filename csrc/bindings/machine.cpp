@@ -11,6 +11,29 @@
 namespace py = pybind11;
 
 namespace soap {
+namespace {
+
+// Tuples, which the stubs can name.
+using Points = std::vector<std::tuple<double, double, double>>;
+
+std::map<std::string, Points> curves_of(const Machine& machine) {
+  std::map<std::string, Points> out;
+  for (const auto& [key, curve] : machine.curves) {
+    Points& points = out[key];
+    for (const auto& [size, forward, backward] : curve) points.emplace_back(size, forward, backward);
+  }
+  return out;
+}
+
+void set_curves(Machine& machine, const std::map<std::string, Points>& curves) {
+  machine.curves.clear();
+  for (const auto& [key, points] : curves) {
+    EfficiencyCurve& curve = machine.curves[key];
+    for (const auto& [size, forward, backward] : points) curve.push_back({size, forward, backward});
+  }
+}
+
+}  // namespace
 
 void bind_machine(py::module_& m) {
   py::class_<Link>(m, "Link", "One direction of a link; `per_host` of them serve the devices of a host, 0: each device has its own.")
@@ -31,7 +54,7 @@ void bind_machine(py::module_& m) {
       .def_readwrite("memory_bytes_per_s", &Machine::memory_bytes_per_s)
       .def_readwrite("op_overhead_ns", &Machine::op_overhead_ns)
       .def_readwrite("efficiency", &Machine::efficiency)
-      .def_readwrite("curves", &Machine::curves)
+      .def_property("curves", &curves_of, &set_curves)
       .def_readwrite("memory_bytes", &Machine::memory_bytes)
       .def_readwrite("overlap", &Machine::overlap)
       .def_readwrite("step_overhead_ns", &Machine::step_overhead_ns)
@@ -42,7 +65,13 @@ void bind_machine(py::module_& m) {
       .def_readwrite("inter", &Machine::inter)
       .def_readwrite("tables", &Machine::tables)
       .def_property_readonly("num_devices", &Machine::num_devices)
-      .def("parts_of", &Machine::parts_of, py::arg("family"), py::arg("dtype"), py::arg("size"), py::arg("width") = 0.0)
+      .def(
+          "parts_of",
+          [](const Machine& m, const std::string& family, const std::string& dtype, double size, double width) {
+            const auto [forward, backward] = m.parts_of(family, dtype, size, width);
+            return std::pair(forward, backward);
+          },
+          py::arg("family"), py::arg("dtype"), py::arg("size"), py::arg("width") = 0.0)
       .def(py::self == py::self);
   m.def("machine_preset", &preset, py::arg("name"), py::arg("hosts"), py::arg("devices_per_host"));
   m.def("machine_presets", &preset_names);

@@ -117,13 +117,13 @@ def test_a_curve_goes_before_the_efficiency_of_its_family() -> None:
     machine = torch_soap.Machine(1)
     machine.efficiency = {"attention": 0.9}
     machine.curves = {"attention/bfloat16/64": [(1024, 0.2, 0.1), (4096, 0.4, 0.3)], "attention/bfloat16/128": [(512, 0.7, 0.6)]}
-    assert machine.parts_of("attention", "bfloat16", 2048, 64) == pytest.approx([0.3, 0.2])
-    assert machine.parts_of("attention", "bfloat16", 2048, 80) == pytest.approx([0.3, 0.2])
-    assert machine.parts_of("attention", "bfloat16", 16, 64) == [0.2, 0.1] and machine.parts_of("attention", "bfloat16", 1 << 20, 64) == [0.4, 0.3]
-    assert machine.parts_of("attention", "bfloat16", 16, 200) == [0.7, 0.6]
+    assert machine.parts_of("attention", "bfloat16", 2048, 64) == pytest.approx((0.3, 0.2))
+    assert machine.parts_of("attention", "bfloat16", 2048, 80) == pytest.approx((0.3, 0.2))
+    assert machine.parts_of("attention", "bfloat16", 16, 64) == (0.2, 0.1) and machine.parts_of("attention", "bfloat16", 1 << 20, 64) == (0.4, 0.3)
+    assert machine.parts_of("attention", "bfloat16", 16, 200) == (0.7, 0.6)
     for without in (("attention", "float32", 16, 64), ("attention", "bfloat16", 0, 64)):
-        assert machine.parts_of(*without) == [0.9, 0.9]
-    assert machine.parts_of("matmul", "bfloat16", 2048, 64) == [1.0, 1.0]
+        assert machine.parts_of(*without) == (0.9, 0.9)
+    assert machine.parts_of("matmul", "bfloat16", 2048, 64) == (1.0, 1.0)
 
 
 def test_views_move_nothing() -> None:
