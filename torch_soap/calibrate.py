@@ -30,17 +30,18 @@ from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm, transport
+from torch_soap.runtime.heap import keep_freed_memory
 from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfer, execute
 from torch_soap.runtime.parallel import Parallel
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 MANY_PARAMETERS = 64  # of a model that computes nothing
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
-# Beyond what the C library keeps for itself (32 MiB): each new tensor's pages are given by the kernel, one by one. Measured where it doesn't take long.
+# Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 # Bytes that are used between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
 OTHER, RECENT = 8 << 20, 512 << 10
-FORMAT = 5  # of the cache
+FORMAT = 6  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -95,6 +96,8 @@ def barrier(comm: Comm | None) -> None:
 
 def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: Sequence[int] = ()) -> Machine:
     """The machine that this job runs on; its tables are measured unless they are known. `known` is the same on all ranks."""
+    if comm is not None:
+        keep_freed_memory()  # as in training
     machine = Machine(world_size, 1)
     machine.name = platform.node()
     if host_of:
