@@ -53,8 +53,10 @@ def init_string() -> str:
 _beside: dict[str, dist.ProcessGroup] = {}  # by name of the group of the same ranks that the user made
 
 
-def beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def beside(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """All ranks' group for parallelized models: the user's own, or one over shared memory beside it where that is gloo's. Collective the first time."""
+    if group is None:
+        raise RuntimeError("[backend] there is no process group")
     if wanted() != "soap" or group.size() == 1 or "cpu:gloo" not in dist.get_backend_config(group).split(","):
         return group
     if group.group_name not in _beside or _beside[group.group_name] not in dist.distributed_c10d._world.pg_map:
@@ -63,7 +65,8 @@ def beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
         counts: list[Any] = [None] * group.size()
         dist.all_gather_object(counts, world.group_count, group=group)
         world.group_count = max(counts)  # names of groups go by it, and ranks that have made groups of their own count otherwise
-        _beside[group.group_name] = dist.new_group(backend="soap", timeout=timeout, group_desc="soap")
+        made: Any = dist.new_group(backend="soap", timeout=timeout, group_desc="soap")
+        _beside[group.group_name] = made
     return _beside[group.group_name]
 
 

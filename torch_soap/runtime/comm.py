@@ -78,7 +78,7 @@ class TorchComm:
     process has made before, so members that make theirs alone, in an order of their own, wait for each other for ever."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.world = group if group is not None else beside(dist.group.WORLD)
+        self.world: dist.ProcessGroup | None = group if group is not None else beside(dist.group.WORLD)
         self.rank = dist.get_rank(self.world)
         self.world_size = dist.get_world_size(self.world)
         self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of those joined the ones with this rank
@@ -181,7 +181,7 @@ def transport(group: dist.ProcessGroup | None = None, device: torch.device | Non
     hosts is gloo."""
     if group is None and not dist.is_initialized():
         return ""
-    backend: Any = (beside(dist.group.WORLD) if group is None else group)._get_backend(device or torch.device("cpu"))  # type: ignore[union-attr]
+    backend: Any = (beside(dist.group.WORLD) if group is None else group)._get_backend(device or torch.device("cpu"))
     name = str(backend.name())
     return name if getattr(backend, "shares_memory", True) else "gloo"
 
