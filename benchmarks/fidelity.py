@@ -127,13 +127,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "# Predicted and measured step times",
         "",
-        "`python -m benchmarks.fidelity`: processes of one thread, gloo, AdamW; "
+        "`python -m benchmarks.fidelity`: processes of one thread, shared memory within a host and gloo between hosts, AdamW; "
         f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
         f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
         "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "
-        "fullest device). Noise: quartiles' distance over the median, the "
-        "mean of a launch's plans: where it is larger than the error, the error says little. Drift: a fixed piece of work, timed before each plan, "
-        "90th over 10th percentile; the last column scales each prediction by how much slower that work was then than while operators were measured.",
+        "fullest device). Noise: quartiles' distance over the median, the mean of a launch's plans: where it is larger than the error, the error says "
+        "little. Drift: a fixed piece of work, timed before and after each plan's steps, 90th over 10th percentile; the last column scales each "
+        "prediction by how much slower that work was then than while operators were measured. While it takes 1.2 times as long, a plan's steps are run "
+        "again, four times at most, and those beside the fastest count.",
         "",
         "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
