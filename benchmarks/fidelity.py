@@ -96,7 +96,7 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
     errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     chosen = measured[predicted.index(min(predicted))]
     noise = [iqr(p["measured_ms"]) / m for p, m in zip(plans, measured, strict=True)]
-    drift = [statistics.mean(p["probe_ms"]) / statistics.median(row["probe_ms"]) for p in plans]
+    drift = [statistics.mean(p["pace"]) for p in plans]
     memory = [abs(max(p["memory_bytes"]) / max(p["measured_bytes"]) - 1) for p in plans if "measured_bytes" in p]
     return {
         "plans": len(plans),
@@ -132,9 +132,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
         "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "
         "fullest device). Noise: quartiles' distance over the median, the mean of a launch's plans: where it is larger than the error, the error says "
-        "little. Drift: a fixed piece of work, timed before and after each plan's steps, 90th over 10th percentile; the last column scales each "
-        "prediction by how much slower that work was then than while operators were measured. While it takes 1.2 times as long, a plan's steps are run "
-        "again, four times at most, and those beside the fastest count.",
+        "little. Drift: what small operators took before and after each plan's steps, 90th over 10th percentile; the last column scales each "
+        "prediction by how much slower they were then than in calm moments. While they take 1.2 times as long, a plan's steps are run "
+        "again, five times at most, and those of the calmest moment count.",
         "",
         "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",

@@ -24,6 +24,7 @@ from torch_soap import _C, calibrate
 from torch_soap.backend import init_string
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import to_json
+from torch_soap.measuring import PACE
 from torch_soap.plan import as_plan
 from torch_soap.planner import measure, search_plan
 from torch_soap.rewrite.graph_import import to_op_graph
@@ -38,8 +39,8 @@ FIRST = ("found", "ddp", "one device", "zero-1", "zero-3", "megatron", "owt", "1
 SIMULATIONS = 300  # of the search: a plan that is nearly the best is enough here
 FRESH = 128 << 10
 WARM_UP = 1  # steps after each change of plan
-# A plan's steps are run again, after a pause, while a fixed piece of work before or after them takes so many times what it took while operators were measured.
-STEADY, ATTEMPTS, PAUSE_S = 1.2, 4, 4.0
+# A plan's steps are run again, after a pause, while small operators before or after them take so many times what they take in calm moments.
+STEADY, ATTEMPTS, PAUSE_S, READINGS = 1.2, 5, 3.0, 100
 
 
 def plans_of(graph: _C.OpGraph, found: torch_soap.Plan, rows: list[int]) -> dict[str, str]:
@@ -121,17 +122,12 @@ def peak_bytes(parallel: Any, engine: Engine, graph: Graph, batch: tuple[torch.T
     return live.peak + state_bytes
 
 
-def probe() -> float:
-    """ms of a fixed piece of work, all ranks at once: how fast the machine is right now. It isn't ours alone: what was measured a minute ago may be off."""
-    a, x = torch.ones(384, 384), torch.ones(1 << 21)
+def pace() -> float:
+    """How slow the machine is right now, in times of its usual pace: of the slowest rank, all at once, over READINGS readings. It isn't ours alone."""
     dist.barrier()
-    start = time.perf_counter()
-    for _ in range(12):
-        a @ a
-        x.mul_(1.0)
-    taken = torch.tensor([1e3 * (time.perf_counter() - start)])
+    taken = torch.tensor([statistics.mean(PACE() for _ in range(READINGS))])
     dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return round(float(taken), 2)
+    return round(float(taken), 3)
 
 
 def one_step(model: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, ...]) -> tuple[float, torch.Tensor]:
@@ -182,9 +178,7 @@ def main(name: str, rounds: int, steps: int) -> None:
     seconds = {"planning": time.perf_counter() - begin}
     host_of = calibrate.placement(comm)
     known = calibrate.load(world, comm, host_of)
-    probes = [probe()]
     for plan in plans.values():
-        probes.append(probe())
         while measure(cost, graph, captured_graph, plan.strategy, rows, comm, known):
             pass
     if rank == 0:
@@ -206,19 +200,19 @@ def main(name: str, rounds: int, steps: int) -> None:
             parallel.random.call, parallel.meter.count = 0, FIRST_SAMPLE  # no sampled step among the measured ones
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
             attempts: list[tuple[float, list[float]]] = []
-            while not attempts or (attempts[-1][0] > STEADY * statistics.median(probes) and len(attempts) < ATTEMPTS):
+            while not attempts or (attempts[-1][0] > STEADY and len(attempts) < ATTEMPTS):
                 if attempts:
                     time.sleep(PAUSE_S)
-                before, taken = probe(), []
+                before, taken = pace(), []
                 for step in range(WARM_UP + steps):
                     seconds_taken, loss = one_step(model, optimizer, batch)
                     taken.append(round(1e3 * seconds_taken, 3))
                     if step == 0 and turn == 0 and not attempts:
                         dist.all_reduce(loss)
                         row["first_loss"] = float(loss) / world
-                attempts.append((max(before, probe()), taken[WARM_UP:]))
+                attempts.append((max(before, pace()), taken[WARM_UP:]))
             slowest, steadiest = min(attempts)
-            row.setdefault("probe_ms", []).append(slowest)
+            row.setdefault("pace", []).append(slowest)
             row.setdefault("attempts", []).append(len(attempts))
             row["measured_ms"] += steadiest
             engine = next(iter(parallel.engines.values()))[0]
@@ -232,7 +226,7 @@ def main(name: str, rounds: int, steps: int) -> None:
                 row["measured_bytes"] = comm.gather_objects(peak_bytes(parallel, engine, captured_graph, batch))
     seconds["training"] = time.perf_counter() - begin - sum(seconds.values())
     if rank == 0:
-        report({"plans": out, "found": found.text.splitlines(), "probe_ms": probes, "seconds": seconds, "machine": to_json(cost.machine)})
+        report({"plans": out, "found": found.text.splitlines(), "seconds": seconds, "machine": to_json(cost.machine)})
         for label, row in out.items():
             median = statistics.median(row["measured_ms"])
             ratio = max(row["memory_bytes"]) / max(row.get("measured_bytes", [1]))

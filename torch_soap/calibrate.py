@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
-from torch_soap.measuring import REPEATS, Timing, calmest, forget_doubtful, load_per_core, mark, own_clock, timed
+from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
 from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
@@ -78,14 +78,18 @@ def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) 
             forget_doubtful(known, load_per_core())
         except json.JSONDecodeError:  # cut short by a killed run: measure again
             path.unlink()
-    return known if comm is None else dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
+    if comm is not None:
+        known = dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
+    if "pace_ns" in known and (comm is None or not host_of or host_of[comm.rank] == host_of[0]):
+        PACE.fastest_ns = min(PACE.fastest_ns or known["pace_ns"], known["pace_ns"])
+    return known
 
 
 def save(num_ranks: int, data: dict[str, Any], host_of: Sequence[int] = ()) -> None:
     path = cache_file(num_ranks, host_of)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data))
+    temporary.write_text(json.dumps(data | {"pace_ns": PACE.fastest_ns}))
     temporary.replace(path)
 
 
@@ -155,18 +159,19 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
                     a @ a
                 x.add_(1.0)
 
+        def sample(num_busy: int) -> tuple[int, int]:
+            barrier(comm)
+            begin, begin_own = time.perf_counter_ns(), clock()
+            if locals_.index(comm.rank) < num_busy:
+                work()
+            taken = clock() - begin_own
+            barrier(comm)  # all have done theirs
+            return time.perf_counter_ns() - begin, taken
+
         walls, own = [], 0
         for num_busy in range(machine.host_of.count(machine.host_of[0]) + 1):  # 0: what the barriers take
-            samples = []
-            for _ in range(REPEATS):
-                barrier(comm)
-                begin, begin_own = time.perf_counter_ns(), clock()
-                if locals_.index(comm.rank) < num_busy:
-                    work()
-                taken = clock() - begin_own
-                barrier(comm)  # all have done theirs
-                samples.append((time.perf_counter_ns() - begin, taken))
-            everyone = comm.gather_ints([min(v) for v in zip(*samples, strict=True)])
+            samples, _ = calm_samples(lambda n=num_busy: sample(n), REPEATS, agree=lambda pace: worst(comm, pace))  # type: ignore[misc]
+            everyone = comm.gather_ints([int(statistics.median(v)) for v in zip(*samples, strict=True)])
             walls.append(max(wall for wall, _ in everyone))
             own = max(taken for _, taken in everyone)  # the last round's: all at work
         known["busy_speed"] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
@@ -204,7 +209,7 @@ def time_step(comm: Comm, num_parameters: int) -> tuple[int, int, Timing]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS)))
+        taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS, agree=lambda pace: worst(comm, pace))))
         engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
         beyond, segments = [], []
         for _ in range(10):
@@ -213,8 +218,13 @@ def time_step(comm: Comm, num_parameters: int) -> tuple[int, int, Timing]:
             one_step()
             beyond.append(time.perf_counter_ns() - begin - sum(end - begin for _, begin, end in engine.trace))
             segments += [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
-    everyone = comm.gather_ints([int(statistics.median(beyond)), int(statistics.median(segments))])
+    everyone = comm.gather_ints([int(quiet(beyond)), int(quiet(segments))])
     return max(v[0] for v in everyone), max(v[1] for v in everyone), taken
+
+
+def worst(comm: Comm, pace: float) -> float:
+    """Of all ranks' readings."""
+    return max(v for (v,) in comm.gather_ints([int(1000 * pace)])) / 1000
 
 
 def slowest(comm: Comm, mine: Timing) -> Timing:
@@ -263,7 +273,12 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
     """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
     `size` bytes in all, each peer another part of a tensor, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody
     has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
-    source, a, other = torch.zeros(max(size // 4, len(ranks))), torch.randn(256, 256), torch.zeros(OTHER // 4)
+    small = size <= RECENT  # long computations differ between ranks by more than such a movement takes, and hide it
+    source, a, other = (
+        torch.zeros(max(size // 4, len(ranks))),
+        torch.randn(*(128, 128) if small else (256, 256)),
+        torch.zeros((64 << 10 if small else OTHER) // 4),
+    )
     moves, results = [], []
     if kind == "all_reduce":
         whole = list(source.shape)
@@ -284,21 +299,21 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
         barrier(comm)
         begin = time.perf_counter_ns()
         for _ in range(cycles if ranks else 0):
-            for _ in range(3):
-                a @ a
+            a @ a
             other.add_(1.0)
-            if size <= RECENT:
+            if small:
                 source.clone()
             if moving:
                 execute(step, comm, lambda value, dtype: source)
         return (time.perf_counter_ns() - begin) / cycles
 
     loop(True)
-    pairs = [(loop(True), loop(False)) for _ in range(REPEATS if size > 1 << 20 else 2 * REPEATS - 1)]  # in turns: a machine gets slower and faster
-    together = [t for t, _ in pairs]
-    mine = [int(statistics.median(t - alone for t, alone in pairs)), int(max(together) - min(together)), int(statistics.median(together))]
+    wanted = REPEATS if size > 1 << 20 else 2 * REPEATS - 1
+    pairs, pace = calm_samples(lambda: (loop(True), loop(False)), wanted, agree=lambda pace: worst(comm, pace))  # in turns: a machine gets slower and faster
+    together, alone = zip(*pairs, strict=True)
+    mine = [int(quiet(together) - quiet(alone)), int(max(together) - min(together)), int(statistics.median(together))]
     taken, spread, total = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
-    return Timing(max(taken, 1), spread / max(total, 1))
+    return Timing(max(taken, 1), max(spread / max(total, 1), pace - 1 if pace > CALM else 0.0))
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:

@@ -2,6 +2,10 @@
 
 Each figure in the cache has a mark [spread, load, tries]: the spread of its repeats as a part of their median, the load of the host (processes that
 want to run for each core) when its job began to measure, and how often it was measured. `forget_doubtful` says which are measured again.
+
+A virtual machine's core is half of a core, and somebody else's work on the other half costs ours up to half of its speed: for milliseconds, or for most of a
+minute. No load shows it, and the thread's own clock neither. So a reading of the machine's pace stands before and after each sample, and samples of slow
+moments are taken again.
 """
 
 from __future__ import annotations
@@ -9,11 +13,13 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Sample = TypeVar("Sample")
 
 REPEATS = 3
 NOISY = 0.3  # spread above which a figure is doubtful
@@ -21,6 +27,9 @@ JITTER_NS = 50_000  # a spread below this says nothing of the machine
 ATTEMPTS = 3  # of a doubtful figure in one run
 TRIES = 3  # runs that try a doubtful figure: a machine that is never quiet gets on with what it has
 BUSY = 0.5  # load above which a figure is doubtful once the host is quieter
+SMALL = 100  # operators of one reading of the pace: a quarter of a millisecond
+CALM = 1.3  # readings up to so many times the fastest are the machine's usual pace; with a neighbour at work they are 1.6 to 1.8
+AGAIN, PATIENCE_NS = 2, 20_000_000  # in slow moments up to so many times as many samples as wanted are taken, and for so long
 
 
 @dataclass(frozen=True)
@@ -38,21 +47,81 @@ def own_clock() -> Callable[[], int]:
     return time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
 
 
+class Pace:
+    """What small operators take now, in times of the fastest reading: they show best how fast this core is at the moment."""
+
+    def __init__(self) -> None:
+        self.value = torch.ones(16)
+        self.fastest_ns = 0  # nothing read yet
+
+    def __call__(self) -> float:
+        clock, value = own_clock(), self.value
+        for _ in range(SMALL // 5):  # what ran before has taken the cache
+            value.add_(1.0)
+        begin = clock()
+        for _ in range(SMALL):
+            value.add_(1.0)
+        taken = clock() - begin
+        self.fastest_ns = min(self.fastest_ns or taken, taken)
+        return taken / self.fastest_ns
+
+
+PACE = Pace()  # of this process
+
+
+def calm_samples(
+    sample: Callable[[], Sample], wanted: int, pace: Callable[[], float] = PACE, agree: Callable[[float], float] | None = None
+) -> tuple[list[Sample], float]:
+    """So many samples of the calmest moments, and the slowest pace among them. Samples go on until that many are calm, or for long enough. `agree`: makes
+    one reading of all ranks', where these sample together; all take as many."""
+    read = pace if agree is None else lambda: agree(pace())
+    taken: list[tuple[float, int, Sample]] = []
+    last, begin = read(), time.perf_counter_ns()
+
+    def go_on() -> bool:
+        if sum(p <= CALM for p, _, _ in taken) >= wanted:
+            return False
+        return len(taken) <= AGAIN * wanted or (agree is None and time.perf_counter_ns() - begin < PATIENCE_NS)
+
+    while go_on():
+        value, first = sample(), last
+        last = read()
+        taken.append((max(first, last), len(taken), value))
+    calmest_first = sorted(taken, key=lambda t: t[:2] if t[0] > CALM else (0.0, t[1]))[:wanted]
+    return [value for _, _, value in calmest_first], max(p for p, _, _ in calmest_first)
+
+
+def quiet(samples: Sequence[float]) -> float:
+    """The lower quartile: what others do to the memory, which no pace shows, only adds."""
+    ordered = sorted(samples)
+    return ordered[(len(ordered) - 1) // 4]
+
+
 def timed(
-    fn: Callable[..., Any], repeats: int = REPEATS, clock: Callable[[], int] = time.perf_counter_ns, *, before: Callable[[], Any] | None = None
+    fn: Callable[..., Any],
+    repeats: int = REPEATS,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    *,
+    before: Callable[[], Any] | None = None,
+    pace: Callable[[], float] = PACE,
+    agree: Callable[[float], float] | None = None,
 ) -> Timing:
-    """Median of a few runs after one to warm up. `before`: runs before each of them, untimed; what it gives, if anything, is fn's argument."""
-    samples = []
-    for _ in range(1 + repeats):
+    """Median of a few runs after one to warm up. `before`: runs before each of them, untimed; what it gives, if anything, is fn's argument. A spread is at
+    least what the pace was off."""
+
+    def sample() -> int:
         given = None if before is None else before()
         arguments = () if given is None else (given,)
         begin = clock()
         result = fn(*arguments)
-        samples.append(clock() - begin)
+        end = clock()
         del result, given, arguments
-    samples = samples[1:]
+        return end - begin
+
+    sample()
+    samples, slowest = calm_samples(sample, repeats, pace, agree)
     median = int(statistics.median(samples))
-    return Timing(median, (max(samples) - min(samples)) / max(median, 1))
+    return Timing(median, max((max(samples) - min(samples)) / max(median, 1), slowest - 1 if slowest > CALM else 0.0))
 
 
 def calmest(measure: Callable[[], Timing]) -> Timing:
