@@ -181,7 +181,8 @@ class TorchComm:
         return [row[2 : 2 + row[0]] for row in rows]
 
     def meet(self, work: dist.Work | None) -> None:
-        """Waits for a meeting. The store, which a rank that fails asks who has come, is told only where that takes long: telling it takes longer than to meet."""
+        """Waits for a meeting. The store, which a rank that fails asks who has come, is told only where the meeting takes long: telling takes longer than
+        meeting."""
         if work is None:
             return
         try:
@@ -250,7 +251,9 @@ def wait(work: dist.Work | None) -> None:
 EXCHANGE, GATHER = in_turn(dist.AllToAllOptions()), in_turn(dist.distributed_c10d.AllgatherOptions())
 
 
-class moving:  # noqa: N801  (a context manager, made for each movement: a generator's takes three times as long)
+class moving:
+    """Context: an error in it is one of a movement. A class, since a generator's context takes longer than a small movement's Python."""
+
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = ranks
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.autograd import Variable
@@ -20,7 +21,7 @@ from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.meter import Sample
-from torch_soap.runtime.movement import PlannedStep, execute, plan_step, sums_in
+from torch_soap.runtime.movement import PlannedStep, execute, index_of, plan_step, sums_in, take
 from torch_soap.runtime.storage import cut, stored_boxes
 
 
@@ -83,6 +84,8 @@ class Engine:
         self.returns = [n.id for n in nodes if n.kind == kinds.return_ and n.target != "buffer_write"]
         self.writes = [n.id for n in nodes if n.kind == kinds.return_ and n.target == "buffer_write"]
         self.names = [n.name for n in nodes]
+        self.written = [(n, self.names[n].removeprefix("write:")) for n in self.writes]
+        self.places: dict[str, list[tuple[int, Any]] | None] = {}  # of what is written: this rank's part, None: it has none
         self.value_of_store = list(self.rank_program.params)
         self.value_of_return = list(self.rank_program.returns)
         backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
@@ -251,11 +254,20 @@ class Engine:
 
     def write(self, state: StepState, stored: dict[str, torch.Tensor]) -> None:
         """Brings what this forward wrote into the buffers (and parameters, their own parts) by node name."""
-        for node in self.writes:
-            name = self.names[node].removeprefix("write:")
+        if not self.writes:
+            return
+        targets, sources = [], []
+        for node, name in self.written:
             key = f"buffer:{name}" if f"buffer:{name}" in stored else f"param:{name}"
-            with torch.no_grad():
-                stored[key].copy_(cut(state.values[self.value_of_return[node]], self.boxes[key]))
+            if key not in self.places:
+                value = self.value_of_return[node]
+                box = self.boxes[key]
+                self.places[key] = None if box is None else index_of(box, self.shapes[value])
+            whole, index = state.values[self.value_of_return[node]], self.places[key]
+            targets.append(stored[key])
+            sources.append(cut(whole, None) if index is None else take(whole, index))
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
 
     def seed(self, state: StepState, grads: dict[str, torch.Tensor]) -> None:
         for node in self.returns:

@@ -104,13 +104,13 @@ class PlannedStep:
     def sort(self, rank: int) -> None:
         """Tells apart what this rank reduces and what it puts together from pieces."""
         self.rank, self.others = rank, []
-        grouped: dict[tuple[Any, ...], list[PlannedTransfer]] = {}
+        grouped: dict[tuple[tuple[int, ...], torch.dtype, bool], list[PlannedTransfer]] = {}
         for t in self.transfers:
             if t.all_reduce and rank in t.ranks:
                 grouped.setdefault((tuple(t.ranks), t.dtype, t.maximum), []).append(t)
             else:
                 self.others.append(t)
-        self.buckets = [Bucket(*key, transfers) for key, transfers in grouped.items()]
+        self.buckets = [Bucket(ranks, dtype, maximum, transfers) for (ranks, dtype, maximum), transfers in grouped.items()]
 
 
 def index_of(box: Box, shape: list[int]) -> list[tuple[int, Any]]:
