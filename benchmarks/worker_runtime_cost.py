@@ -30,7 +30,7 @@ from torch_soap.runtime.meter import FIRST_SAMPLE
 from torch_soap.runtime.replan import replan
 
 SIMULATIONS = 300  # of the search: a plan that is nearly the best is enough here
-COLLECTIVES = ("allreduce", "alltoall_base", "_allgather_base", "allgather", "broadcast", "barrier")
+COLLECTIVES = ("allreduce", "alltoall_base", "all_to_all_single", "_allgather_base", "all_gather_single", "allgather", "broadcast", "barrier")
 
 
 def mlp() -> Case:
@@ -108,15 +108,24 @@ def install(watch: Stopwatch) -> None:
         return module
 
     engine_module.build_segment = timed_segment
-    engine_module.execute = watch.around("moving", engine_module.execute)
+    execute = engine_module.execute
+    packing, filling = watch.around("packing", execute), watch.around("filling", execute)
+
+    def timed_movement(step: Any, *args: Any) -> Any:
+        moves = bool(step.ranks) or any(t.all_reduce for t in step.transfers)
+        return (packing if moves else filling)(step, *args)
+
+    engine_module.execute = timed_movement
     Variable._execution_engine = TimedAutograd(Variable._execution_engine, watch)
     for name in COLLECTIVES:
-        setattr(dist.ProcessGroup, name, watch.around("collectives", getattr(dist.ProcessGroup, name)))
+        if hasattr(dist.ProcessGroup, name):
+            setattr(dist.ProcessGroup, name, watch.around("collectives", getattr(dist.ProcessGroup, name)))
     dist.Work.wait = watch.around("collectives", dist.Work.wait)
 
 
 def time_steps(model: Any, batch: tuple[torch.Tensor, ...], steps: int, watch: Stopwatch) -> list[dict[str, Any]]:
-    """ms by kind of each step; its rest is `own`, which `moving`, movements without their collectives, is a part of."""
+    """ms by kind of each step; its rest is `own`. `packing` is what movements between ranks take without their collectives, `filling` movements within a
+    rank, a part of `own`."""
     model._soap.meter.count = FIRST_SAMPLE  # no sampled step among the measured ones
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     optimizer.register_step_pre_hook(lambda *_: watch.begin("optimizer") if watch.on else None)
@@ -136,7 +145,7 @@ def time_steps(model: Any, batch: tuple[torch.Tensor, ...], steps: int, watch: S
         taken = time.perf_counter_ns() - begin
         watch.on = False
         if step >= 3:
-            own = taken - sum(ns for kind, ns in watch.ns.items() if kind != "moving")
+            own = taken - sum(ns for kind, ns in watch.ns.items() if kind != "filling")
             out.append({k: ns / 1e6 for k, ns in [("step", taken), ("own", own), *watch.ns.items()]} | {"calls": dict(watch.calls)})
     return out
 
