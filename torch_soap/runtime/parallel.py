@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 from torch_soap import _C
 from torch_soap.capture import Captured, capture
@@ -26,6 +25,7 @@ from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.rewrite.substitution import Checker
+from torch_soap.runtime.calling import Calling, input_tensors, structure_key
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.copies import plain_copy, with_memory
 from torch_soap.runtime.deferred import Deferred
@@ -33,7 +33,7 @@ from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import Header, RankMismatchError, agree
 from torch_soap.runtime.meter import Meter
 from torch_soap.runtime.storage import assemble, cut, materialise
-from torch_soap.runtime.tree import ModuleTree, Tree
+from torch_soap.runtime.tree import ModuleTree
 from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ParameterWatch, ReadAttributes, ReplicaWatch, checksum, compare_replicas
 
 Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
@@ -372,40 +372,6 @@ class Parallel:
         return [engine.output(state, node).detach() for node in engine.returns]
 
 
-class Calling:
-    """What calls of one engine need to know of the module as it is."""
-
-    def __init__(self, captured: Captured, graph: Graph, tree: Tree) -> None:
-        self.tree = tree
-        self.feeds = [n.name for n in graph.nodes if n.kind == "feed"]
-        self.fixed: dict[str, torch.Tensor] = {}  # by node name, in the graph's order; buffers, which forwards may replace, as they were
-        self.buffers: list[tuple[str, nn.Module, str]] = []
-        for n in graph.nodes:
-            if n.kind not in ("param", "buffer", "const"):
-                continue
-            if n.kind == "param" and n.qualname in tree.every_name:
-                self.fixed[n.name] = tree.every_name[n.qualname]
-                continue
-            self.fixed[n.name] = captured.stored_tensor(n.kind, n.qualname)
-            if n.kind == "buffer" and n.qualname in tree.buffers:
-                self.buffers.append((n.name, *tree.buffers[n.qualname]))
-        self.param_names = [n.name for n in graph.nodes if n.kind == "param"]
-        self.parameters = [self.fixed[name] for name in self.param_names]
-        self.inputs = [*self.feeds, *self.param_names]
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        """As Parallel.stored."""
-        out = dict(self.fixed)
-        for name, owner, leaf in self.buffers:
-            buffer = owner._buffers[leaf]
-            if buffer is not None:
-                out[name] = buffer
-        return out
-
-    def any_trained(self) -> bool:
-        return any(p.requires_grad for p in self.parameters)
-
-
 class RunProgram(torch.autograd.Function):
     """The whole Program as one autograd node; its inputs are the module's inputs and Parameters."""
 
@@ -528,26 +494,3 @@ def accumulates_all(functions: Iterable[tuple[Any, int]]) -> bool:
 
 def box_runs(box: list[Any]) -> list[list[tuple[int, int]]]:
     return [list(s.runs) for s in box]
-
-
-def input_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-
-
-def structure_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a capture is bound to besides shapes: the structure of the call and its constants. Equal on ranks that call alike."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    for leaf in leaves:
-        hidden = not isinstance(leaf, torch.Tensor | nn.Module) and any(isinstance(v, torch.Tensor) for v in getattr(leaf, "__dict__", {}).values())
-        if hidden or type(leaf).__module__ == "numpy":
-            raise TypeError(f"[forward] an argument of type {type(leaf).__name__}: give tensors, in tuples, dicts or dataclasses that pytree knows")
-    if any(isinstance(x, PackedSequence) for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))):
-        raise TypeError("[forward] a PackedSequence's rows aren't a dim: give padded tensors and lengths")
-
-    def key(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return str(leaf.dtype), leaf.dim(), leaf.requires_grad
-        plain = isinstance(leaf, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
-        return repr(leaf) if plain else type(leaf).__qualname__  # the repr of other objects may have their address
-
-    return str(spec), tuple(key(leaf) for leaf in leaves)
