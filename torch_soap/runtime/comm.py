@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import threading
+import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +17,11 @@ import torch.distributed as dist
 
 from torch_soap.backend import beside, leave
 
-all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.14 on
+# Of a process group: names from torch 2.14 on, and before.
+ALL_GATHER = "all_gather_single" if hasattr(dist.ProcessGroup, "all_gather_single") else "_allgather_base"
+ALL_TO_ALL = "all_to_all_single" if hasattr(dist.ProcessGroup, "all_to_all_single") else "alltoall_base"
 HEADER_INTS = 128  # fixed size, so that ranks that disagree still meet
+LONG = timedelta(seconds=1)  # a wait for other ranks after which a rank writes down where it is
 # Gloo's all-reduce is a ring, 2 (n-1) messages one after the other. Up to so many bytes to send, and among so few ranks, all of them at once take half as long.
 SMALL, FEW_RANKS = 256 << 10, 8
 MEETINGS = ("calibration", "forward", "backward", "state_dict", "state_dict of an optimizer", "deepcopy", "gradient norm", "deferred gradient", "step")
@@ -89,11 +93,14 @@ class TorchComm:
         self.backend = dist.get_backend_config(self.world)
         self.num_meetings = 0
         self.store: Any = dist.distributed_c10d._get_default_store() if group is None else None
+        self.everyone = tuple(range(self.world_size))
+        self.small: dict[tuple[tuple[int, ...], torch.device], int] = {}  # group, device -> bytes up to which sums are made at once
+        self.options = {maximum: reduce_options(maximum) for maximum in (False, True)}
         _alive.add(self)
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         key = tuple(ranks)
-        if key == tuple(range(self.world_size)):
+        if key == self.everyone:
             if self.world is None:
                 raise RuntimeError("[comm] there is no process group")
             return self.world
@@ -117,12 +124,23 @@ class TorchComm:
         tensor, group = tensor.contiguous(), self.group(ranks)
         num_bytes = tensor.numel() * tensor.element_size()
         with moving(ranks):
-            if num_bytes * (len(ranks) - 1) <= SMALL and len(ranks) <= FEW_RANKS and transport(group, tensor.device) == "gloo":
+            if num_bytes <= self.at_once(ranks, group, tensor.device):
                 tensor = all_reduce_at_once(tensor, len(ranks), group, maximum)
-            else:
+            elif tensor.is_complex():
                 dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group)
+            else:  # the group's own: c10d's function around it takes as long as a small sum
+                wait(group.allreduce([tensor], self.options[maximum]))
         self.traffic.add("all_reduce", num_bytes)
         return tensor
+
+    def at_once(self, ranks: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> int:
+        """Bytes up to which a sum among these ranks is made by `all_reduce_at_once`; -1: never."""
+        key = tuple(ranks), device
+        known = self.small.get(key)
+        if known is None:
+            apt = len(ranks) <= FEW_RANKS and transport(group, device) == "gloo"
+            known = self.small[key] = SMALL // max(len(ranks) - 1, 1) if apt else -1
+        return known
 
     def exchange(self, sends: dict[int, torch.Tensor], recv_bytes: dict[int, int], ranks: Sequence[int]) -> dict[int, torch.Tensor]:
         out_sizes = [recv_bytes.get(r, 0) for r in ranks]
@@ -131,7 +149,7 @@ class TorchComm:
         packed = outgoing[0] if len(outgoing) == 1 else torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.uint8)
         received = torch.empty(sum(out_sizes), dtype=torch.uint8)
         with moving(ranks):
-            dist.all_to_all_single(received, packed, out_sizes, in_sizes, group=self.group(ranks))
+            wait(getattr(self.group(ranks), ALL_TO_ALL)(received, packed, out_sizes, in_sizes, EXCHANGE))
         self.traffic.add("exchange", sum(in_sizes))
         return {r: part for r, part in zip(ranks, received.split(out_sizes), strict=True) if part.numel()}
 
@@ -142,35 +160,51 @@ class TorchComm:
 
     def gather_ints(self, values: Sequence[int], meeting: str = "calibration") -> list[list[int]]:
         self.num_meetings += 1
-        if self.store is not None:
-            self.store.set(f"soap/meeting/{self.rank}", str(self.num_meetings))
-        mine = torch.zeros(HEADER_INTS, dtype=torch.int64)
         if len(values) + 2 > HEADER_INTS:
             raise ValueError(f"[comm] a header of {len(values)} integers; at most {HEADER_INTS - 2}")
-        mine[: len(values) + 2] = torch.tensor([len(values), MEETINGS.index(meeting), *values])
+        mine = torch.tensor([len(values), MEETINGS.index(meeting), *values, *[0] * (HEADER_INTS - 2 - len(values))])
         out = torch.empty(self.world_size * HEADER_INTS, dtype=torch.int64)
         try:
-            all_gather(out, mine, group=self.world)
+            if self.world is None:
+                raise RuntimeError("[comm] there is no process group")
+            self.meet(getattr(self.world, ALL_GATHER)(out, mine, GATHER))
         except RuntimeError as error:
             raise RuntimeError(f"[comm] at a {meeting}: {self.missing()}") from error
-        rows = out.view(self.world_size, HEADER_INTS)
+        said = out.tolist()
+        rows = [said[i : i + HEADER_INTS] for i in range(0, len(said), HEADER_INTS)]
         for rank, row in enumerate(rows):
             if row[1] != rows[0][1]:
-                places = MEETINGS[int(row[1])], MEETINGS[int(rows[0][1])]
+                places = MEETINGS[row[1]], MEETINGS[rows[0][1]]
                 raise RankMismatchError(
                     f"[comm] rank {rank} is at a {places[0]}, rank 0 at a {places[1]}: all ranks must make the same calls of a model, in the same order"
                 )
-        return [row[2 : 2 + int(row[0])].tolist() for row in rows]
+        return [row[2 : 2 + row[0]] for row in rows]
+
+    def meet(self, work: dist.Work | None) -> None:
+        """Waits for a meeting. The store, which a rank that fails asks who has come, is told only where the meeting takes long: telling takes longer than
+        meeting."""
+        if work is None:
+            return
+        try:
+            work.wait(min(LONG, self.timeout / 4))
+        except RuntimeError:  # it takes long, or has failed
+            self.come()
+            work.wait()
+
+    def come(self) -> None:
+        if self.store is not None:
+            self.store.set(f"soap/meeting/{self.rank}", str(self.num_meetings))
 
     def missing(self) -> str:
         """Which ranks have not come to this meeting, by the store."""
         if self.store is None:
             return "a rank did not come"
-        absent = []
-        for rank in range(self.world_size):
-            key = f"soap/meeting/{rank}"
-            if not self.store.check([key]) or int(self.store.get(key)) < self.num_meetings:
-                absent.append(rank)
+        self.come()
+        until = time.monotonic() + LONG.total_seconds()  # others that have failed say so about now
+        absent = list(range(self.world_size))
+        while absent and time.monotonic() < until:
+            absent = [r for r in absent if not self.store.check([f"soap/meeting/{r}"]) or int(self.store.get(f"soap/meeting/{r}")) < self.num_meetings]
+            time.sleep(0.05)
         if not absent:
             return "the exchange failed though all ranks came"
         return f"ranks {absent} did not come: they ended, failed, or are elsewhere. All ranks must make this call, for validation too, and equally often"
@@ -189,19 +223,46 @@ def transport(group: dist.ProcessGroup | None = None, device: torch.device | Non
 def all_reduce_at_once(tensor: torch.Tensor, num_ranks: int, group: dist.ProcessGroup, maximum: bool) -> torch.Tensor:
     """Everyone sends all of its own to all others; each adds up in the order of ranks, so that all have the same to the last bit."""
     parts = tensor.new_empty((num_ranks, tensor.numel()))
-    dist.all_to_all_single(parts.view(-1), tensor.reshape(-1).repeat(num_ranks), group=group)
+    wait(getattr(group, ALL_TO_ALL)(parts.view(-1), tensor.reshape(-1).repeat(num_ranks), [], [], EXCHANGE))
     out = parts[0]
     for part in parts[1:]:
         out = torch.maximum(out, part) if maximum else out + part
     return out.view(tensor.shape)
 
 
-@contextlib.contextmanager
-def moving(ranks: Sequence[int]) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"[comm] a movement among ranks {list(ranks)} failed: one of them ended, failed, or is elsewhere") from error
+def reduce_options(maximum: bool) -> Any:
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
+    return in_turn(options)
+
+
+def in_turn(options: Any) -> Any:
+    """What c10d says of a call that is waited for at once."""
+    if hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
+
+
+def wait(work: dist.Work | None) -> None:
+    if work is not None:  # a backend may have waited itself
+        work.wait()
+
+
+EXCHANGE, GATHER = in_turn(dist.AllToAllOptions()), in_turn(dist.distributed_c10d.AllgatherOptions())
+
+
+class moving:
+    """Context: an error in it is one of a movement. A class, since a generator's context takes longer than a small movement's Python."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = ranks
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, RuntimeError):
+            raise RuntimeError(f"[comm] a movement among ranks {list(self.ranks)} failed: one of them ended, failed, or is elsewhere") from error
 
 
 class ThreadWorld:

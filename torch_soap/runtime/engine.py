@@ -7,10 +7,13 @@ segment has a small autograd graph of its own, and backward walks the instructio
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
@@ -18,32 +21,9 @@ from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.meter import Sample
-from torch_soap.runtime.movement import PlannedStep, execute, plan_step, sums_in
+from torch_soap.runtime.movement import PlannedStep, execute, index_of, plan_step, sums_in, take
+from torch_soap.runtime.state import StepState
 from torch_soap.runtime.storage import cut, stored_boxes
-
-
-@dataclass
-class StepState:
-    """What a forward leaves for its backward."""
-
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-    leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
-    outputs: dict[int, dict[int, tuple[GradientEdge, torch.dtype]]] = field(default_factory=dict)  # segment -> value -> its place in that graph
-    grads: dict[int, torch.Tensor] = field(default_factory=dict)
-    sums: set[int] = field(default_factory=set)  # values whose gradient is a sum made here, to which more is added in place
-    copies: dict[int, torch.Tensor] = field(default_factory=dict)  # gathered parameters whose storage is given back until backward
-    random: CounterState | None = None
-    autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)  # around the forward
-    versions: dict[int, int] = field(default_factory=dict)  # of the values that backward computes again on
-    position: int = 0  # next instruction
-    retain_graph: bool = False
-    deferred: bool = False  # the gradient fills of parameters are left out
-
-    def copy(self) -> StepState:
-        """For a backward after which another one may come."""
-        return replace(
-            self, values=dict(self.values), leaves=dict(self.leaves), outputs=dict(self.outputs), grads=dict(self.grads), copies=dict(self.copies), sums=set()
-        )
 
 
 class Engine:
@@ -81,6 +61,8 @@ class Engine:
         self.returns = [n.id for n in nodes if n.kind == kinds.return_ and n.target != "buffer_write"]
         self.writes = [n.id for n in nodes if n.kind == kinds.return_ and n.target == "buffer_write"]
         self.names = [n.name for n in nodes]
+        self.written = [(n, self.names[n].removeprefix("write:")) for n in self.writes]
+        self.places: dict[str, list[tuple[int, Any]] | None] = {}  # of what is written: this rank's part, None: it has none
         self.value_of_store = list(self.rank_program.params)
         self.value_of_return = list(self.rank_program.returns)
         backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
@@ -91,6 +73,11 @@ class Engine:
         if program.interleaved:
             self.num_forward = len(self.kinds)
         self.boxes = stored_boxes(program, rank)
+        self.stored_at = [
+            (self.names[n], self.value_of_store[n], torch.Size(self.shapes[self.value_of_store[n]])) for n in self.stores if self.value_of_store[n] >= 0
+        ]
+        self.node_of = {name: i for i, name in enumerate(self.names)}
+        self.dtypes = {n: self._dtype_of(n) for n in (*self.feeds, *self.stores, *self.returns)}
         self.released = self._released()
         self.recomputed_on = self._recomputed_on()
         read = {self.values[v].tensor for v in self.recomputed_on}
@@ -98,6 +85,24 @@ class Engine:
         self.param_fills, self.fill_sources, self.filled_params = self._param_fills()
         self.dropped = self._dropped()
         self.before: dict[frozenset[int], set[int]] = {}
+        self.actions: list[Callable[[StepState, int, bool], None]] = [self._action(k) for k in self.kinds]
+        self.run_segment = [m.forward for m in self.modules]
+        self.arguments = [[(v, self.wants_grad[v]) for v in values] for values in self.inputs]
+        self.given_back = [[v for v in values if v in self.refilled] for values in self.inputs]  # copies among a segment's inputs
+        self.own_storage = [p is not None and any(v in self.refilled for t in p.transfers for v, _ in t.results) for p in self.planned]
+        released_or_dropped = {*self.released, *self.dropped}
+        self.tidies = [i in released_or_dropped for i in range(len(self.kinds))]
+
+    def _action(self, kind: _C.InstructionKind) -> Callable[[StepState, int, bool], None]:
+        kinds = _C.InstructionKind
+        known: dict[_C.InstructionKind, Callable[[StepState, int, bool], None]] = {
+            kinds.segment: self._do_segment,
+            kinds.segment_backward: self._do_backward,
+            kinds.fill: self._do_fill,
+            kinds.grad_fill: self._do_grad_fill,
+            kinds.refill: self._do_refill,
+        }
+        return known[kind]
 
     def groups(self) -> set[tuple[int, ...]]:
         """Sets of ranks among which this rank's program exchanges and reduces."""
@@ -193,13 +198,11 @@ class Engine:
         # A copy of the counters: what backward computes again draws the same.
         state = StepState(random=None if random is None else replace(random), deferred=deferred, autocast=autocast)
         for node in self.feeds:
-            state.values[self.value_of_store[node]] = feeds[self.names[node]]
-        for node in self.stores:
-            if self.value_of_store[node] >= 0:
-                value = self.value_of_store[node]
-                state.values[value] = stored[self.names[node]].detach()
-                if list(state.values[value].shape) != self.shapes[value]:
-                    raise RuntimeError(f"[engine] {self.names[node]} has shape {list(state.values[value].shape)} here, the plan {self.shapes[value]}")
+            state.values[self.value_of_store[node]] = feeds[self.names[node]].detach()
+        for name, value, shape in self.stored_at:
+            tensor = state.values[value] = stored[name].detach()
+            if tensor.shape != shape:
+                raise RuntimeError(f"[engine] {name} has shape {list(tensor.shape)} here, the plan {list(shape)}")
         for node in self.overwritten if grad else []:  # what is computed again reads what forward read
             value = self.value_of_store[node]
             if value >= 0:
@@ -215,7 +218,10 @@ class Engine:
         return state.values[self.value_of_return[node]]
 
     def dtype_of(self, node: int) -> torch.dtype:
-        """Of what the node makes, or, for a return, takes."""
+        """Of what a feed or store makes, or a return takes."""
+        return self.dtypes[node]
+
+    def _dtype_of(self, node: int) -> torch.dtype:
         graph = self.program.graph
         tensors = list(graph.nodes[node].outputs) or list(graph.nodes[node].inputs)
         return DTYPES[graph.tensors[tensors[0]].dtype]
@@ -225,11 +231,20 @@ class Engine:
 
     def write(self, state: StepState, stored: dict[str, torch.Tensor]) -> None:
         """Brings what this forward wrote into the buffers (and parameters, their own parts) by node name."""
-        for node in self.writes:
-            name = self.names[node].removeprefix("write:")
+        if not self.writes:
+            return
+        targets, sources = [], []
+        for node, name in self.written:
             key = f"buffer:{name}" if f"buffer:{name}" in stored else f"param:{name}"
-            with torch.no_grad():
-                stored[key].copy_(cut(state.values[self.value_of_return[node]], self.boxes[key]))
+            if key not in self.places:
+                value = self.value_of_return[node]
+                box = self.boxes[key]
+                self.places[key] = None if box is None else index_of(box, self.shapes[value])
+            whole, index = state.values[self.value_of_return[node]], self.places[key]
+            targets.append(stored[key])
+            sources.append(cut(whole, None) if index is None else take(whole, index))
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
 
     def seed(self, state: StepState, grads: dict[str, torch.Tensor]) -> None:
         for node in self.returns:
@@ -273,9 +288,11 @@ class Engine:
         if value < 0:
             return None
         grad = state.grads.get(value)
-        if grad is None and 0 in self.shapes[value] and self.program.graph.nodes[node].outputs[0] in self.with_grad:
-            return torch.empty(self.shapes[value], dtype=self.dtype_of(node))
-        return None if grad is None else grad.to(self.dtype_of(node))
+        if grad is not None:
+            return grad.to(self.dtypes[node])
+        if 0 in self.shapes[value] and self.program.graph.nodes[node].outputs[0] in self.with_grad:
+            return torch.empty(self.shapes[value], dtype=self.dtypes[node])
+        return None
 
     def reduce(self, state: StepState) -> None:
         """The gradient fills that a deferred state left out. Collective."""
@@ -284,52 +301,73 @@ class Engine:
 
     # -- instructions ------------------------------------------------------------------------------------------------
     def _run(self, state: StepState, end: int, grad: bool) -> None:
-        kinds = _C.InstructionKind
-        for position in range(state.position, end):
-            kind = self.kinds[position]
-            if not grad and self.is_backward[position]:  # an interleaved program is evaluated
-                continue
-            start_ns = time.perf_counter_ns() if self.trace is not None else 0
-            sample = self.sample
-            sample_clock = time.perf_counter_ns if sample is None or self.segment_of[position] < 0 else sample.clock
-            sample_ns = sample_clock() if sample is not None else 0
-            waits = state.deferred and position in self.param_fills
-            if kind == kinds.segment:
-                segment = self.segment_of[position]
-                self._segment(state, segment, grad and self.differentiable[segment])
-            elif kind == kinds.segment_backward:
-                for segment, fill in self.recomputes[position]:
-                    if segment >= 0:
-                        self._compute_again(state, segment)
-                    else:
-                        self._fill(state, fill)
-                self._segment_backward(state, self.segment_of[position])
-            elif kind == kinds.fill:
-                self._fill(state, position)
-            elif kind == kinds.grad_fill:
-                if not waits:
-                    self._grad_fill(state, position)
-            else:
-                self._refill(state, position)
-            if sample is not None:
-                sample.instructions[position] = sample_clock() - sample_ns
-            for value in self.frees[position]:
-                state.values.pop(value, None)
-            for value in self.kept[position] if not grad else []:
-                state.values.pop(value, None)
-            if kind == kinds.segment and grad:
-                for value in self.released.get(position, []):
-                    state.copies[value] = state.values.pop(value)
-                    state.copies[value].untyped_storage().resize_(0)
-            if position in self.dropped and not waits:
-                copies, grads = self.dropped[position]
-                for value in copies:
-                    state.copies.pop(value, None)
-                for value in grads:
-                    state.grads.pop(value, None)
-            if self.trace is not None:
-                self.trace.append((position, start_ns, time.perf_counter_ns()))
+        """Called hundreds of times a second: what an instruction does is looked up in lists made once."""
+        values, watched = state.values, self.trace is not None or self.sample is not None
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # but where a segment's graph is recorded
+        try:
+            for position in range(state.position, end):
+                if not grad and self.is_backward[position]:  # an interleaved program is evaluated
+                    continue
+                if watched:
+                    self._run_watched(state, position, grad)
+                else:
+                    self.actions[position](state, position, grad)
+                for value in self.frees[position]:
+                    values.pop(value, None)
+                if not grad:
+                    for value in self.kept[position]:
+                        values.pop(value, None)
+                if self.tidies[position]:
+                    self._tidy(state, position, grad)
+        finally:
+            torch._C._set_grad_enabled(before)
         state.position = end
+
+    def _run_watched(self, state: StepState, position: int, grad: bool) -> None:
+        sample = self.sample
+        clock = time.perf_counter_ns if sample is None or self.segment_of[position] < 0 else sample.clock
+        start_ns, begin = time.perf_counter_ns(), clock()
+        self.actions[position](state, position, grad)
+        if sample is not None:
+            sample.instructions[position] = clock() - begin
+        if self.trace is not None:
+            self.trace.append((position, start_ns, time.perf_counter_ns()))
+
+    def _tidy(self, state: StepState, position: int, grad: bool) -> None:
+        """After an instruction: gives back copies, and forgets what was used for the last time."""
+        if grad and position in self.released:
+            for value in self.released[position]:
+                state.copies[value] = state.values.pop(value)
+                state.copies[value].untyped_storage().resize_(0)
+        if position in self.dropped and not (state.deferred and position in self.param_fills):
+            copies, grads = self.dropped[position]
+            for value in copies:
+                state.copies.pop(value, None)
+            for value in grads:
+                state.grads.pop(value, None)
+
+    def _do_segment(self, state: StepState, position: int, grad: bool) -> None:
+        segment = self.segment_of[position]
+        self._segment(state, segment, grad and self.differentiable[segment])
+
+    def _do_backward(self, state: StepState, position: int, _: bool) -> None:
+        for segment, fill in self.recomputes[position]:
+            if segment >= 0:
+                self._compute_again(state, segment)
+            else:
+                self._fill(state, fill)
+        self._segment_backward(state, self.segment_of[position])
+
+    def _do_fill(self, state: StepState, position: int, _: bool) -> None:
+        self._fill(state, position)
+
+    def _do_grad_fill(self, state: StepState, position: int, _: bool) -> None:
+        if not (state.deferred and position in self.param_fills):
+            self._grad_fill(state, position)
+
+    def _do_refill(self, state: StepState, position: int, _: bool) -> None:
+        self._refill(state, position)
 
     def _compute_again(self, state: StepState, segment: int) -> None:
         enabled, dtype = state.autocast
@@ -341,39 +379,49 @@ class Engine:
 
         The first time a region's segment has its graph too, and drops it at the end: torch has other kernels where nothing records (LSTM's).
         """
+        values, copies = state.values, state.copies
         arguments = []
         leaves = {}
-        for value in self.inputs[segment]:
-            tensor = (state.values[value] if value in state.values else state.copies[value]).detach()
-            if record and self.wants_grad[value]:
-                leaves[value] = tensor.requires_grad_()
+        for value, wants_grad in self.arguments[segment]:
+            tensor = values[value] if value in values else copies[value]
+            if record and wants_grad:
+                leaves[value] = tensor = tensor.detach().requires_grad_()
             arguments.append(tensor)
-        with torch.set_grad_enabled(record):
-            module = self.modules[segment]
-            results = module(*arguments, state.random) if self.sample is None else self.sample.run(module, *arguments, state.random)
-        outputs = dict(zip(self.outs[segment], results, strict=True))
-        if record and (self.again[segment] is None or wanted is not None):
-            state.leaves[segment] = leaves
-            # Not the tensors: what backward reads of them the graph has saved itself. A view of a leaf made under no_grad has no place in it.
-            own = [id(t) for t in leaves.values()]
-            reached = {v: t for v, t in outputs.items() if t.grad_fn is not None or id(t) in own}
-            state.outputs[segment] = {v: (get_gradient_edge(t), t.dtype) for v, t in reached.items()}
-        gathered = [state.values[v].untyped_storage().data_ptr() for v in self.inputs[segment] if v in self.refilled and v in state.values]
-        for value, tensor in outputs.items():
+        torch._C._set_grad_enabled(record)
+        try:
+            if self.sample is None:
+                results = self.run_segment[segment](*arguments, state.random)
+            else:
+                results = self.sample.run(self.modules[segment], *arguments, state.random)
+            if record and (self.again[segment] is None or wanted is not None):
+                state.leaves[segment] = leaves
+                # Not the tensors: what backward reads of them the graph has saved itself. A view of a leaf made under no_grad has no place in it.
+                own = [id(t) for t in leaves.values()]
+                reached = {v: t for v, t in zip(self.outs[segment], results, strict=True) if t.grad_fn is not None or id(t) in own}
+                state.outputs[segment] = {v: (get_gradient_edge(t), t.dtype) for v, t in reached.items()}
+        finally:
+            torch._C._set_grad_enabled(False)
+        gathered = [values[v].untyped_storage().data_ptr() for v in self.given_back[segment] if v in values]
+        for value, tensor in zip(self.outs[segment], results, strict=True):
             if wanted is not None and value not in wanted:
                 continue
             view = bool(gathered) and tensor.untyped_storage().data_ptr() in gathered  # of a copy whose storage is given back
-            state.values[value] = tensor.detach().clone() if view else tensor.detach()
+            values[value] = tensor.detach().clone() if view else tensor.detach()
 
     def _segment_backward(self, state: StepState, segment: int) -> None:
         leaves = state.leaves.pop(segment)
         outputs = state.outputs.pop(segment)
-        wanted = [(v, output) for v, output in outputs.items() if v in state.grads]
-        if not wanted or not leaves:
+        edges, grads = [], []
+        for value, (edge, dtype) in outputs.items():
+            if value in state.grads:
+                edges.append(edge)
+                grads.append(state.grads.pop(value).to(dtype))
+        if not edges or not leaves:
             return
-        grads = [state.grads.pop(v).to(dtype) for v, (_, dtype) in wanted]
-        edges = [edge for _, (edge, _) in wanted]
-        results = torch.autograd.grad(edges, list(leaves.values()), grads, retain_graph=state.retain_graph, allow_unused=True)
+        # As torch.autograd.grad(edges, leaves, grads, retain_graph=..., allow_unused=True), whose checks of its arguments take as long as a small segment.
+        results = Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+            tuple(edges), tuple(grads), state.retain_graph, False, tuple(leaves.values()), allow_unreachable=True, accumulate_grad=False
+        )
         for value, result in zip(leaves, results, strict=True):
             if result is not None:
                 self._accumulate(state, value, result.to_dense() if result.is_sparse else result)
@@ -393,18 +441,23 @@ class Engine:
         step = self.planned[position]
         if step is None:
             raise RuntimeError("[engine] a fill without its plan")
+        values = state.values
+        if not self.own_storage[position]:
+            for value, tensor in execute(step, self.comm, lambda value, dtype: values[value]):
+                values[value] = tensor
+            return
         sources: set[int] = set()
 
         def read(value: int, dtype: torch.dtype) -> torch.Tensor:
-            sources.add(state.values[value].untyped_storage().data_ptr())
-            return state.values[value]
+            sources.add(values[value].untyped_storage().data_ptr())
+            return values[value]
 
         for value, tensor in execute(step, self.comm, read):
             # A copy that is given back and gathered again needs a storage of its own: pieces are views of parameters, of other
             # values, or of what a peer sent.
             storage = tensor.untyped_storage()
             own = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in sources
-            state.values[value] = tensor if own or value not in self.refilled else tensor.clone(memory_format=torch.contiguous_format)
+            values[value] = tensor if own or value not in self.refilled else tensor.clone(memory_format=torch.contiguous_format)
 
     def _refill(self, state: StepState, position: int) -> None:
         """Gathers a parameter's copy again, into the storage that the segments' graphs saved."""

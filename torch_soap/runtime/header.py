@@ -12,6 +12,7 @@ import torch
 
 from torch_soap.runtime.comm import Comm, RankMismatchError
 
+KNOWN_NUMBERS = 64
 MAX_SIZES = 100  # of inputs, in the header; more of them are told apart from it
 
 
@@ -33,6 +34,7 @@ class Header:
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
         self.reseeded = False  # on any rank, as of the last check
+        self.numbers: dict[Any, int] = {}  # of what was said lately
 
     def check(
         self,
@@ -55,25 +57,35 @@ class Header:
         replaced: how often parameters were replaced by other objects.
         reseeded: torch was seeded anew here; ranks may differ in it.
         """
-        words = {
-            "model": model,
-            "mode": "train" if training else "eval",
-            "grad": grad,
-            "no_sync": deferred,
-            "replaced parameters": replaced,
-            "autocast": (torch.is_autocast_enabled("cpu"), str(torch.get_autocast_dtype("cpu"))),
-            "inputs": [(str(t.dtype), t.dim()) for t in tensors],
-            "arguments": structure,
-            "attributes": attributes,
-        }
+        inputs = tuple([(t.dtype, t.dim()) for t in tensors])
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        said = model, training, grad, deferred, replaced, autocast, inputs, structure, attributes
+
+        def words() -> dict[str, Any]:
+            return {
+                "model": model,
+                "mode": "train" if training else "eval",
+                "grad": grad,
+                "no_sync": deferred,
+                "replaced parameters": replaced,
+                "autocast": (autocast[0], str(autocast[1])),
+                "inputs": [(str(dtype), dim) for dtype, dim in inputs],
+                "arguments": structure,
+                "attributes": attributes,
+            }
+
+        if said not in self.numbers:
+            if len(self.numbers) >= KNOWN_NUMBERS:
+                self.numbers.clear()
+            self.numbers[said] = number(repr(words()))
         sizes = [n for t in tensors for n in t.shape]
         short = len(sizes) <= MAX_SIZES
-        mine = [number(repr(words)), len(sizes), *(sizes if short else [])]
+        mine = [self.numbers[said], len(sizes), *(sizes if short else [])]
         everyones = self.comm.gather_ints([int(reseeded), *mine], "forward")
         self.reseeded = any(g[0] for g in everyones)
         self.gathered = [g[1:] for g in everyones]
         if any(g[:2] != mine[:2] for g in self.gathered):
-            everyone = self.comm.gather_objects(words)
+            everyone = self.comm.gather_objects(words())
             for rank, other in enumerate(everyone):
                 for key, value in other.items():
                     if value != everyone[0][key]:
@@ -86,6 +98,10 @@ class Header:
             raise RankMismatchError("[forward] ranks disagree on their inputs")
         if not short:
             self.gathered = [[*mine, *other] for other in self.comm.gather_objects(sizes)]
+
+    def model(self, label: str) -> int:
+        """A number that stands for a label."""
+        return self.numbers[label] if label in self.numbers else self.numbers.setdefault(label, number(label))
 
     def explain_failure(self, tensors: Sequence[torch.Tensor], error: Exception | None) -> None:
         """After a capture failed on a rank: raises when the ranks' inputs differ in more than their rows, which then is the reason."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,12 +45,72 @@ class PlannedTransfer:
     moves: list[PlannedMove]
     results: list[tuple[int, list[int]]]  # value, its local shape
     reduce: Any
+    arriving: dict[int, list[PlannedMove]] = field(init=False)  # result -> what it is made of
+    same: tuple[int, int] | None = field(init=False)  # source and result, where the result is the source as it is
+
+    def __post_init__(self) -> None:
+        self.arriving = {}
+        for m in self.moves:
+            if m.dst >= 0:
+                self.arriving.setdefault(m.dst, []).append(m)
+        self.same = None
+        if not self.all_reduce and len(self.moves) == len(self.results) == 1:
+            m, (value, _) = self.moves[0], self.results[0]
+            if m.peer < 0 and m.dst == value and not m.src_index and not m.dst_index:
+                self.same = m.src, value
+
+
+@dataclass
+class Bucket:
+    """All-reduces of one step among the same ranks, as one flat tensor."""
+
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+    maximum: bool
+    transfers: list[PlannedTransfer]
+    sources: list[int] = field(init=False)
+    reached: list[list[int]] = field(init=False)  # by transfer: values that are the sum
+    empty: list[tuple[int, list[int]]] = field(init=False)  # copies without elements, and their shapes
+    sums: torch.dtype = field(init=False)  # that in which the network adds up
+
+    def __post_init__(self) -> None:
+        self.sources = [next(m.src for m in t.moves if m.src >= 0) for t in self.transfers]
+        self.reached = [list(t.arriving) for t in self.transfers]
+        self.empty = [(v, shape) for t, reached in zip(self.transfers, self.reached, strict=True) for v, shape in t.results if v not in reached]
+        self.sums = self.dtype if self.maximum else sums_in(self.dtype)
 
 
 @dataclass
 class PlannedStep:
     ranks: list[int]
     transfers: list[PlannedTransfer]
+    same: tuple[tuple[int, int], torch.dtype] | None = field(init=False)  # of a step that is only that (see PlannedTransfer)
+    expected: dict[int, int] = field(init=False)  # bytes from each peer
+    sends: list[tuple[PlannedTransfer, PlannedMove]] = field(init=False)
+    rank: int = field(init=False, default=-1)  # whom buckets and others are for
+    buckets: list[Bucket] = field(init=False, default_factory=list)
+    others: list[PlannedTransfer] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        first = self.transfers[0].same if len(self.transfers) == 1 and not self.ranks else None
+        self.same = None if first is None else (first, self.transfers[0].dtype)
+        exchanged = [(t, m) for t in self.transfers if not t.all_reduce for m in t.moves]
+        self.sends = [(t, m) for t, m in exchanged if m.send]
+        self.expected = {}
+        for t, m in exchanged:
+            if not m.send and m.peer >= 0:
+                self.expected[m.peer] = self.expected.get(m.peer, 0) + m.num_elements * t.dtype.itemsize
+
+    def sort(self, rank: int) -> None:
+        """Tells apart what this rank reduces and what it puts together from pieces."""
+        self.rank, self.others = rank, []
+        grouped: dict[tuple[tuple[int, ...], torch.dtype, bool], list[PlannedTransfer]] = {}
+        for t in self.transfers:
+            if t.all_reduce and rank in t.ranks:
+                grouped.setdefault((tuple(t.ranks), t.dtype, t.maximum), []).append(t)
+            else:
+                self.others.append(t)
+        self.buckets = [Bucket(ranks, dtype, maximum, transfers) for (ranks, dtype, maximum), transfers in grouped.items()]
 
 
 def index_of(box: Box, shape: list[int]) -> list[tuple[int, Any]]:
@@ -95,14 +156,22 @@ def put(target: torch.Tensor, index: list[tuple[int, Any]], piece: torch.Tensor,
     view[tuple(where)] = piece if how is None or current is None else how(current, piece)
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for d in reversed(range(len(shape) - 1)):
+        strides[d] = strides[d + 1] * max(shape[d + 1], 1)
+    return tuple(strides)
+
+
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """With the strides of what comes by wire, also along dims of size 1, which `contiguous` leaves: kernels choose by strides how they
     sum, and replicas must agree to the last bit."""
+    strides = dense_strides(tensor.shape)
+    if tensor.stride() == strides:
+        return tensor
     tensor = tensor.contiguous()
-    strides = [1] * tensor.dim()
-    for d in reversed(range(tensor.dim() - 1)):
-        strides[d] = strides[d + 1] * max(tensor.shape[d + 1], 1)
-    return tensor if list(tensor.stride()) == strides else tensor.as_strided(tensor.shape, strides)
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,48 +219,40 @@ def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], to
 
     Every replica of a destination combines the same pieces in the same order, so replicas stay bitwise equal.
     """
+    if step.same is not None:
+        (source, result), dtype = step.same
+        return [(result, aligned(dense(read(source, dtype).to(dtype))))]
+    if step.rank != comm.rank:
+        step.sort(comm.rank)
     out: list[tuple[int, torch.Tensor]] = []
     received: dict[int, torch.Tensor] = {}
     if step.ranks:
         sends: dict[int, list[torch.Tensor]] = {}
-        expected: dict[int, int] = {}
-        for t in step.transfers:
-            if t.all_reduce:
-                continue
-            for m in t.moves:
-                if m.send:
-                    sends.setdefault(m.peer, []).append(bytes_of(take(read(m.src, t.dtype), m.src_index)))
-                elif m.peer >= 0:
-                    expected[m.peer] = expected.get(m.peer, 0) + m.num_elements * t.dtype.itemsize
+        for t, m in step.sends:
+            sends.setdefault(m.peer, []).append(bytes_of(take(read(m.src, t.dtype), m.src_index)))
         packed = {peer: parts[0] if len(parts) == 1 else torch.cat(parts) for peer, parts in sends.items()}
-        received = comm.exchange(packed, expected, step.ranks)
+        received = comm.exchange(packed, step.expected, step.ranks)
     offsets = dict.fromkeys(received, 0)
-    buckets: dict[tuple[Any, ...], list[PlannedTransfer]] = {}
-    for t in step.transfers:
-        if t.all_reduce and comm.rank in t.ranks:
-            buckets.setdefault((tuple(t.ranks), t.dtype, t.maximum), []).append(t)
-        else:
-            combine(t, read, received, offsets, out)
-    for (ranks, dtype, maximum), transfers in buckets.items():
-        out += reduce_bucket(transfers, ranks, dtype, maximum, comm, read)
+    for t in step.others:
+        combine(t, read, received, offsets, out)
+    for bucket in step.buckets:
+        reduce_bucket(bucket, comm, read, out)
     return out
 
 
-def reduce_bucket(
-    transfers: list[PlannedTransfer], ranks: tuple[int, ...], dtype: torch.dtype, maximum: bool, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor]
-) -> list[tuple[int, torch.Tensor]]:
-    """All-reduces of one step among the same ranks, as one flat tensor."""
-    sources = [read(next(m.src for m in t.moves if m.src >= 0), dtype) for t in transfers]
-    flat = torch.cat([s.reshape(-1) for s in sources]) if len(sources) > 1 else sources[0].clone().reshape(-1)
-    flat = comm.all_reduce(flat.to(dtype if maximum else sums_in(dtype)), ranks, maximum).to(dtype)
-    parts = flat.split([s.numel() for s in sources])
-    out = []
-    for t, source, part in zip(transfers, sources, parts, strict=True):
-        result = part.reshape(source.shape)
-        reached = list(dict.fromkeys(m.dst for m in t.moves if m.dst >= 0))
-        out += [(dst, result) for dst in reached]
-        out += [(v, torch.empty(shape, dtype=dtype)) for v, shape in t.results if v not in reached]  # empty copies
-    return out
+def reduce_bucket(bucket: Bucket, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor], out: list[tuple[int, torch.Tensor]]) -> None:
+    sources = [read(value, bucket.dtype) for value in bucket.sources]
+    if len(sources) == 1:
+        flat = sources[0].to(bucket.sums, memory_format=torch.contiguous_format, copy=True)
+        results = [comm.all_reduce(flat, bucket.ranks, bucket.maximum).to(bucket.dtype)]
+    else:
+        flat = torch.cat([s.reshape(-1) for s in sources])
+        flat = comm.all_reduce(flat.to(bucket.sums), bucket.ranks, bucket.maximum).to(bucket.dtype)
+        parts = flat.split([s.numel() for s in sources])
+        results = [part.view(source.shape) for source, part in zip(sources, parts, strict=True)]
+    for result, reached in zip(results, bucket.reached, strict=True):
+        out += [(value, result) for value in reached]
+    out += [(v, torch.empty(shape, dtype=bucket.dtype)) for v, shape in bucket.empty]
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -206,14 +267,14 @@ def combine(
     offsets: dict[int, int],
     out: list[tuple[int, torch.Tensor]],
 ) -> None:
-    arriving: dict[int, list[PlannedMove]] = {}
-    for m in t.moves:
-        if m.dst >= 0:
-            arriving.setdefault(m.dst, []).append(m)
+    if t.same is not None:
+        source, result = t.same
+        out.append((result, aligned(dense(read(source, t.dtype).to(t.dtype)))))
+        return
     how = (torch.maximum if t.maximum else torch.add) if t.adds else None
     dtype = sums_in(t.dtype) if t.adds and not t.maximum else t.dtype
     for value, shape in t.results:
-        pieces = arriving.get(value, [])
+        pieces = t.arriving.get(value, [])
         target: torch.Tensor | None = None
         for m in pieces:
             if m.peer < 0:

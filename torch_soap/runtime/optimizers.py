@@ -181,6 +181,8 @@ class Registry:
     def cut_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[Parallel, str, torch.nn.Parameter]]:
         out = []
         for parallel in self.parallels:
+            if not any(parallel.is_cut(n) for n in parallel.boxes):
+                continue
             names = {id(p): n for n, p in parallel.parameters()}
             for group in optimizer.param_groups:
                 out += [(parallel, names[id(p)], p) for p in group["params"] if id(p) in names and parallel.is_cut(names[id(p)])]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import time
 import warnings
 import weakref
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 from torch_soap import _C
 from torch_soap.capture import Captured, capture
@@ -27,13 +25,15 @@ from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.rewrite.substitution import Checker
+from torch_soap.runtime.calling import Calling, input_tensors, structure_key
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.copies import plain_copy, with_memory
 from torch_soap.runtime.deferred import Deferred
 from torch_soap.runtime.engine import Engine, StepState
-from torch_soap.runtime.header import Header, RankMismatchError, agree, number
+from torch_soap.runtime.header import Header, RankMismatchError, agree
 from torch_soap.runtime.meter import Meter
 from torch_soap.runtime.storage import assemble, cut, materialise
+from torch_soap.runtime.tree import ModuleTree
 from torch_soap.runtime.watch import AttributeWatch, GradientWatch, HookWatch, ParameterWatch, ReadAttributes, ReplicaWatch, checksum, compare_replicas
 
 Planner = Callable[[_C.OpGraph, Graph, list[int]], Plan]
@@ -73,17 +73,21 @@ class Parallel:
         self.trial: Callable[[Plan, Graph, Sequence[torch.Tensor], dict[str, torch.Tensor]], Plan] | None = None  # chooses among a plan and its rivals
         self.search: Planner | None = None  # a plan for this machine as it is now, whatever the first one was
         self.pending_states: list[tuple[Any, dict[str, Any]]] = []  # optimizers and their whole state, for after the next cut
+        self.tree = ModuleTree(module)
+        self.cuts: dict[str, bool] = {}  # what `is_cut` has said
+        self.calling: dict[Engine, Calling] = {}
+        self.frozen: dict[Captured, list[bool]] = {}  # which parameters of its twin require gradients
         self.known = ParameterWatch()
-        self.replicas, self.gradients, self.hooks, self.attributes = ReplicaWatch(), GradientWatch(), HookWatch(), AttributeWatch(module)
+        self.replicas, self.gradients, self.hooks, self.attributes = ReplicaWatch(), GradientWatch(), HookWatch(), AttributeWatch(self.tree)
 
     # -- planning ------------------------------------------------------------------------------------------------------
-    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
-        """The capture of the module's present mode; made at the first call in that mode.
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any], structure: Any = None) -> Captured:
+        """The capture of the module's present mode, as `attributes.look` has found it; made at the first call in that mode.
 
         It is made of a plain twin with whole parameters, so that tracing and checking never touch the user's Parameters. What the
         twin's parameters hold is given back afterwards: later traces need their shapes only.
         """
-        key = (tuple(self.module.modules()), self.attributes.modes(), structure_key(args, kwargs))
+        key = (self.tree.last().number, self.attributes.mode, structure_key(args, kwargs) if structure is None else structure)
         known = self.captures.setdefault(key, [])
         captured = next((c for c, read in known if read.unchanged()), None)
         if captured is None:
@@ -106,8 +110,10 @@ class Parallel:
             self.settle_buffers(twin)
             known.append((captured, read.of(self.module)))
             self.attributes.captured(captured, known[-1][1])
-        for mine, theirs in zip(self.module.parameters(), captured.module.parameters(), strict=True):
-            theirs.requires_grad_(mine.requires_grad)
+        if self.frozen.get(captured) != self.attributes.frozen:
+            self.frozen[captured] = self.attributes.frozen
+            for mine, theirs in zip(self.module.parameters(), captured.module.parameters(), strict=True):
+                theirs.requires_grad_(mine.requires_grad)
         return captured
 
     def settle_buffers(self, twin: nn.Module) -> None:
@@ -159,7 +165,7 @@ class Parallel:
     def engine(self, captured: Captured, signature: Any, rows: Sequence[int], tensors: Sequence[torch.Tensor]) -> tuple[Engine, Graph]:
         """The engine for these global input shapes and rows; the first one plans, on trial with this process' inputs, and cuts the parameters."""
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        key = (id(captured), signature, tuple(rows), autocast, tuple((p.requires_grad, p.dtype) for p in self.module.parameters()))
+        key = (id(captured), signature, tuple(rows), autocast, self.attributes.mode, tuple(self.attributes.frozen))
         if key in self.engines:
             return self.engines[key]
         graph = captured.instantiate(signature)
@@ -216,6 +222,7 @@ class Parallel:
             mine = next((c for c in sharding.coords if self.comm.rank in c.devices), None)
             self.boxes[name] = mine.box if mine is not None else None
             self.owners[name] = mine is not None and mine.devices[0] == self.comm.rank
+        self.cuts.clear()
         self.materialise()
         self.gradients.attach(dict(self.parameters()))
         for name, p in self.parameters():
@@ -242,10 +249,13 @@ class Parallel:
 
     def is_cut(self, name: str) -> bool:
         """Whether any rank stores less than the whole parameter."""
-        sharding = self.storage.get(f"param:{name}")
-        if sharding is None:
-            return False
-        return len(sharding.coords) > 1 or len(sharding.coords[0].devices) < self.comm.world_size
+        known = self.cuts.get(name)
+        if known is None:
+            sharding = self.storage.get(f"param:{name}")
+            if sharding is None:
+                return False
+            known = self.cuts[name] = len(sharding.coords) > 1 or len(sharding.coords[0].devices) < self.comm.world_size
+        return known
 
     def gather(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The whole of a tensor that is laid out as the parameter `name` is. Collective."""
@@ -289,22 +299,27 @@ class Parallel:
         return self.call_plainly(args, kwargs)
 
     def call_plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.gradients.attach(self.known.look(self.parameters()))
-        leaves = input_tensors(args, kwargs)
-        deferred = torch.is_grad_enabled() and self.deferred.wanted()
+        summary = self.attributes.look()
+        tree = self.tree.last()
+        fresh = self.known.look(tree)
+        if fresh:
+            self.gradients.attach(fresh)
+        leaves, structure = input_tensors(args, kwargs), structure_key(args, kwargs)
+        grad = torch.is_grad_enabled()
+        deferred = grad and self.deferred.wanted()
         self.header.check(
             self.module.training,
-            torch.is_grad_enabled(),
+            grad,
             leaves,
-            structure_key(args, kwargs),
-            self.attributes.look(),
+            structure,
+            summary,
             model=self.label,
             deferred=deferred,
             replaced=self.known.replaced,
             reseeded=self.random.reseeded(),
         )
         self.calls += 1  # alike on all ranks
-        captured = self.capture(args, kwargs)
+        captured = self.capture(args, kwargs, structure)
         tensors = captured.flatten_inputs(args, kwargs)
         if captured.ragged and self.comm.world_size > 1:
             raise ValueError(
@@ -314,18 +329,19 @@ class Parallel:
         rows, signature = self.header.rows(tensors, captured.batch_dims)
         self.same_constants(captured, tensors)
         engine, graph = self.engine(captured, signature, rows, tensors)
-        self.hooks.look(self.module)
+        calling = self.calling.get(engine)
+        if calling is None or calling.tree is not tree:  # a first call may have changed the module
+            tree = self.tree.now()
+            calling = self.calling[engine] = Calling(captured, graph, tree)
+        self.hooks.look(tree)
         self.random.next_call()
         self.same_random()
-        names = [n.name for n in graph.nodes if n.kind == "feed"]
-        feeds = dict(zip(names, tensors, strict=True))
-        stored = self.stored(captured, graph)
+        feeds = dict(zip(calling.feeds, tensors, strict=True))
+        stored = calling.stored()
         if self.replicas.due(self.calls) or self.known.fresh():
             compare_replicas(self.comm, {n: t for n, t in stored.items() if n in self.storage}, self.storage)
-        params = [(n.name, stored[n.name]) for n in graph.nodes if n.kind == "param"]
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in itertools.chain(tensors, (p for _, p in params)))
-        if grad:
-            outputs = list(RunProgram.apply(self, engine, feeds, stored, deferred, *tensors, *(p for _, p in params)))
+        if grad and (calling.any_trained() or any(t.requires_grad for t in tensors)):
+            outputs = list(RunProgram.apply(self, engine, calling, feeds, stored, deferred, *tensors, *calling.parameters))
         else:
             state = engine.forward(feeds, stored, grad=False, random=self.random)
             outputs = self.finish(engine, state, stored)
@@ -333,9 +349,9 @@ class Parallel:
 
     def same_constants(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> None:
         """An input without rows is the same on all ranks."""
-        numbers = [checksum(t) for t, dim in zip(tensors, captured.batch_dims, strict=True) if dim is None]
-        if not numbers:
+        if None not in captured.batch_dims:
             return
+        numbers = [checksum(t) for t, dim in zip(tensors, captured.batch_dims, strict=True) if dim is None]
         names = [n for n, dim in zip(captured.input_names(), captured.batch_dims, strict=True) if dim is None]
         everyone = self.comm.gather_objects(numbers)
         for rank, other in enumerate(everyone):
@@ -361,7 +377,14 @@ class RunProgram(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, parallel: Parallel, engine: Engine, feeds: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], deferred: bool, *tensors: torch.Tensor
+        ctx: Any,
+        parallel: Parallel,
+        engine: Engine,
+        calling: Calling,
+        feeds: dict[str, torch.Tensor],
+        stored: dict[str, torch.Tensor],
+        deferred: bool,
+        *tensors: torch.Tensor,
     ) -> Any:
         seeds = None
         if engine.program.interleaved:
@@ -373,13 +396,12 @@ class RunProgram(torch.autograd.Function):
         outputs = parallel.finish(engine, state, stored)
         ctx.forward_ns = time.perf_counter_ns() - begin_ns
         ctx.parallel, ctx.engine, ctx.state, ctx.deferred, ctx.call = parallel, engine, state, deferred, parallel.calls
-        ctx.shapes = [tuple(t.shape) for t in tensors]
+        ctx.inputs = calling.inputs
+        ctx.shapes = [t.shape for t in tensors]
         ctx.needs = [t.requires_grad for t in tensors]
         # What comes in from the loss of this process is taken as 1/P of the objective's. What goes out to a part of this process'
         # own graph (a generator, a stem under DDP) is the gradient of its own loss again; a leaf has the objective's.
         ctx.scales = [parallel.comm.world_size if t.grad_fn is not None else 1 for t in tensors]
-        ctx.param_names = [n for n in stored if n.startswith("param:")]
-        ctx.feed_names = list(feeds)
         ctx.mark_non_differentiable(*[o for o, n in zip(outputs, engine.returns, strict=True) if not engine.return_wants_grad(n)])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -403,7 +425,6 @@ class RunProgram(torch.autograd.Function):
         deferred = ctx.parallel.deferred
         accumulates = (ctx.deferred or bool(deferred.waiting)) and accumulates_all(ctx.next_functions)
         used, accumulates = agree_on_backward(engine, ctx.parallel, grads, accumulates, ctx.call)
-        scales = dict(zip([*ctx.feed_names, *ctx.param_names], ctx.scales, strict=True))
         scale: torch.Tensor | None = None
         if engine.program.interleaved:
             # Forward ran with a gradient of 1: what comes in now is the mean of the processes' gradients of the loss.
@@ -422,27 +443,31 @@ class RunProgram(torch.autograd.Function):
             deferred.add(engine, state, scale, reached)
         if accumulates and not ctx.deferred:
             deferred.flush()
-        nodes = {n: i for i, n in enumerate(engine.names)}
+        nodes, gradients = engine.node_of, ctx.parallel.gradients
         out: list[torch.Tensor | None] = []
-        for name, shape, needed in zip([*ctx.feed_names, *ctx.param_names], ctx.shapes, ctx.needs, strict=True):
-            grad = engine.gradient(state, nodes[name]) if needed and nodes[name] in reached else None
-            if grad is None and needed and nodes[name] in reached and name.startswith("param:") and engine.value_of_store[nodes[name]] < 0:
-                grad = torch.zeros(shape, dtype=engine.dtype_of(nodes[name]))  # stored elsewhere: an empty part
-            if grad is not None and scale is not None:
-                grad = grad * scale.to(grad.dtype)
-            if grad is not None and scales[name] != 1:
-                grad = grad * scales[name]
+        for name, shape, needed, part in zip(ctx.inputs, ctx.shapes, ctx.needs, ctx.scales, strict=True):
+            node = nodes[name]
+            if not needed or node not in reached:
+                out.append(None)
+                continue
+            grad = engine.gradient(state, node)
+            if grad is None and engine.value_of_store[node] < 0 and name.startswith("param:"):
+                grad = torch.zeros(shape, dtype=engine.dtype_of(node))  # stored elsewhere: an empty part
             if grad is not None:
-                ctx.parallel.gradients.expect(name, grad)
+                if scale is not None:
+                    grad = grad * scale.to(grad.dtype)
+                if part != 1:
+                    grad = grad * part
+                gradients.expect(name, grad)
             out.append(grad)
-        return (None, None, None, None, None, *out)
+        return (None, None, None, None, None, None, *out)
 
 
 def agree_on_backward(engine: Engine, parallel: Parallel, grads: Sequence[torch.Tensor | None], accumulates: bool, call: int) -> tuple[frozenset[int], bool]:
     """The returns whose gradient comes in on some rank (one that is used on no rank gives its parameters None, as in one process), and
     whether all ranks say `accumulates`. Collective."""
     parts = [grads[i : i + 100] for i in range(0, max(len(grads), 1), 100)]
-    model = number(parallel.label)
+    model = parallel.header.model(parallel.label)
     said = [parallel.comm.gather_ints([accumulates, model, call, *(g is not None for g in part)], "backward") for part in parts]
     used = [any(column) for chunk in said for column in list(zip(*chunk, strict=True))[3:]]
     first = said[0][0]
@@ -469,26 +494,3 @@ def accumulates_all(functions: Iterable[tuple[Any, int]]) -> bool:
 
 def box_runs(box: list[Any]) -> list[list[tuple[int, int]]]:
     return [list(s.runs) for s in box]
-
-
-def input_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-
-
-def structure_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a capture is bound to besides shapes: the structure of the call and its constants. Equal on ranks that call alike."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    for leaf in leaves:
-        hidden = not isinstance(leaf, torch.Tensor | nn.Module) and any(isinstance(v, torch.Tensor) for v in getattr(leaf, "__dict__", {}).values())
-        if hidden or type(leaf).__module__ == "numpy":
-            raise TypeError(f"[forward] an argument of type {type(leaf).__name__}: give tensors, in tuples, dicts or dataclasses that pytree knows")
-    if any(isinstance(x, PackedSequence) for x in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))):
-        raise TypeError("[forward] a PackedSequence's rows aren't a dim: give padded tensors and lengths")
-
-    def key(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return str(leaf.dtype), leaf.dim(), leaf.requires_grad
-        plain = isinstance(leaf, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
-        return repr(leaf) if plain else type(leaf).__qualname__  # the repr of other objects may have their address
-
-    return str(spec), tuple(key(leaf) for leaf in leaves)

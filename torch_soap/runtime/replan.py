@@ -22,6 +22,8 @@ def replan(parallel: Parallel, plan: Plan) -> None:
             parameter.data = whole[name]
         other.engines.clear()
         other.storage.clear()
+        other.cuts.clear()
+        other.calling.clear()
         other.boxes.clear()
         other.owners.clear()
         other.known.start(other.parameters())

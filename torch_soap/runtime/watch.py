@@ -13,11 +13,13 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from torch_soap import _C
 from torch_soap.capture import Captured
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.header import RankMismatchError, number
+from torch_soap.runtime.tree import ModuleTree, Tree
 
 # Forwards between two comparisons of replicas; 0: never.
 CHECK_EVERY = "TORCH_SOAP_CHECK_REPLICAS_EVERY"
@@ -65,20 +67,24 @@ class ParameterWatch:
     def __init__(self) -> None:
         self.known: dict[str, nn.Parameter] = {}
         self.shapes: dict[str, torch.Size] = {}
+        self.tree: Tree | None = None  # with which all was as it should be
+        self.fitting: list[torch.Size] = []
         self.replaced = self.compared = 0
 
     def start(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self.known = dict(named)
+        self.known, self.tree = dict(named), None
         self.shapes = {n: p.shape for n, p in self.known.items()}
 
-    def look(self, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    def look(self, tree: Tree) -> dict[str, nn.Parameter]:
         """The new ones.
 
         Raises RuntimeError where they don't fit.
         """
         if not self.known:
             return {}
-        now = dict(named)
+        if tree is self.tree and [p.shape for p in tree.parameters] == self.fitting:
+            return {}
+        now = tree.named
         if now.keys() != self.known.keys():
             name = min(now.keys() ^ self.known.keys())
             raise RuntimeError(f"[forward] {name} {'came' if name in now else 'went'} after the plan was made: change the module first, then parallelize it")
@@ -92,6 +98,7 @@ class ParameterWatch:
         if fresh:
             self.replaced += 1
             self.known = now
+        self.tree, self.fitting = tree, [p.shape for p in tree.parameters]
         return fresh
 
     def fresh(self) -> bool:
@@ -194,18 +201,28 @@ class AttributeWatch:
 
     MANY = 8
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, tree: ModuleTree) -> None:
+        self.tree = tree
         self.reads: list[ReadAttributes] = []
-
-    def modes(self) -> tuple[tuple[Any, ...], ...]:
-        """Train or eval of each submodule, and the dtypes of the parameters."""
-        return tuple(m.training for m in self.module.modules()), tuple(str(p.dtype) for p in self.module.parameters())
+        self.numbers: dict[Any, int] = {}  # state of all modes, dtypes and requires_grad -> number
+        self.state: tuple[list[Any], ...] = ()
+        self.read: list[Any] | None = None
+        self.mode = self.summary = -1
+        self.frozen: list[bool] = []
 
     def look(self) -> int:
-        """A number that is equal on ranks with equal modes and attributes."""
-        frozen = tuple(p.requires_grad for p in self.module.parameters())
-        return number(repr((self.modes(), frozen, [r.now() for r in self.reads[:1]])))
+        """A number that is equal on ranks with equal modes and attributes. Sets `mode`, which is equal here for equal modes and dtypes, and `frozen`: which
+        parameters require gradients."""
+        tree = self.tree.now()
+        modes, dtypes = [m.training for m in tree.modules], [p.dtype for p in tree.parameters]
+        frozen = [p.requires_grad for p in tree.parameters]
+        read = self.reads[0].now() if self.reads else None
+        if self.state == (modes, dtypes, frozen) and self.read == read:
+            return self.summary
+        self.state, self.read, self.frozen = (modes, dtypes, frozen), read, frozen
+        self.mode = self.numbers.setdefault((tuple(modes), tuple(dtypes)), len(self.numbers))
+        self.summary = number(repr((modes, [str(d) for d in dtypes], frozen, read)))
+        return self.summary
 
     def captured(self, capture: Captured, read: ReadAttributes) -> None:
         """Warns about what a parallel forward can't do to the module, and when it is captured again and again."""
@@ -228,9 +245,13 @@ class HookWatch:
 
     def __init__(self) -> None:
         self.known = -1
+        self.made = -1  # hooks of any kind that torch has made when they were counted
 
-    def look(self, module: nn.Module) -> None:
-        count = sum(self._hooks(child) for child in module.modules() if child is not module)
+    def look(self, tree: Tree) -> None:
+        if self.made == RemovableHandle.next_id:
+            return
+        self.made = RemovableHandle.next_id
+        count = sum(self._hooks(child) for child in tree.modules[1:])
         if 0 <= self.known < count:
             warnings.warn(
                 "[torch_soap] hooks were put on submodules after the model was captured: they don't fire, since submodules aren't called any more. "
