@@ -53,6 +53,12 @@ int local_number(const LayerStructure& s, TensorId t) {
   return static_cast<int>(it - s.tensors.begin());
 }
 
+bool passes(const Rule& rule, int operand) {
+  const auto& dims = rule.operands[operand].dims;
+  return rule.operands[operand].anchors.empty() && std::all_of(dims.begin(), dims.end(), [](const DimExpr& d) { return d.factors.size() == 1 && !d.map; }) &&
+         std::all_of(rule.results.begin(), rule.results.end(), [&](const Result& r) { return r.dims == dims; });
+}
+
 // The operand whose place an operator takes by default; see default_tiling in sharding/resolve.cpp.
 int main_operand(const OpGraph& g, const Node& n) {
   int main = -1;
@@ -96,6 +102,7 @@ LayerStructure followed_structure(Program& program, const LayerShape& layer, con
       m.constant = true;
     } else {
       m.from = producer->second;
+      m.passes = passes(program.rules[id], main);
       const LayerStructure::Member& from = s.members[m.from];
       const Tensor& t = g.tensors[n.inputs[main]];
       for (size_t v = 0; v < variants.size(); ++v) {
@@ -188,6 +195,7 @@ struct LayerEvaluator::State {
   std::vector<int64_t> spent = {}, held = {};
   std::vector<std::vector<LayerTable::Read>> reads = {};  // per local tensor
   std::vector<int> tiles = {};                            // per local tensor: layout
+  std::vector<std::vector<int64_t>> tile_sizes = {};      // per local tensor: [tile * dims + dim]
   // Of the member at hand.
   std::vector<int> own = {};        // kept cuts
   int count = 1, each = 1;          // tiles, devices of a tile
@@ -369,6 +377,15 @@ struct LayerEvaluator::State {
     });
   }
 
+  Reduce partial_of(const LayerStructure::Member& m, const Result& result) const {
+    for (int k : own) {
+      const int f = m.cuts[cuts[k]].factor;
+      const bool there = std::any_of(result.dims.begin(), result.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), f) > 0; });
+      if (!there) return result.reduce;
+    }
+    return Reduce::kNone;
+  }
+
   void compute(size_t index) {
     LayerStructure::Member& m = s.members[index];
     const Program& p = *s.program;
@@ -379,14 +396,25 @@ struct LayerEvaluator::State {
     }
     sizes.resize(count * width);
     here.resize(count);
+    // Where it passes on every cut of the member that it follows, it reads what that one has made, where it lies.
+    const bool as_made = m.passes && kept[index] == kept[m.from];
+    const int from = m.main < 0 ? -1 : m.operands[m.main].tensor;
+    const auto known_sizes = [&](size_t dims) {
+      for (int t = 0; t < count; ++t) std::copy_n(tile_sizes[from].begin() + static_cast<int64_t>(t * dims), dims, sizes.begin() + static_cast<int64_t>(t * width + at));
+    };
     for (size_t i = 0; i < m.operands.size(); ++i) {
       LayerStructure::Slot& slot = m.operands[i];
-      boxes(m, slot, at, width);
+      const bool known = as_made && static_cast<int>(i) == m.main;
+      if (known) {
+        known_sizes(slot.dims->size());
+      } else {
+        boxes(m, slot, at, width);
+        for (int t = 0; t < count; ++t) here[t] = static_cast<char>(holds_first(m, rule, rule.operands[i].anchors, t));
+      }
       at += slot.dims->size();
-      for (int t = 0; t < count; ++t) here[t] = static_cast<char>(holds_first(m, rule, rule.operands[i].anchors, t));
       const Tensor& tensor = p.graph.tensors[s.tensors[slot.tensor]];
       const bool gradient = tensor.requires_grad && rule.operands[i].differentiable && p.differentiable[m.node];
-      const int copies = layouts.add(Reduce::kNone, tiles_at_hand(slot, here.data()));
+      const int copies = known ? tiles[from] : layouts.add(Reduce::kNone, tiles_at_hand(slot, here.data()));
       auto& list = reads[slot.tensor];
       const auto same = std::find_if(list.begin(), list.end(), [&](const LayerTable::Read& r) { return r.copies == copies; });
       if (same == list.end())
@@ -396,18 +424,19 @@ struct LayerEvaluator::State {
     }
     for (size_t r = 0; r < m.results.size(); ++r) {
       LayerStructure::Slot& slot = m.results[r];
-      boxes(m, slot, at, width);
-      at += slot.dims->size();
-      Reduce partial = Reduce::kNone;
-      for (int k : own) {
-        const int f = m.cuts[cuts[k]].factor;
-        const bool there =
-            std::any_of(slot.dims->begin(), slot.dims->end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), f) > 0; });
-        if (!there) partial = rule.results[r].reduce;
+      if (as_made) {
+        known_sizes(slot.dims->size());
+        tiles[slot.tensor] = tiles[from];
+        tile_sizes[slot.tensor] = tile_sizes[from];
+      } else {
+        boxes(m, slot, at, width);
+        tiles[slot.tensor] = layouts.add(partial_of(m, rule.results[r]), tiles_at_hand(slot, nullptr));
+        tile_sizes[slot.tensor].resize(made.size());
+        for (size_t k = 0; k < made.size(); ++k) tile_sizes[slot.tensor][k] = layouts.size(made[k]);
       }
-      const int layout = tiles[slot.tensor] = layouts.add(partial, tiles_at_hand(slot, nullptr));
+      at += slot.dims->size();
       const Tensor& tensor = p.graph.tensors[s.tensors[slot.tensor]];
-      if (rule.results[r].saved && !rule.view && p.differentiable[m.node]) hold(layout, tensor.element_bytes + rule.results[r].saved_bytes_more);
+      if (rule.results[r].saved && !rule.view && p.differentiable[m.node]) hold(tiles[slot.tensor], tensor.element_bytes + rule.results[r].saved_bytes_more);
     }
     for (int t = 0; t < count; ++t) {
       const OpTime ns = time(m, t, width);
@@ -474,6 +503,7 @@ LayerEvaluator::LayerEvaluator(LayerStructure& structure, const std::vector<Vari
   state_->order.resize(structure.members.size());
   state_->reads.resize(structure.tensors.size());
   state_->tiles.resize(structure.tensors.size());
+  state_->tile_sizes.resize(structure.tensors.size());
 }
 
 LayerEvaluator::~LayerEvaluator() = default;
