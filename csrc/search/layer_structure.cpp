@@ -206,7 +206,6 @@ struct LayerEvaluator::State {
   std::vector<char> here = {};      // [tile]
   std::vector<IndexSet> sets = {};  // per factor
   std::vector<int> taken = {};
-  bool tiled = false;  // the program's tiling is that of the configuration at hand
 
   // Which cuts a member keeps; false where that depends on more than each cut by itself.
   bool keep(size_t index) {
@@ -264,7 +263,6 @@ struct LayerEvaluator::State {
   void place(size_t index, int replicas) {
     const LayerStructure::Member& m = s.members[index];
     own.clear();
-    tiled = false;
     count = 1;
     int grid = 1;
     for (int i : order[index]) {
@@ -355,15 +353,16 @@ struct LayerEvaluator::State {
     for (size_t i = 0; i < m.times.size(); ++i) {
       if (std::equal(mine, mine + width, m.known_sizes.begin() + static_cast<int64_t>(i * width))) return m.times[i];
     }
-    if (!tiled) {
-      Tiling& tiling = s.program->tilings[m.node];
-      tiling = {};
-      for (int k : own) tiling.cuts.push_back({m.cuts[cuts[k]].factor, without_chunks(m.cuts[cuts[k]].parts)});
-      tiling.devices = first_devices(tiling.tiles());
-      tiled = true;
+    // An operator whose only tile is this one.
+    Tiling& tiling = s.program->tilings[m.node];
+    tiling.cuts.resize(own.size(), {.parts = {{IndexSet()}}});
+    for (size_t k = 0; k < own.size(); ++k) {
+      const LayerStructure::NodeCut& cut = m.cuts[cuts[own[k]]];
+      tiling.cuts[k].factor = cut.factor;
+      tiling.cuts[k].parts[0][0] = cut.parts[parts[tile * own.size() + k]];
     }
     m.known_sizes.insert(m.known_sizes.end(), mine, mine + width);
-    m.times.push_back(cost.time(*s.program, m.node, static_cast<int>(tile), 0));
+    m.times.push_back(cost.time(*s.program, m.node, 0, 0));
     return m.times.back();
   }
 
@@ -504,6 +503,7 @@ LayerEvaluator::LayerEvaluator(LayerStructure& structure, const std::vector<Vari
   state_->reads.resize(structure.tensors.size());
   state_->tiles.resize(structure.tensors.size());
   state_->tile_sizes.resize(structure.tensors.size());
+  for (const LayerStructure::Member& m : structure.members) structure.program->tilings[m.node] = {.devices = {0}};
 }
 
 LayerEvaluator::~LayerEvaluator() = default;

@@ -266,8 +266,7 @@ std::pair<int64_t, bool> Layouts::exchange(const Layout& from, const Layout& to,
   traffic_.clear();
   for (const Layout::Part& copy : to.parts) {
     for (const Layout::Part& source : from.parts) {
-      int64_t volume = shared;
-      for (size_t i = 0; i < differing_.size() && volume > 0; ++i) volume *= common(source.sets[differing_[i]], copy.sets[differing_[i]]);
+      const int64_t volume = shared * common_of_differing(source, copy);
       if (volume == 0) continue;
       whole = whole && volume == source.volume && volume == copy.volume;
       if (source.mask == copy.mask) continue;
@@ -299,8 +298,7 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
     const Layout::Part& copy = to.parts[j];
     for (size_t k = 0; k < from.parts.size(); ++k) {
       const Layout::Part& source = from.parts[k];
-      int64_t volume = shared;
-      for (size_t i = 0; i < differing_.size() && volume > 0; ++i) volume *= common(source.sets[differing_[i]], copy.sets[differing_[i]]);
+      const int64_t volume = shared * common_of_differing(source, copy);
       if (volume == 0) continue;
       whole = whole && volume == source.volume && volume == copy.volume;
       for (size_t r = 0; r < copy.devices.size(); ++r) {

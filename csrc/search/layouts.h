@@ -109,6 +109,15 @@ class Layouts {
     return a == b ? x.size : common_of_many(a, b);
   }
   int64_t common_of_many(int a, int b);
+  // Elements of both parts in the dims that differ.
+  int64_t common_of_differing(const Layout::Part& a, const Layout::Part& b) {
+    int64_t n = 1;
+    for (const int d : differing_) {
+      n *= common(a.sets[d], b.sets[d]);
+      if (n == 0) break;
+    }
+    return n;
+  }
   int64_t there_and_back_ns(int tiles, int copies, const Tensor& tensor);
   // Finds the dims in which one of them is cut, `differing_`; elements that both have in the others.
   int64_t alike_in(const Layout& from, const Layout& to);
