@@ -379,7 +379,8 @@ struct LayerEvaluator::State {
   Reduce partial_of(const LayerStructure::Member& m, const Result& result) const {
     for (int k : own) {
       const int f = m.cuts[cuts[k]].factor;
-      const bool there = std::any_of(result.dims.begin(), result.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), f) > 0; });
+      const bool there =
+          std::any_of(result.dims.begin(), result.dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), f) > 0; });
       if (!there) return result.reduce;
     }
     return Reduce::kNone;
@@ -399,7 +400,8 @@ struct LayerEvaluator::State {
     const bool as_made = m.passes && kept[index] == kept[m.from];
     const int from = m.main < 0 ? -1 : m.operands[m.main].tensor;
     const auto known_sizes = [&](size_t dims) {
-      for (int t = 0; t < count; ++t) std::copy_n(tile_sizes[from].begin() + static_cast<int64_t>(t * dims), dims, sizes.begin() + static_cast<int64_t>(t * width + at));
+      for (int t = 0; t < count; ++t)
+        std::copy_n(tile_sizes[from].begin() + static_cast<int64_t>(t * dims), dims, sizes.begin() + static_cast<int64_t>(t * width + at));
     };
     for (size_t i = 0; i < m.operands.size(); ++i) {
       LayerStructure::Slot& slot = m.operands[i];

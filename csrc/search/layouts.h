@@ -167,14 +167,14 @@ class Layouts {
   NumberMap common_;                                                   // of (a, b), b <= a, where one of them isn't an interval
   NumberMap prices_;                                                   // of (tiles, copies, Way, element)
   std::map<std::tuple<uint64_t, int64_t, int>, int64_t> all_reduces_;  // (ranks, bytes, at once) -> ns
-  struct Group {  // an all-reduce
+  struct Group {                                                       // an all-reduce
     uint64_t ranks = 0;
     size_t pieces = 0;
     std::span<const int> sets;
   };
-  std::vector<Group> groups_;                                          // of the movement that is being priced
-  std::vector<Piece> pieces_;                                          // of it, too
-  std::vector<int> key_, ranks_, differing_;                           // of what is looked up or priced
+  std::vector<Group> groups_;                 // of the movement that is being priced
+  std::vector<Piece> pieces_;                 // of it, too
+  std::vector<int> key_, ranks_, differing_;  // of what is looked up or priced
   std::vector<Layout::Part> parts_;
 };
 
