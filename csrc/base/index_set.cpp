@@ -12,19 +12,33 @@ IndexSet IndexSet::interval(int64_t begin, int64_t end) {
   return set;
 }
 
-IndexSet IndexSet::from_runs(std::vector<Run> runs) {
-  std::erase_if(runs, [](const Run& r) { return r.begin >= r.end; });
-  if (runs.empty()) return {};
-  if (!std::is_sorted(runs.begin(), runs.end())) std::sort(runs.begin(), runs.end());
-  size_t last = 0;
-  for (size_t i = 1; i < runs.size(); ++i) {
-    if (runs[i].begin <= runs[last].end) {
-      runs[last].end = std::max(runs[last].end, runs[i].end);
-    } else {
-      runs[++last] = runs[i];
-    }
+namespace {
+
+// As IndexSet keeps them.
+bool in_order(const std::vector<Run>& runs) {
+  for (size_t i = 0; i < runs.size(); ++i) {
+    if (runs[i].begin >= runs[i].end || (i > 0 && runs[i].begin <= runs[i - 1].end)) return false;
   }
-  runs.resize(last + 1);
+  return true;
+}
+
+}  // namespace
+
+IndexSet IndexSet::from_runs(std::vector<Run> runs) {
+  if (!in_order(runs)) {
+    std::erase_if(runs, [](const Run& r) { return r.begin >= r.end; });
+    if (!std::is_sorted(runs.begin(), runs.end())) std::sort(runs.begin(), runs.end());
+    size_t last = 0;
+    for (size_t i = 1; i < runs.size(); ++i) {
+      if (runs[i].begin <= runs[last].end) {
+        runs[last].end = std::max(runs[last].end, runs[i].end);
+      } else {
+        runs[++last] = runs[i];
+      }
+    }
+    runs.resize(std::min(runs.size(), last + 1));
+  }
+  if (runs.empty()) return {};
   IndexSet set;
   set.first_ = runs.front();
   if (runs.size() > 1) set.more_ = std::move(runs);
@@ -55,6 +69,17 @@ IndexSet intersect(const IndexSet& a, const IndexSet& b) {
   return IndexSet::from_runs(std::move(out));
 }
 
+int64_t size_of_common(const IndexSet& a, const IndexSet& b) {
+  const std::span<const Run> first = a.runs(), second = b.runs();
+  int64_t n = 0;
+  for (size_t i = 0, j = 0; i < first.size() && j < second.size();) {
+    const Run &x = first[i], &y = second[j];
+    n += std::max<int64_t>(std::min(x.end, y.end) - std::max(x.begin, y.begin), 0);
+    (x.end < y.end ? i : j)++;
+  }
+  return n;
+}
+
 IndexSet unite(const IndexSet& a, const IndexSet& b) {
   std::vector<Run> runs(a.runs().size() + b.runs().size());
   std::merge(a.runs().begin(), a.runs().end(), b.runs().begin(), b.runs().end(), runs.begin());
@@ -77,6 +102,7 @@ IndexSet product(const IndexSet& outer, const IndexSet& inner, int64_t inner_siz
     for (const Run& r : outer.runs()) runs.push_back({r.begin * inner_size, r.end * inner_size});
     return IndexSet::from_runs(std::move(runs));
   }
+  runs.reserve(static_cast<size_t>(outer.size()) * inner.runs().size());
   for (const Run& o : outer.runs()) {
     for (int64_t i = o.begin; i < o.end; ++i) {
       for (const Run& r : inner.runs()) runs.push_back({i * inner_size + r.begin, i * inner_size + r.end});

@@ -49,6 +49,8 @@ class IndexSet {
 };
 
 IndexSet intersect(const IndexSet& a, const IndexSet& b);
+// intersect(a, b).size(), without making it.
+int64_t size_of_common(const IndexSet& a, const IndexSet& b);
 IndexSet unite(const IndexSet& a, const IndexSet& b);
 // {i + offset}, clipped to [0, size).
 IndexSet shift(const IndexSet& set, int64_t offset, int64_t size);

@@ -4,6 +4,8 @@
 #include <map>
 #include <utility>
 
+#include "sharding/dim_set.h"
+
 namespace soap {
 namespace {
 
@@ -14,8 +16,14 @@ struct Local {
   std::vector<IndexSet> sets;
 
   Box operand(int i) const { return box_of(rule.operands[i].dims, rule, p.graph.input(n, i).shape, sets); }
-  Box result(int r) const { return box_of(rule.results[r].dims, rule, p.graph.output(n, r).shape, sets); }
-  double elements(int i) const { return i < 0 ? 0.0 : static_cast<double>(volume(operand(i))); }
+  double elements(int i) const { return i < 0 ? 0.0 : static_cast<double>(product_of(rule.operands[i].dims, p.graph.input(n, i).shape)); }
+  int64_t result_elements(int r) const { return product_of(rule.results[r].dims, p.graph.output(n, r).shape); }
+
+  int64_t product_of(const std::vector<DimExpr>& dims, const std::vector<int64_t>& shape) const {
+    int64_t out = 1;
+    for (size_t d = 0; d < dims.size(); ++d) out *= dim_size(dims[d], shape[d], sets);
+    return out;
+  }
 };
 
 using Flops = double (*)(const Local&);
@@ -28,9 +36,9 @@ double products(const Local& t) {
     contraction = contraction || t.rule.factors[f].kind == FactorKind::kReduction;
   }
   if (!contraction || t.n.inputs.size() < 2) return 0;
-  const Box box = t.operand(1);
-  for (size_t d = 0; d < box.size(); ++d) {
-    if (t.rule.operands[1].dims[d].factors.empty()) volume_all *= static_cast<double>(box[d].size());
+  const auto& dims = t.rule.operands[1].dims;
+  for (size_t d = 0; d < dims.size(); ++d) {
+    if (dims[d].factors.empty()) volume_all *= static_cast<double>(t.p.graph.input(t.n, 1).shape[d]);
   }
   return 2 * volume_all;
 }
@@ -76,7 +84,7 @@ double grouped(const Local& t) {
 }
 
 double distances(const Local& t) {
-  return 2 * static_cast<double>(volume(t.result(0))) * static_cast<double>(t.operand(0).back().size());
+  return 2 * static_cast<double>(t.result_elements(0)) * static_cast<double>(t.operand(0).back().size());
 }
 
 // The smallest of rows, columns and contraction; factors that all three tensors have are a batch of products.
@@ -145,23 +153,32 @@ const std::map<std::string, Entry, std::less<>>& entries() {
 
 // Of the table that is looked up: no more than what is read of it.
 double looked_up(const Local& t, int table, double elements) {
-  if (t.n.target == "index_select") return std::min(elements, static_cast<double>(volume(t.result(0))));
+  if (t.n.target == "index_select") return std::min(elements, static_cast<double>(t.result_elements(0)));
   const int indices = t.n.operand("indices");
   return indices < 0 ? elements : std::min(elements, t.elements(indices) * static_cast<double>(t.operand(table).back().size()));
+}
+
+// Null for "pointwise" and "other".
+const Entry* entry_of(const Node& node) {
+  const auto it = entries().find(node.target);
+  return it == entries().end() ? nullptr : &it->second;
+}
+
+std::string_view family(const Node& node, const Entry* entry) {
+  return entry ? entry->family : node.family == "pointwise" ? "pointwise" : "other";
 }
 
 }  // namespace
 
 std::string_view family_of(const Node& node) {
-  const auto it = entries().find(node.target);
-  return it != entries().end() ? it->second.family : node.family == "pointwise" ? "pointwise" : "other";
+  return family(node, entry_of(node));
 }
 
 Work work_of(const Program& p, NodeId node, int tile, int chunk) {
   const Node& n = p.graph.nodes[node];
   const Local t{p, n, p.rules[node], factor_sets(p.rules[node], p.tilings[node], tile, chunk)};
-  const auto it = entries().find(n.target);
-  Work out{.family = family_of(n), .dtype = p.graph.output(n, 0).dtype};
+  const Entry* entry = entry_of(n);
+  Work out{.family = family(n, entry), .dtype = p.graph.output(n, 0).dtype};
   if (!n.inputs.empty() && is_float(p.graph.input(n, 0))) out.dtype = p.graph.input(n, 0).dtype;
   if (t.rule.view && n.target != "split") return out;
   const int table = out.family == "embedding" ? std::max(n.operand("weight"), 0) : -1;
@@ -172,15 +189,15 @@ Work work_of(const Program& p, NodeId node, int tile, int chunk) {
   }
   for (size_t r = 0; r < n.outputs.size(); ++r) {
     const auto result = static_cast<int>(r);
-    out.bytes += static_cast<double>(volume(t.result(result)) * p.graph.output(n, result).element_bytes);
+    out.bytes += static_cast<double>(t.result_elements(result) * p.graph.output(n, result).element_bytes);
   }
   // The gradient of a concatenation is parts of one tensor, which are views; that of parts is a concatenation.
   if (n.target == "cat") out.backward_bytes = 0;
   if (n.target == "split") out.backward_bytes = std::exchange(out.bytes, 0);
-  out.flops = it == entries().end() ? products(t) : it->second.flops(t);
+  out.flops = entry ? entry->flops(t) : products(t);
   if (out.family == "matmul" && out.flops > 0) out.size = smallest_of_product(t);
   if (out.family == "normalization") out.size = row_of(t);
-  if (out.family == "pointwise") out.size = static_cast<double>(volume(t.result(0)));
+  if (out.family == "pointwise") out.size = static_cast<double>(t.result_elements(0));
   if (out.family == "attention" && out.flops > 0) {
     const Box k = t.operand(1);
     out.size = static_cast<double>(k[k.size() - 2].size());

@@ -40,6 +40,7 @@ struct LayerStructure {
     std::vector<int> order;     // expanded: factors of the head by how its devices are listed, slowest first
     std::vector<Slot> operands, results;
     int main = -1;                     // operand that it follows
+    bool passes = false;               // the dims of that operand are factors, one each, and those of all results the same ones
     std::vector<int64_t> known_sizes;  // local sizes of all operands and results, one group after another
     std::vector<OpTime> times;         // of each group
   };

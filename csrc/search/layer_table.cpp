@@ -12,10 +12,14 @@
 namespace soap {
 namespace {
 
-// A configuration, and the same without a reference to the processes' rows, which a layer by itself doesn't know.
+// A configuration.
 struct Proposal {
-  OpConfig config, local;
-  std::vector<int> cuts = {};  // variants, one for each cut
+  OpConfig config;
+  std::optional<OpConfig> local = {};              // without a reference to the processes' rows, which a layer by itself doesn't know
+  std::vector<std::pair<int, int>> products = {};  // (factor, degree) of each cut; degree 0: at the processes' rows, which aren't even
+  std::vector<int> cuts = {};                      // variants, one for each cut
+
+  const OpConfig& alone() const { return local ? *local : config; }
 };
 
 bool may_cut(const Node& head, const Rule& rule, int factor, const LayerOptions& options) {
@@ -28,25 +32,33 @@ bool may_cut(const Node& head, const Rule& rule, int factor, const LayerOptions&
   });
 }
 
+// Even cuts of different factors, and the number of tiles that they make.
+struct Product {
+  std::vector<std::pair<int, int>> cuts;  // (factor, degree)
+  int tiles = 1;
+};
+
 // Every product of even cuts of the factors from `factor` on, with degrees whose product divides `left`.
-void add_products(const Node& head, const Rule& rule, const LayerOptions& options, int factor, int left, OpConfig& so_far, std::vector<Proposal>& out) {
-  if (factor == static_cast<int>(rule.factors.size())) {
-    if (!so_far.cuts.empty()) out.push_back({so_far, so_far});
+void add_products(const Rule& rule, const std::vector<char>& cuttable, size_t factor, int left, Product& so_far, std::vector<Product>& out) {
+  if (factor == cuttable.size()) {
+    if (!so_far.cuts.empty()) out.push_back(so_far);
     return;
   }
-  add_products(head, rule, options, factor + 1, left, so_far, out);
-  if (!may_cut(head, rule, factor, options)) return;
+  add_products(rule, cuttable, factor + 1, left, so_far, out);
+  if (!cuttable[factor]) return;
   const Factor& f = rule.factors[factor];
+  const auto own = static_cast<int>(factor);
   const bool clash = std::any_of(rule.exclusive.begin(), rule.exclusive.end(), [&](const std::vector<int>& group) {
-    return std::count(group.begin(), group.end(), factor) && std::any_of(so_far.cuts.begin(), so_far.cuts.end(), [&](const FactorCut& c) {
-             return std::count(group.begin(), group.end(), rule.factor(c.factor)) > 0;
-           });
+    return std::count(group.begin(), group.end(), own) &&
+           std::any_of(so_far.cuts.begin(), so_far.cuts.end(), [&](const auto& c) { return std::count(group.begin(), group.end(), c.first) > 0; });
   });
   if (clash) return;
   for (int degree = 2; degree <= left && degree <= f.size / f.unit; ++degree) {
     if (left % degree != 0) continue;
-    so_far.cuts.push_back({f.name, {.tiles = degree}});
-    add_products(head, rule, options, factor + 1, left / degree, so_far, out);
+    so_far.cuts.emplace_back(own, degree);
+    so_far.tiles *= degree;
+    add_products(rule, cuttable, factor + 1, left / degree, so_far, out);
+    so_far.tiles /= degree;
     so_far.cuts.pop_back();
   }
 }
@@ -65,27 +77,33 @@ std::optional<Proposal> fed_proposal(const Node& head, const Rule& rule, const F
   bool even = f.size / f.unit >= world;
   for (int t = 0; t <= world; ++t) even = even && bounds[t] == (t == world ? f.size : f.size / f.unit * t / world * f.unit);
   if (even) cut.bounds.clear();
-  return Proposal{{.cuts = {{"n", {.tiles = world, .fed = true}}}}, {.cuts = {{f.name, cut}}}};
+  return Proposal{{.cuts = {{"n", {.tiles = world, .fed = true}}}}, OpConfig{.cuts = {{f.name, cut}}}, {{fed.factor, even ? world : 0}}};
 }
 
 std::vector<Proposal> proposals(const Node& head, const Rule& rule, const FedFactor& fed, int world, const LayerOptions& options) {
-  std::vector<Proposal> products;
-  OpConfig empty;
-  add_products(head, rule, options, 0, world, empty, products);
-  std::stable_sort(products.begin(), products.end(), [](const Proposal& a, const Proposal& b) {
-    if (a.config.cuts.size() != b.config.cuts.size()) return a.config.cuts.size() < b.config.cuts.size();
-    return a.config.num_tiles() > b.config.num_tiles();
+  std::vector<Product> products;
+  std::vector<char> cuttable;
+  for (size_t f = 0; f < rule.factors.size(); ++f) cuttable.push_back(static_cast<char>(may_cut(head, rule, static_cast<int>(f), options)));
+  Product empty;
+  add_products(rule, cuttable, 0, world, empty, products);
+  std::stable_sort(products.begin(), products.end(), [](const Product& a, const Product& b) {
+    if (a.cuts.size() != b.cuts.size()) return a.cuts.size() < b.cuts.size();
+    return a.tiles > b.tiles;
   });
+  const size_t most = std::max(options.max_configurations, 3);
   std::vector<Proposal> out;
+  out.reserve(std::min(most, products.size() + 3));
   const auto rows = fed_proposal(head, rule, fed);
-  if (rows && world > 1) {
-    out.push_back(*rows);
-    std::erase_if(products, [&](const Proposal& p) { return p.local == rows->local; });
+  if (rows && world > 1) out.push_back(*rows);
+  if (world > 1) out.push_back({{.replicas = world}});
+  out.push_back({{.devices = {0}}});
+  for (const Product& p : products) {
+    if (out.size() == most) break;
+    if (rows && world > 1 && p.cuts == rows->products) continue;
+    Proposal proposal{.products = p.cuts};
+    for (const auto& [factor, degree] : p.cuts) proposal.config.cuts.push_back({rule.factors[factor].name, {.tiles = degree}});
+    out.push_back(std::move(proposal));
   }
-  if (world > 1) out.push_back({{.replicas = world}, {.replicas = world}});
-  out.push_back({{.devices = {0}}, {.devices = {0}}});
-  out.insert(out.end(), products.begin(), products.end());
-  if (out.size() > static_cast<size_t>(std::max(options.max_configurations, 3))) out.resize(std::max(options.max_configurations, 3));
   return out;
 }
 
@@ -110,17 +128,17 @@ std::string text(const AttrMap& attrs) {
 // The cuts that proposals are products of.
 std::vector<Variant> variants_of(const Node& head, const Rule& rule, std::vector<Proposal>& proposals, int world) {
   std::vector<Variant> out;
-  std::vector<FactorCut> known;
+  std::vector<std::pair<int, int>> known;
   for (Proposal& p : proposals) {
-    for (const FactorCut& cut : p.local.cuts) {
-      const auto it = std::find(known.begin(), known.end(), cut);
+    for (size_t c = 0; c < p.products.size(); ++c) {
+      const auto it = std::find(known.begin(), known.end(), p.products[c]);
       p.cuts.push_back(static_cast<int>(it - known.begin()));
       if (it != known.end()) continue;
-      known.push_back(cut);
-      Variant v{.factor = rule.factor(cut.factor)};
-      const Tiling tiling = make_tiling(head, rule, {.cuts = {cut}}, std::nullopt, world);
-      SOAP_CHECK(!tiling.cuts.empty(), "[optcnn] {}: {} cuts nothing", head.name, cut.factor);
-      for (const auto& tile : tiling.cuts[0].parts) v.parts.push_back(tile[0]);
+      known.push_back(p.products[c]);
+      Variant v{.factor = p.products[c].first};
+      Tiling tiling = make_tiling(head, rule, {.cuts = {p.alone().cuts[c]}}, std::nullopt, world);
+      SOAP_CHECK(!tiling.cuts.empty(), "[optcnn] {}: {} cuts nothing", head.name, p.alone().cuts[c].factor);
+      for (auto& tile : tiling.cuts[0].parts) v.parts.push_back(std::move(tile[0]));
       out.push_back(std::move(v));
     }
   }
@@ -319,7 +337,7 @@ LayerTable layer_table(Program& fixed, const LayerShape& layer, const CostModel&
   if (expanded) by_expanding.emplace(*expanded, variants, world, cost, layouts);
   std::optional<LayerAlone> alone;
   LayerTable out;
-  for (const Proposal& p : list) {
+  for (Proposal& p : list) {
     const bool expands = std::any_of(p.cuts.begin(), p.cuts.end(), [&](int v) { return expanding[v] != 0; });
     std::optional<LayerEntry> entry;
     if (!options.by_resolving && (!expands || expanded)) {
@@ -327,10 +345,10 @@ LayerTable layer_table(Program& fixed, const LayerShape& layer, const CostModel&
     }
     if (!entry) {
       if (!alone) alone = layer_alone(fixed.graph, layer);
-      entry = resolved(*alone, p.local, cost, layouts, world);
+      entry = resolved(*alone, p.alone(), cost, layouts, world);
     }
     if (!entry) continue;
-    out.configs.push_back(p.config);
+    out.configs.push_back(std::move(p.config));
     out.ns.push_back(entry->ns);
     out.memory_bytes.push_back(entry->memory_bytes);
     out.reads.push_back(std::move(entry->reads));

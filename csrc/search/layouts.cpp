@@ -10,6 +10,13 @@
 
 namespace soap {
 
+Layouts::Layouts(const Machine& machine, bool each_way)
+    : machine_(machine),
+      each_way_(each_way),
+      several_hosts_(std::any_of(machine.host_of.begin(), machine.host_of.end(), [](int host) { return host != 0; })),
+      traffic_(machine),
+      slots_(256, -1) {}
+
 int Layouts::set(const IndexSet& set) {
   const auto [it, fresh] = known_sets_.try_emplace(set, static_cast<int>(sets_.size()));
   if (fresh) {
@@ -97,45 +104,53 @@ Layout Layouts::parsed(std::span<const int> key, size_t dims) {
 int Layouts::storage(int copies, const std::vector<int64_t>& shape, int world_size) {
   if (storage_.size() < layouts_.size()) storage_.resize(layouts_.size(), -1);
   if (storage_[copies] >= 0) return storage_[copies];
-  Sharding whole{.coords = {{.box = whole_box(shape)}}}, out;
-  for (int d = 0; d < world_size; ++d) whole.coords[0].devices.push_back(d);
-  const Layout layout = layouts_[copies];
-  std::vector<const Layout::Part*> kept;
+  struct Kept {
+    std::span<const int> sets;
+    uint64_t devices = 0;
+  };
+  std::vector<Kept> kept;
   uint64_t used = 0;
   int64_t covered = 0;
   bool parts = true;  // one per device, which make up the whole
-  for (const Layout::Part& part : layout.parts) {
+  for (const Layout::Part& part : layouts_[copies].parts) {
     size_t same = 0;
-    while (same < kept.size() && !std::ranges::equal(kept[same]->sets, part.sets)) ++same;
+    while (same < kept.size() && !std::ranges::equal(kept[same].sets, part.sets)) ++same;
     if (same == kept.size()) {
-      for (const Layout::Part* other : kept) {
+      for (const Kept& other : kept) {
         int64_t overlap = 1;
-        for (size_t d = 0; d < shape.size(); ++d) overlap *= common(other->sets[d], part.sets[d]);
+        for (size_t d = 0; d < shape.size(); ++d) overlap *= common(other.sets[d], part.sets[d]);
         parts = parts && overlap == 0;
       }
-      kept.push_back(&part);
-      Box box;
-      for (int s : part.sets) box.push_back(*sets_[s].set);
-      out.coords.push_back({.box = std::move(box)});
+      kept.push_back({part.sets});
       covered += part.volume;
     }
-    std::vector<int>& devices = out.coords[same].devices;
-    for (int d : part.devices) {
-      if (std::count(devices.begin(), devices.end(), d)) continue;
-      parts = parts && (used >> d & 1) == 0;
-      used |= uint64_t{1} << d;
-      devices.push_back(d);
-    }
+    const uint64_t more = part.mask & ~kept[same].devices;
+    parts = parts && (used & more) == 0;
+    used |= more;
+    kept[same].devices |= more;
   }
-  for (Coord& c : out.coords) std::sort(c.devices.begin(), c.devices.end());
-  const int stored = add(parts && covered == numel(shape) && covered > 0 ? out : whole);
+  key_.assign({static_cast<int>(Reduce::kNone), static_cast<int>(shape.size())});
+  const auto add_devices = [&](uint64_t mask) {
+    key_.push_back(std::popcount(mask));
+    for (; mask != 0; mask &= mask - 1) key_.push_back(std::countr_zero(mask));
+  };
+  if (parts && covered == numel(shape) && covered > 0) {
+    for (const Kept& k : kept) {
+      key_.insert(key_.end(), k.sets.begin(), k.sets.end());
+      add_devices(k.devices);
+    }
+  } else if (numel(shape) > 0) {
+    for (int64_t size : shape) key_.push_back(set(IndexSet::all(size)));
+    add_devices(~uint64_t{0} >> (kLargestLayoutWorld - world_size));
+  }
+  const int stored = add_key(shape.size());
   storage_[copies] = stored;
   return stored;
 }
 
 int64_t Layouts::common_of_many(int a, int b) {
   const auto [size, fresh] = common_.at(static_cast<uint64_t>(std::max(a, b)) << 32 | static_cast<uint64_t>(std::min(a, b)));
-  if (fresh) *size = intersect(*sets_[a].set, *sets_[b].set).size();
+  if (fresh) *size = size_of_common(*sets_[a].set, *sets_[b].set);
   return *size;
 }
 
@@ -157,10 +172,11 @@ int64_t Layouts::all_reduce(uint64_t ranks, int64_t bytes, int at_once) {
 
 // Every piece is all of its source and of its copy; see reduce_groups in reshard/reshard.cpp for the rules.
 int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, int64_t element_bytes) {
-  std::array<int8_t, kLargestLayoutWorld> parent, addend, copy;
+  std::array<int8_t, kLargestLayoutWorld> parent, addend, copy, group;
   parent.fill(-1);
   addend.fill(-1);
   copy.fill(-1);
+  group.fill(-1);
   const auto root = [&](int device) {
     while (parent[device] != device) device = parent[device];
     return device;
@@ -177,36 +193,54 @@ int64_t Layouts::all_reduce(const std::vector<Piece>& pieces, const Layout& to, 
     const int a = root(p.from), b = root(p.to);
     parent[std::max(a, b)] = static_cast<int8_t>(std::min(a, b));
   }
-  struct Group {
-    uint64_t ranks = 0;
-    size_t pieces = 0;
-    std::span<const int> sets;
-    std::vector<int> addends;
-  };
-  std::map<int, Group> groups;
+  groups_.clear();
   for (const Piece& p : pieces) {
-    Group& g = groups[root(p.from)];
+    int8_t& own = group[root(p.from)];
+    if (own < 0) {
+      own = static_cast<int8_t>(groups_.size());
+      groups_.push_back({.sets = to.parts[p.copy].sets});
+    }
+    Group& g = groups_[own];
     g.ranks |= uint64_t{1} << p.from | uint64_t{1} << p.to;
     ++g.pieces;
-    if (g.pieces == 1) g.sets = to.parts[p.copy].sets;
     if (!std::ranges::equal(g.sets, to.parts[p.copy].sets)) return -1;
   }
-  std::map<std::vector<int>, const std::vector<int>*> order;
-  std::vector<std::vector<int>> reduced;
-  for (auto& [first, g] : groups) {
-    const std::vector<int> ranks = list_of(g.ranks);
-    for (int r : ranks) {
-      if (addend[r] < 0 || copy[r] < 0 || std::count(g.addends.begin(), g.addends.end(), addend[r])) return -1;
-      g.addends.push_back(addend[r]);
+  bool several = false;
+  for (const Group& g : groups_) {
+    std::array<uint64_t, 2> addends{};
+    for (uint64_t left = g.ranks; left != 0; left &= left - 1) {
+      const int r = std::countr_zero(left);
+      if (addend[r] < 0 || copy[r] < 0) return -1;
+      uint64_t& word = addends[addend[r] / 64];
+      const uint64_t bit = uint64_t{1} << addend[r] % 64;
+      if (word & bit) return -1;
+      word |= bit;
     }
-    if (g.pieces != ranks.size() * ranks.size()) return -1;
-    if (*order.emplace(std::vector<int>(g.sets.begin(), g.sets.end()), &g.addends).first->second != g.addends) return -1;
-    if (ranks.size() > 1) reduced.push_back(ranks);
+    const auto ranks = static_cast<size_t>(std::popcount(g.ranks));
+    if (g.pieces != ranks * ranks) return -1;
+    several = several || ranks > 1;
+    // Groups of the same part add the same addends in the same order.
+    for (const Group* other = groups_.data(); other != &g; ++other) {
+      if (!std::ranges::equal(other->sets, g.sets)) continue;
+      uint64_t a = other->ranks, b = g.ranks;
+      for (; a != 0 && b != 0; a &= a - 1, b &= b - 1) {
+        if (addend[std::countr_zero(a)] != addend[std::countr_zero(b)]) return -1;
+      }
+      if (a != b) return -1;
+    }
   }
-  const int at_once = groups_at_once(machine_, reduced);
+  if (!several) return 0;
+  int at_once = 1;
+  if (several_hosts_) {
+    std::vector<std::vector<int>> reduced;
+    for (const Group& g : groups_) {
+      if (std::popcount(g.ranks) > 1) reduced.push_back(list_of(g.ranks));
+    }
+    at_once = groups_at_once(machine_, reduced);
+  }
   int64_t ns = 0;
-  for (const auto& [first, g] : groups) {
-    if (std::popcount(g.ranks) > 1) ns = std::max(ns, all_reduce(g.ranks, to.parts[copy[first]].volume * element_bytes, at_once));
+  for (const Group& g : groups_) {
+    if (std::popcount(g.ranks) > 1) ns = std::max(ns, all_reduce(g.ranks, to.parts[copy[std::countr_zero(g.ranks)]].volume * element_bytes, at_once));
   }
   return ns;
 }
@@ -232,8 +266,7 @@ std::pair<int64_t, bool> Layouts::exchange(const Layout& from, const Layout& to,
   traffic_.clear();
   for (const Layout::Part& copy : to.parts) {
     for (const Layout::Part& source : from.parts) {
-      int64_t volume = shared;
-      for (size_t i = 0; i < differing_.size() && volume > 0; ++i) volume *= common(source.sets[differing_[i]], copy.sets[differing_[i]]);
+      const int64_t volume = shared * common_of_differing(source, copy);
       if (volume == 0) continue;
       whole = whole && volume == source.volume && volume == copy.volume;
       if (source.mask == copy.mask) continue;
@@ -265,8 +298,7 @@ int64_t Layouts::price(const Layout& from, const Layout& to, Reduce reduce, int6
     const Layout::Part& copy = to.parts[j];
     for (size_t k = 0; k < from.parts.size(); ++k) {
       const Layout::Part& source = from.parts[k];
-      int64_t volume = shared;
-      for (size_t i = 0; i < differing_.size() && volume > 0; ++i) volume *= common(source.sets[differing_[i]], copy.sets[differing_[i]]);
+      const int64_t volume = shared * common_of_differing(source, copy);
       if (volume == 0) continue;
       whole = whole && volume == source.volume && volume == copy.volume;
       for (size_t r = 0; r < copy.devices.size(); ++r) {
@@ -322,7 +354,7 @@ int64_t Layouts::gradient_ns(int tiles, int copies, const Tensor& t) {
 // Where each part is on one device and the machine is a model, the gradient's exchange is the fill's the other way round, and as busy. Not so where
 // the pieces are whole: those may be the addends of an all-reduce.
 int64_t Layouts::there_and_back_ns(int tiles, int copies, const Tensor& t) {
-  const Layout from = layouts_[tiles], to = layouts_[copies];
+  const Layout &from = layouts_[tiles], &to = layouts_[copies];
   if (tiles == copies && from.partial == Reduce::kNone) return 0;
   if (from.partial != Reduce::kNone || !from.single || !to.single || !machine_.tables.empty() || each_way_) {
     return fill_ns(tiles, copies, t) + gradient_ns(tiles, copies, t);

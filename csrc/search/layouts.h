@@ -73,7 +73,7 @@ class NumberMap {
 class Layouts {
  public:
   // each_way: what goes there and back is priced as two movements, which is slower and the same (tests).
-  explicit Layouts(const Machine& machine, bool each_way = false) : machine_(machine), each_way_(each_way), traffic_(machine), slots_(256, -1) {}
+  explicit Layouts(const Machine& machine, bool each_way = false);
 
   int add(const Sharding& sharding);
   // The same from arrays: tile t has the sets [t * dims, (t + 1) * dims) and the devices [t * replicas, (t + 1) * replicas); only tiles with here[t].
@@ -109,6 +109,15 @@ class Layouts {
     return a == b ? x.size : common_of_many(a, b);
   }
   int64_t common_of_many(int a, int b);
+  // Elements of both parts in the dims that differ.
+  int64_t common_of_differing(const Layout::Part& a, const Layout::Part& b) {
+    int64_t n = 1;
+    for (const int d : differing_) {
+      n *= common(a.sets[d], b.sets[d]);
+      if (n == 0) break;
+    }
+    return n;
+  }
   int64_t there_and_back_ns(int tiles, int copies, const Tensor& tensor);
   // Finds the dims in which one of them is cut, `differing_`; elements that both have in the others.
   int64_t alike_in(const Layout& from, const Layout& to);
@@ -126,7 +135,7 @@ class Layouts {
   int64_t all_reduce(uint64_t ranks, int64_t bytes, int at_once);
 
   const Machine& machine_;
-  bool each_way_;
+  bool each_way_, several_hosts_;
   Traffic traffic_;                                      // of the exchange that is being priced
   std::pmr::monotonic_buffer_resource memory_{1 << 14};  // of what layouts list
   struct Known {
@@ -138,8 +147,9 @@ class Layouts {
   std::vector<int> slots_;    // of a hash table: layouts, -1 for none
   struct SetHash {
     size_t operator()(const IndexSet& set) const {
-      uint64_t h = 0;
-      for (const Run& r : set.runs()) {
+      const std::span<const Run> runs = set.runs();
+      uint64_t h = runs.size() ^ static_cast<uint64_t>(set.end()) << 20;  // of sets with thousands of runs the first few tell enough
+      for (const Run& r : runs.first(std::min<size_t>(runs.size(), 4))) {
         h = (h ^ static_cast<uint64_t>(r.begin)) * 0x9e3779b97f4a7c15ULL;
         h = (h ^ static_cast<uint64_t>(r.end) ^ h >> 29) * 0x9e3779b97f4a7c15ULL;
       }
@@ -157,8 +167,14 @@ class Layouts {
   NumberMap common_;                                                   // of (a, b), b <= a, where one of them isn't an interval
   NumberMap prices_;                                                   // of (tiles, copies, Way, element)
   std::map<std::tuple<uint64_t, int64_t, int>, int64_t> all_reduces_;  // (ranks, bytes, at once) -> ns
-  std::vector<Piece> pieces_;                                          // of the movement that is being priced
-  std::vector<int> key_, ranks_, differing_;                           // of what is looked up or priced
+  struct Group {                                                       // an all-reduce
+    uint64_t ranks = 0;
+    size_t pieces = 0;
+    std::span<const int> sets;
+  };
+  std::vector<Group> groups_;                 // of the movement that is being priced
+  std::vector<Piece> pieces_;                 // of it, too
+  std::vector<int> key_, ranks_, differing_;  // of what is looked up or priced
   std::vector<Layout::Part> parts_;
 };
 

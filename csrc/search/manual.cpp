@@ -37,9 +37,10 @@ std::string parameter_factor(const OpGraph& graph, const Node& node, const Rule&
 
 // A parameter factor that every operand has (heads): its parts never meet.
 std::string parallel_factor(const Rule& rule) {
-  for (size_t f = 0; f < rule.factors.size(); ++f) {
+  for (size_t f = 0; f < rule.factors.size() && !rule.operands.empty(); ++f) {
+    if (rule.factors[f].kind != FactorKind::kParameter) continue;
     const bool everywhere = std::all_of(rule.operands.begin(), rule.operands.end(), [&](const Operand& o) { return has(o.dims, static_cast<int>(f)); });
-    if (rule.factors[f].kind == FactorKind::kParameter && everywhere && !rule.operands.empty()) return rule.factors[f].name;
+    if (everywhere) return rule.factors[f].name;
   }
   return "";
 }
@@ -56,7 +57,8 @@ int64_t fused_parts(const OpGraph& graph, const Node& node) {
   if (y.shape.empty()) return 1;
   const auto last = static_cast<int64_t>(y.shape.size()) - 1;
   int64_t length = 0;
-  for (const Node& n : graph.nodes) {
+  for (auto reader = static_cast<size_t>(node.id) + 1; reader < graph.nodes.size(); ++reader) {  // the first one mostly says no, and is near
+    const Node& n = graph.nodes[reader];
     if (!std::count(n.inputs.begin(), n.inputs.end(), y.id)) continue;
     if (n.target != "narrow") return 1;
     const auto& part = graph.output(n, 0).shape;

@@ -7,5 +7,7 @@ namespace soap {
 
 // `sets`: of each factor of the rule. `size`: of the dim.
 IndexSet dim_set(const DimExpr& dim, const Rule& rule, int64_t size, const std::vector<IndexSet>& sets);
+// Its size: of products of factors known without making them.
+int64_t dim_size(const DimExpr& dim, int64_t size, const std::vector<IndexSet>& sets);
 
 }  // namespace soap

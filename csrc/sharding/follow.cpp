@@ -1,6 +1,7 @@
 // Following: the tiling that keeps a tensor where its producer put it.
 #include <algorithm>
 #include <set>
+#include <span>
 
 #include "base/error.h"
 #include "sharding/dim_set.h"
@@ -83,24 +84,26 @@ Parts factor_parts(const Rule& rule, const DimExpr& dim, int f, const Parts& set
   return out;
 }
 
+// Every index of [0, size) is in one of them: their runs, each set's in order, follow each other without a gap.
 bool partition(const Parts& parts, int64_t size) {
-  int64_t end = 0;  // of intervals that follow each other
+  std::vector<std::span<const Run>> left;
   for (const auto& tile : parts) {
     for (const IndexSet& s : tile) {
-      if (s.empty()) continue;
-      end = end >= 0 && s.is_interval() && s.begin() == end ? s.end() : -1;
+      if (!s.empty()) left.push_back(s.runs());
     }
   }
-  if (end >= 0) return end == size;
-  int64_t total = 0;
-  IndexSet all;
-  for (const auto& tile : parts) {
-    for (const IndexSet& s : tile) {
-      total += s.size();
-      all = unite(all, s);
+  int64_t end = 0;
+  for (size_t at = 0, refused = 0; refused < left.size();) {
+    if (!left[at].empty() && left[at].front().begin == end) {
+      end = left[at].front().end;
+      left[at] = left[at].subspan(1);
+      refused = 0;
+    } else {
+      ++refused;
     }
+    at = (at + 1) % left.size();
   }
-  return total == size && all.size() == size;
+  return end == size && std::all_of(left.begin(), left.end(), [](std::span<const Run> runs) { return runs.empty(); });
 }
 
 bool may_cut(const Factor& factor, const Parts& parts) {

@@ -61,6 +61,14 @@ IndexSet dim_set(const DimExpr& dim, const Rule& rule, int64_t size, const std::
   return set;
 }
 
+int64_t dim_size(const DimExpr& dim, int64_t size, const std::vector<IndexSet>& sets) {
+  if (dim.factors.empty()) return size;
+  if (dim.map) return apply(*dim.map, sets[dim.factors[0]], size).size();
+  int64_t n = 1;
+  for (int f : dim.factors) n *= sets[f].size();
+  return n;
+}
+
 Box box_of(const std::vector<DimExpr>& dims, const Rule& rule, const std::vector<int64_t>& shape, const std::vector<IndexSet>& sets) {
   Box box;
   box.reserve(dims.size());

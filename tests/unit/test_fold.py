@@ -337,6 +337,38 @@ class Global(Block):
         return super().forward(x) * SCALES[id(self)]
 
 
+class Chooses(Block):
+    """One of two modules that ask torch for the same: the operators are named after it."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.even, self.odd = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward((self.odd if self.index % 2 else self.even)(x))
+
+
+class SameForward(Stack):
+    """One block's forward is another function, which computes the same."""
+
+    def __init__(self) -> None:
+        super().__init__([Block(i) for i in range(4)])
+        block = self.blocks[2]
+        block.forward = lambda x: Block.forward(block, x)  # type: ignore[method-assign,assignment,arg-type]
+
+
+CALLS = 0
+
+
+class Counts(Block):
+    """The third call of any block is another one."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        global CALLS
+        CALLS += 1
+        return super().forward(x) * (2.0 if CALLS == 3 else 1.0)
+
+
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -424,6 +456,8 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "a hook on a block": (HookOnBlock, 3),
     "a hook in a block": (ManyHooks, 0),
     "a forward of its own": (OwnForward, 0),
+    "the same forward": (SameForward, 3),
+    "another module inside": (stack(Chooses), 0),
     "a mode of its own": (OneInEval, 2),
     "another bias": (OtherWidth, 2),
     "a global": (stack(Global), 0),
@@ -437,3 +471,15 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 def test_traps(name: str) -> None:
     make, folded = TRAPS[name]
     assert copies(both(make, X)) == folded
+
+
+def test_calls_counted_in_a_global() -> None:
+    """A trace that is given up leaves the count as it was."""
+    global CALLS
+    targets = []
+    for fold in (True, False):
+        CALLS = 0
+        captured = capture(stack(Counts)(), (X,), check=False, fold=fold)
+        targets.append([(n.target, n.args) for n in graphs(captured)[0].nodes])
+        assert copies(captured) == 0
+    assert targets[0] == targets[1]

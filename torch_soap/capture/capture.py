@@ -178,7 +178,7 @@ class Captured:
             stack.enter_context(context)
         with stack, ops.modules(self.module, self.recordings, self.train), watch:
             if self.fold != "none" and not self.recordings:
-                self.folding = folding = Folding(self.module, attributes=self.fold == "equal")
+                self.folding = folding = Folding(self.module, watch.running, attributes=self.fold == "equal")
                 stack.enter_context(folding.installed())
             try:
                 program = torch.export.export(flat, tuple(examples), strict=False, dynamic_shapes=shapes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -49,12 +50,14 @@ class Folding:
     """Intercepts the calls of repeated modules while one trace is made.
 
     Attributes:
+        running: paths of the modules that are being called, the innermost last.
         groups: paths of modules that may be alike, by group.
         folded: how many calls became one operator.
         failed: why the trace can't be used, "" if it can.
     """
 
-    def __init__(self, root: nn.Module, attributes: bool = False) -> None:
+    def __init__(self, root: nn.Module, running: list[str], attributes: bool = False) -> None:
+        self.running = running
         self.groups = repeated(root, attributes)
         self.modules = dict(root.named_modules())
         self.folded = 0
@@ -91,6 +94,10 @@ class Folding:
             if name in inside:
                 out[inside[name]][name.removeprefix(inside[name])] = tensor
         return out
+
+    def within(self, path: str) -> Callable[[], str]:
+        """Asks which module in the one at `path` is running."""
+        return lambda: self.running[-1].removeprefix(path)
 
     def results(self, kind: int) -> list[torch.Tensor]:
         metas = [self.kinds[kind].record.metas[n] for n in self.kinds[kind].made]
@@ -155,7 +162,7 @@ class Folding:
         """Traced as it is, between two markers."""
         tensors = Tensors(inputs, stored)
         entered = self.enter(leader.path, inputs)
-        with Recorder(leader.record, tensors, run.__code__):
+        with Recorder(leader.record, tensors, self.within(leader.path)):
             result = run()
         leaves, leader.out_spec = flatten(result)
         if leader.record.unrecordable:
@@ -178,7 +185,7 @@ class Folding:
     def follow(self, leader: Leader, path: str, run: Callable[[], Any], inputs: list[torch.Tensor], stored: dict[str, torch.Tensor]) -> Any:
         """Its code runs, answered from the record; in the trace it is one operator."""
         tensors = Tensors(inputs, stored)
-        replayer = Replayer(leader.record, tensors, run.__code__)
+        replayer = Replayer(leader.record, tensors, self.within(path))
         last = next(traced(), None)
         with replayer:
             result = run()
@@ -208,12 +215,16 @@ class Folding:
 
 
 class Attributes:
-    """The modules' attributes, and what is in their lists, dicts and sets, as they were before a trace: the next one sees what that one saw."""
+    """What a trace may change, as it was before, so that the next one sees what that one saw: the modules' attributes, what is in their lists, dicts
+    and sets, and the numbers and strings among the globals beside their classes. What code keeps elsewhere isn't put back."""
 
     OWN = frozenset(vars(nn.Module()))
 
     def __init__(self, root: nn.Module) -> None:
         self.saved = [(m, dict(vars(m)), [v for n, v in vars(m).items() if n not in self.OWN and type(v) in (list, dict, set)]) for m in root.modules()]
+        beside = {type(m).__module__ for m in root.modules() if type(m).__module__.split(".")[0] != "torch"}
+        spaces = [vars(sys.modules[name]) for name in beside if name in sys.modules]
+        self.globals = [(space, {n: v for n, v in space.items() if type(v) in (bool, int, float, str)}) for space in spaces]
         self.contents = {id(c): (c, c.copy()) for _, _, containers in self.saved for c in containers}
 
     def restore(self) -> None:
@@ -223,6 +234,8 @@ class Attributes:
         for container, before in self.contents.values():
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(before)
+        for space, values in self.globals:
+            space.update({n: v for n, v in values.items() if space.get(n) is not v})
 
 
 def repeated(root: nn.Module, attributes: bool) -> list[list[str]]:

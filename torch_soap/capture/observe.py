@@ -8,12 +8,10 @@ closures, globals), for it does run.
 from __future__ import annotations
 
 import functools
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 PLAIN = (bool, int, str, complex, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format)
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 PURE = {torch._assert}  # takes no tensor, but has no effect either
-NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 
 Slot = tuple[str, Any]
 
@@ -53,12 +50,12 @@ class Meta:
 
 @dataclass
 class Call:
-    """One call of a torch function, tensors by their slots. `lines`: of the user's code that led to it."""
+    """One call of a torch function, tensors by their slots. `inside`: the innermost module that was running, which names the operators."""
 
     fn: Callable[..., Any]
     asked: Any
     answer: Any
-    lines: tuple[Any, ...]
+    inside: str
 
 
 @dataclass
@@ -166,25 +163,14 @@ def tensors_in(item: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in(list(item.values()))
 
 
-def lines_until(caller: types.CodeType) -> tuple[Any, ...]:
-    """Code and line of the user's frames from the call of torch to `caller`."""
-    found = []
-    frame: types.FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not caller:
-        if not frame.f_code.co_filename.startswith(NOT_THE_USERS):
-            found.append((frame.f_code, frame.f_lineno))
-        frame = frame.f_back
-    return tuple(found)
-
-
 class Recorder(TorchFunctionMode):
     """Notes each call and its answer."""
 
-    def __init__(self, record: Record, tensors: Tensors, caller: types.CodeType) -> None:
+    def __init__(self, record: Record, tensors: Tensors, inside: Callable[[], str]) -> None:
         super().__init__()
         self.record = record
         self.tensors = tensors
-        self.caller = caller
+        self.inside = inside
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -202,7 +188,7 @@ class Recorder(TorchFunctionMode):
             raise
         try:
             check(func, any(True for _ in tensors_in((args, kwargs, result))))
-            self.record.calls.append(Call(func, asked, self.answer(result), lines_until(self.caller)))
+            self.record.calls.append(Call(func, asked, self.answer(result), self.inside()))
         except Unrecordable as reason:
             self.record.unrecordable = str(reason)
         return result
@@ -246,11 +232,11 @@ class Replayer(TorchFunctionMode):
         made: every tensor that was given as an answer.
     """
 
-    def __init__(self, record: Record, tensors: Tensors, caller: types.CodeType) -> None:
+    def __init__(self, record: Record, tensors: Tensors, inside: Callable[[], str]) -> None:
         super().__init__()
         self.record = record
         self.tensors: Tensors | None = tensors
-        self.caller = caller
+        self.inside = inside
         self.position = 0
         self.different = ""
         self.made: list[weakref.ref[torch.Tensor]] = []
@@ -259,13 +245,13 @@ class Replayer(TorchFunctionMode):
         if self.tensors is None:
             raise RuntimeError("[capture] a replay that is over")
         if not self.different:
-            self.different = self.difference(self.tensors, func, (tuple(args), kwargs or {}), lines_until(self.caller))
+            self.different = self.difference(self.tensors, func, (tuple(args), kwargs or {}), self.inside())
         if self.different:
             raise CannotFold(self.different)
         self.position += 1
         return self.answered(self.tensors, self.record.calls[self.position - 1].answer)
 
-    def difference(self, tensors: Tensors, func: Any, given: Any, lines: Any) -> str:
+    def difference(self, tensors: Tensors, func: Any, given: Any, inside: str) -> str:
         if self.position == len(self.record.calls):
             return f"one more call: {called(func)}"
         call = self.record.calls[self.position]
@@ -275,7 +261,7 @@ class Replayer(TorchFunctionMode):
             return str(reason)
         if func != call.fn or asked != call.asked:
             return f"call {self.position} is {called(func)}{asked}, not {called(call.fn)}{call.asked}"
-        return "" if lines == call.lines else f"call {self.position} is in another line"
+        return "" if inside == call.inside else f"call {self.position} is in the module {inside!r}, not {call.inside!r}"
 
     def answered(self, tensors: Tensors, template: Any) -> Any:
         kind, *items = template
