@@ -72,10 +72,19 @@ OpTime CostModel::roofline(const Program& p, NodeId node, int tile, int chunk) c
   const Work work = work_of(p, node, tile, chunk);
   const double bound = std::max(work.flops / machine_.flops_of(work.family, work.dtype), work.bytes / machine_.memory_bytes_per_s);
   const auto [forward_part, backward_part] = machine_.parts_of(work.family, work.dtype, work.size, work.width);
+  if (!machine_.launch.empty() && bound == 0 && work.backward_bytes.value_or(0) == 0) return {};  // a view: nothing is launched
   const double ns = machine_.op_overhead_ns + bound / forward_part * 1e9;
   const double backward = work.backward_bytes ? machine_.op_overhead_ns + *work.backward_bytes / machine_.memory_bytes_per_s / backward_part * 1e9
                                               : 2 * (machine_.op_overhead_ns + bound / backward_part * 1e9);
   return {.forward_ns = static_cast<int64_t>(ns), .backward_ns = p.differentiable[node] ? static_cast<int64_t>(backward) : 0};
+}
+
+OpTime CostModel::launch(const Program& p, NodeId node) const {
+  if (machine_.launch.empty()) return {};
+  const Node& n = p.graph.nodes[node];
+  const bool view = p.rules[node].view && n.target != "split";
+  const std::string key = machine_.launch.contains(n.target) ? n.target : view ? "view" : std::string(family_of(n));
+  return {.forward_ns = machine_.launch_ns(key), .backward_ns = p.differentiable[node] ? machine_.launch_ns(key, true) : 0};
 }
 
 OpTime CostModel::time(const Program& p, NodeId node, int tile, int chunk) const {
