@@ -47,9 +47,9 @@ struct Machine {
   std::map<std::string, double> efficiency;      // by family: the part of these rates that it reaches; absent: 1
   // By "<family>/<type>" or, where the part depends on that too, "<family>/<type>/<width>"; goes before `efficiency`.
   std::map<std::string, EfficiencyCurve> curves;
-  // What a device's host takes to queue work for it, (forward, backward) in ns, where devices run beside their host (GPUs): of an operator by its name, or
-  // "view", or by family; "update": of the optimizer's step, and of each parameter in it; "collective": of a movement, forward and backward alike the first.
-  // What is absent takes nothing; empty: a device and its host are one (CPUs). The host never waits for the device.
+  // What a device's host, which waits for nothing, takes to queue work, (forward, backward) in ns: of an operator by name, or "view", or by family; "update":
+  // of the optimizer's step, and of each parameter; "collective": of a movement, either way the first. Absent: nothing. Zeros: it comes within another
+  // operator's call, and has no op_overhead_ns. Empty: a device and its host are one (CPUs).
   std::map<std::string, std::array<double, 2>> launch;
   int64_t memory_bytes = 8LL << 30;  // per device
   bool overlap = false;              // communication runs beside compute

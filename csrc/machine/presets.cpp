@@ -24,7 +24,7 @@ constexpr int64_t kGigabytes = 1'000'000'000, kGibibytes = 1LL << 30;
 Machine gpu() {
   Machine m;
   m.overlap = true;
-  m.op_overhead_ns = 5e3;  // ours: what PyTorch needs to launch a kernel; 8 us on the processors of K80's time
+  m.op_overhead_ns = 5e3;  // ours; 8 us on the processors of K80's time
   m.efficiency = {
       {"convolution", 0.5}, {"matmul", 0.7},    {"attention", 0.5}, {"normalization", 0.7},
       {"pointwise", 0.8},   {"embedding", 0.5}, {"recurrent", 0.3}, {"other", 0.7},
@@ -40,7 +40,7 @@ void add_curve(Machine& m, const std::string& family, const std::string& width, 
 // Devices that their host tells what to do.
 Machine launched_gpu() {
   Machine m = gpu();
-  m.op_overhead_ns = 2e3;  // benchmarks/results/gpu_h100_2026-11-26.json, launches: GPU time of one small kernel in a full queue, 1.9 us
+  // Of an operator's 5 us (above) a kernel's begin and end are 1.9 (benchmarks/results/gpu_h100_2026-11-26.json, launches); most operators have several.
   // benchmarks/results/gpu_launch_h200_2026-11-26.json (2026-11-26, torch 2.11, a virtual Intel Xeon): benchmarks/gpu_launch_table.py makes these of it. AdamW
   // as it comes (foreach). What torch does within the call of another operator takes nothing by itself.
   m.launch = {
