@@ -43,12 +43,16 @@ class Price:
     operators: dict[str, tuple[int, int]]
     configurations: dict[str, str]
     recompute: str = ""
+    device_step_ns: int | None = None  # of hosts that take no time; None: as the step
 
     @property
     def parts(self) -> dict[str, int]:
-        """The step in ns by what the busiest device does: compute, communication, and the rest (waiting and the update). They add up to the step."""
+        """The step in ns by what the busiest device does: compute, communication, waiting for its host, and the rest (waiting and the update).
+        They add up to the step."""
         compute, communication = max(zip(self.compute_ns, self.communication_ns, strict=True), key=sum)
-        return {"compute": compute, "communication": communication, "waiting and update": self.step_ns - compute - communication}
+        device = self.step_ns if self.device_step_ns is None else self.device_step_ns
+        parts = {"compute": compute, "communication": communication, "waiting and update": device - compute - communication}
+        return parts | ({"waiting for the host": self.step_ns - device} if device < self.step_ns else {})
 
 
 def price(context: Context, strategy: _C.Strategy) -> Price:
@@ -72,6 +76,7 @@ def price(context: Context, strategy: _C.Strategy) -> Price:
         times,
         configurations,
         recomputed(strategy),
+        simulation.device_step_ns,
     )
 
 
@@ -86,6 +91,7 @@ def figures(simulation: _C.Simulation) -> dict[str, Any]:
         "compute_ns": list(simulation.compute_ns),
         "communication_ns": list(simulation.communication_ns),
         "memory_bytes": list(simulation.memory_bytes),
+        **({"host_ns": list(simulation.host_ns), "device_step_ns": simulation.device_step_ns} if any(simulation.host_ns) else {}),
     }
 
 
@@ -101,7 +107,8 @@ def signed(ns: float) -> str:
 
 
 def by_parts(before: Price, after: Price) -> str:
-    return ", ".join(f"{part} {signed(after.parts[part] - before.parts[part])}" for part in before.parts)
+    was, now = before.parts, after.parts
+    return ", ".join(f"{part} {signed(now.get(part, 0) - was.get(part, 0))}" for part in dict.fromkeys([*was, *now]))
 
 
 def by_memory(before: Sequence[int], after: Sequence[int]) -> str:

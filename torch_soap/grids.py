@@ -55,6 +55,7 @@ def grid_plan(
         "memory_bytes": list(price.stage_memory),
         "chosen": name,
         "grid": True,
+        **({"host_ns": [price.host_ns], "device_step_ns": price.device_step_ns} if price.host_ns else {}),
         "seeds": {c.name: {"step_time_ns": c.price.step_ns, "memory_bytes": c.price.memory_bytes} for c in candidates},
     }
     machine = cost.machine
@@ -73,6 +74,7 @@ def explained(world_size: int, name: str, price: _C.GridPrice, candidates: list[
         f"{world_size} devices: {name}",
         f"predicted step {price.step_ns / 1e6:.2f} ms; the busiest stage computes {price.compute_ns / 1e6:.2f} ms, "
         f"its movements take {price.communication_ns / 1e6:.2f} ms",
+        *([f"the host queues kernels for {price.host_ns / 1e6:.2f} ms of it"] if price.device_step_ns < price.step_ns else []),
         "memory of a device by stage: " + ", ".join(f"{b / MIB:.0f} MiB" for b in price.stage_memory),
     ]
     if candidates:

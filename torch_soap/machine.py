@@ -9,9 +9,13 @@ from typing import Any
 
 from torch_soap import _C
 
-FORMAT = 3
+FORMAT = 4
 # What files of an earlier format lack.
-ADDED: dict[int, dict[str, Any]] = {1: {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": [], "curves": {}}, 2: {"curves": {}}}
+ADDED: dict[int, dict[str, Any]] = {
+    1: {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": [], "curves": {}, "launch": {}},
+    2: {"curves": {}, "launch": {}},
+    3: {"launch": {}},
+}
 
 
 class Machine(_C.Machine):
@@ -107,6 +111,12 @@ def curve_point(value: Any, field: str) -> tuple[float, float, float]:
     return NUMBER(value[0], field), NUMBER(value[1], field), NUMBER(value[2], field)
 
 
+def both_ways(value: Any, field: str) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise expected(value, field, "a pair [forward ns, backward ns]")
+    return NUMBER(value[0], field), NUMBER(value[1], field)
+
+
 def fields(value: Any, readers: dict[str, Reader], prefix: str = "") -> dict[str, Any]:
     """The fields of an object, each read by its reader; all of them must be there, and no other."""
     if not isinstance(value, dict):
@@ -138,6 +148,7 @@ FIELDS: dict[str, Reader] = {
     "op_overhead_ns": NUMBER,
     "efficiency": by_name(NUMBER),
     "curves": by_name(array(curve_point)),
+    "launch": by_name(both_ways),
     "memory_bytes": INTEGER,
     "overlap": FLAG,
     "step_overhead_ns": NUMBER,

@@ -17,7 +17,7 @@ class Event:
     """One step of a Program on one device. Times in ns from the start of the timeline."""
 
     name: str
-    stream: str  # "compute" or "communication"
+    stream: str  # "compute", "communication", or "host": what launches them
     device: int
     start_ns: int
     duration_ns: int
@@ -57,9 +57,18 @@ def simulated_events(program: _C.Program, plan: Plan) -> list[Event]:
     if plan.cost is None:
         return []
     return [
-        Event(_C.step_name(program, e.step), "communication" if e.communication else "compute", e.device, e.begin_ns, e.end_ns - e.begin_ns)
+        Event(
+            "update" if e.step < 0 else _C.step_name(program, e.step),
+            "host" if e.host else "communication" if e.communication else "compute",
+            e.device,
+            e.begin_ns,
+            e.end_ns - e.begin_ns,
+        )
         for e in _C.simulate(program, plan.cost, record=True).events
     ]
+
+
+STREAMS = ("compute", "communication", "host")
 
 
 def chrome_trace(timelines: dict[str, Sequence[Event]]) -> str:
@@ -68,9 +77,9 @@ def chrome_trace(timelines: dict[str, Sequence[Event]]) -> str:
     for process, (label, events) in enumerate(timelines.items()):
         out.append({"ph": "M", "pid": process, "name": "process_name", "args": {"name": label}})
         for thread in sorted({(e.device, e.stream) for e in events}):
-            tid = 2 * thread[0] + (thread[1] != "compute")
+            tid = len(STREAMS) * thread[0] + STREAMS.index(thread[1])
             out.append({"ph": "M", "pid": process, "tid": tid, "name": "thread_name", "args": {"name": f"device {thread[0]} {thread[1]}"}})
         for e in events:
-            tid = 2 * e.device + (e.stream != "compute")
+            tid = len(STREAMS) * e.device + STREAMS.index(e.stream)
             out.append({"ph": "X", "pid": process, "tid": tid, "name": e.name, "cat": e.stream, "ts": e.start_ns / 1e3, "dur": e.duration_ns / 1e3})
     return json.dumps({"traceEvents": out, "displayTimeUnit": "ms"})

@@ -33,6 +33,19 @@ void set_curves(Machine& machine, const std::map<std::string, Points>& curves) {
   }
 }
 
+using Times = std::map<std::string, std::pair<double, double>>;
+
+Times launch_of(const Machine& machine) {
+  Times out;
+  for (const auto& [key, times] : machine.launch) out[key] = {times[0], times[1]};
+  return out;
+}
+
+void set_launch(Machine& machine, const Times& launch) {
+  machine.launch.clear();
+  for (const auto& [key, times] : launch) machine.launch[key] = {times.first, times.second};
+}
+
 }  // namespace
 
 void bind_machine(py::module_& m) {
@@ -55,6 +68,7 @@ void bind_machine(py::module_& m) {
       .def_readwrite("op_overhead_ns", &Machine::op_overhead_ns)
       .def_readwrite("efficiency", &Machine::efficiency)
       .def_property("curves", &curves_of, &set_curves)
+      .def_property("launch", &launch_of, &set_launch)
       .def_readwrite("memory_bytes", &Machine::memory_bytes)
       .def_readwrite("overlap", &Machine::overlap)
       .def_readwrite("step_overhead_ns", &Machine::step_overhead_ns)
@@ -102,6 +116,13 @@ void bind_machine(py::module_& m) {
             return std::pair(t.forward_ns, t.backward_ns);
           },
           py::arg("program"), py::arg("node"), py::arg("tile") = 0, py::arg("chunk") = 0)
+      .def(
+          "launch",
+          [](const CostModel& c, const Program& p, int node) {
+            const OpTime t = c.launch(p, node);
+            return std::pair(t.forward_ns, t.backward_ns);
+          },
+          py::arg("program"), py::arg("node"))
       .def(
           "measure", [](CostModel& c, const Program& p, const OpSample& s, int64_t forward, int64_t backward) { c.measure(p, s, {forward, backward}); },
           py::arg("program"), py::arg("sample"), py::arg("forward_ns"), py::arg("backward_ns"))

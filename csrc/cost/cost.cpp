@@ -32,6 +32,13 @@ std::string digest(const AttrMap& attrs) {
   return out;
 }
 
+// By what Machine::launch has it.
+std::string launch_key(const Machine& machine, const Program& p, NodeId node) {
+  const Node& n = p.graph.nodes[node];
+  const bool view = p.rules[node].view && n.target != "split";
+  return machine.launch.contains(n.target) ? n.target : view ? "view" : std::string(family_of(n));
+}
+
 // Of a later chunk: its gradients of what all chunks read (parameters) are added to theirs, in place: two reads and a write.
 int64_t sums_ns(const Machine& machine, const Program& p, NodeId node, int tile, int chunk) {
   if (chunk == 0 || !p.differentiable[node]) return 0;
@@ -72,10 +79,20 @@ OpTime CostModel::roofline(const Program& p, NodeId node, int tile, int chunk) c
   const Work work = work_of(p, node, tile, chunk);
   const double bound = std::max(work.flops / machine_.flops_of(work.family, work.dtype), work.bytes / machine_.memory_bytes_per_s);
   const auto [forward_part, backward_part] = machine_.parts_of(work.family, work.dtype, work.size, work.width);
-  const double ns = machine_.op_overhead_ns + bound / forward_part * 1e9;
-  const double backward = work.backward_bytes ? machine_.op_overhead_ns + *work.backward_bytes / machine_.memory_bytes_per_s / backward_part * 1e9
-                                              : 2 * (machine_.op_overhead_ns + bound / backward_part * 1e9);
+  if (!machine_.launch.empty() && bound == 0 && work.backward_bytes.value_or(0) == 0) return {};  // a view: nothing is launched
+  const auto queued = machine_.launch.empty() ? machine_.launch.end() : machine_.launch.find(launch_key(machine_, p, node));
+  const bool within = queued != machine_.launch.end() && queued->second == std::array{0.0, 0.0};  // another operator's call
+  const double overhead = within ? 0 : machine_.op_overhead_ns;
+  const double ns = overhead + bound / forward_part * 1e9;
+  const double backward =
+      work.backward_bytes ? overhead + *work.backward_bytes / machine_.memory_bytes_per_s / backward_part * 1e9 : 2 * (overhead + bound / backward_part * 1e9);
   return {.forward_ns = static_cast<int64_t>(ns), .backward_ns = p.differentiable[node] ? static_cast<int64_t>(backward) : 0};
+}
+
+OpTime CostModel::launch(const Program& p, NodeId node) const {
+  if (machine_.launch.empty()) return {};
+  const std::string key = launch_key(machine_, p, node);
+  return {.forward_ns = machine_.launch_ns(key), .backward_ns = p.differentiable[node] ? machine_.launch_ns(key, true) : 0};
 }
 
 OpTime CostModel::time(const Program& p, NodeId node, int tile, int chunk) const {

@@ -34,7 +34,10 @@ class CostModel {
 
   // Operator, local shapes and attributes: equal keys take equal time.
   static std::string key(const Program& program, NodeId node, int tile, int chunk);
+  // On a device, once it begins.
   OpTime time(const Program& program, NodeId node, int tile, int chunk) const;
+  // Of the host to queue one tile (Machine::launch).
+  OpTime launch(const Program& program, NodeId node) const;
   void measure(const Program& program, const OpSample& sample, OpTime time);
   void set(const std::string& key, OpTime time) { measured_[key] = time; }
   const std::map<std::string, OpTime>& measured() const { return measured_; }

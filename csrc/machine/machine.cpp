@@ -119,6 +119,13 @@ void check(const Machine& m) {
     }
     positive("efficiency[" + family + "]", part);
   }
+  for (const auto& [key, times] : m.launch) {
+    for (const double ns : times) not_negative("launch[" + key + "]", ns);
+  }
+  if (!m.launch.empty() && !m.busy_speed.empty()) {
+    user_error("[machine] busy_speed has {} entries and launch {}: a device either computes on its host's cores or is told by it what to do",
+               m.busy_speed.size(), m.launch.size());
+  }
   for (const auto& [key, points] : m.curves) {
     const CurveKey k = curve_key(key);
     if (k.width < 0 || k.dtype.empty() || std::find(kOpFamilies.begin(), kOpFamilies.end(), k.family) == kOpFamilies.end()) {

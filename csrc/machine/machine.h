@@ -43,10 +43,14 @@ struct Machine {
   std::map<std::string, double> flops_by_dtype;  // by torch's name of the type ("bfloat16"), and "tf32"
   bool tf32 = false;                             // float32 matrix products at the tf32 rate too; convolutions and RNNs always are, as in torch
   double memory_bytes_per_s = 8e9;               // that elementwise work reaches, per device, all devices busy
-  double op_overhead_ns = 15e3;                  // of one operator: the call, a launch
+  double op_overhead_ns = 15e3;                  // of one operator on the device: the call, or where the host launches (`launch`) its kernel's begin and end
   std::map<std::string, double> efficiency;      // by family: the part of these rates that it reaches; absent: 1
   // By "<family>/<type>" or, where the part depends on that too, "<family>/<type>/<width>"; goes before `efficiency`.
   std::map<std::string, EfficiencyCurve> curves;
+  // What a device's host, which waits for nothing, takes to queue work, (forward, backward) in ns: of an operator by name, or "view", or by family; "update":
+  // of the optimizer's step, and of each parameter; "collective": of a movement, either way the first. Absent: nothing. Zeros: it comes within another
+  // operator's call, and has no op_overhead_ns. Empty: a device and its host are one (CPUs).
+  std::map<std::string, std::array<double, 2>> launch;
   int64_t memory_bytes = 8LL << 30;  // per device
   bool overlap = false;              // communication runs beside compute
   double step_overhead_ns = 0;       // once in a step: ranks agree, the loop around the model
@@ -68,6 +72,10 @@ struct Machine {
   // Of forward and backward, by the curve of this family, type and the nearest width: linear in the logarithm of the size between its points, level beyond
   // them. Where there is none, or the size is 0 (it has none), both efficiency_of(family).
   std::array<double, 2> parts_of(std::string_view family, std::string_view dtype, double size, double width) const;
+  int64_t launch_ns(const std::string& key, bool backward = false) const {
+    const auto it = launch.find(key);
+    return it == launch.end() ? 0 : static_cast<int64_t>(it->second[backward ? 1 : 0]);
+  }
   double busy_speed_of(int num_busy) const {
     return busy_speed.empty() || num_busy < 1 ? 1.0 : busy_speed[std::min(static_cast<size_t>(num_busy), busy_speed.size()) - 1];
   }

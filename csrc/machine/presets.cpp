@@ -1,6 +1,8 @@
 // Peak rates are from the makers' data sheets, dense (no sparsity), for one device; memory sizes are what the sheet says, of which a process can use
 // less. Bandwidths of links are of one direction; data sheets of NVLink give the sum of both. Latencies are those of one step of a ring in NCCL's own
 // model of itself (src/graph/tuning.cc, hwLat of Ring with the Simple protocol): NVLink 3.4 us, PCI 5.7 us, network 14 us.
+// What the host takes is measured beside one H200 and counted for every GPU since V100, whatever its host; the presets of the papers' clusters, p100 and k80,
+// count 5 and 8 us for each operator on the device instead, as the papers have no host.
 // Efficiencies and curves of h100 and h200 are measured (docs/machines.md, "Measured GPUs"), a100's curves of attention published. The other efficiencies are
 // round figures of ours, to be replaced by what one measured step of the real machine says.
 #include "machine/presets.h"
@@ -22,7 +24,7 @@ constexpr int64_t kGigabytes = 1'000'000'000, kGibibytes = 1LL << 30;
 Machine gpu() {
   Machine m;
   m.overlap = true;
-  m.op_overhead_ns = 5e3;  // ours: what PyTorch needs to launch a kernel; 8 us on the processors of K80's time
+  m.op_overhead_ns = 5e3;  // ours; 8 us on the processors of K80's time
   m.efficiency = {
       {"convolution", 0.5}, {"matmul", 0.7},    {"attention", 0.5}, {"normalization", 0.7},
       {"pointwise", 0.8},   {"embedding", 0.5}, {"recurrent", 0.3}, {"other", 0.7},
@@ -33,6 +35,44 @@ Machine gpu() {
 // The same for the types of 16 bits.
 void add_curve(Machine& m, const std::string& family, const std::string& width, const EfficiencyCurve& curve) {
   for (const char* type : {"bfloat16", "float16"}) m.curves[family + "/" + type + width] = curve;
+}
+
+// Devices that their host tells what to do.
+Machine launched_gpu() {
+  Machine m = gpu();
+  // Of an operator's 5 us (above) a kernel's begin and end are 1.9 (benchmarks/results/gpu_h100_2026-11-26.json, launches); most operators have several.
+  // benchmarks/results/gpu_launch_h200_2026-11-26.json (2026-11-26, torch 2.11, a virtual Intel Xeon): benchmarks/gpu_launch_table.py makes these of it. AdamW
+  // as it comes (foreach). What torch does within the call of another operator takes nothing by itself.
+  m.launch = {
+      {"add", {13.7e3, 24.7e3}},
+      {"attention", {39.9e3, 101e3}},
+      {"batch_norm", {52.9e3, 66.6e3}},
+      {"batch_norm_stats", {0, 0}},
+      {"ce_count", {0, 0}},
+      {"ce_rows", {34.1e3, 68.7e3}},
+      {"collective", {51.9e3, 0}},
+      {"conv2d", {33.7e3, 82.6e3}},
+      {"convolution", {39.5e3, 96.2e3}},
+      {"dropout", {34.9e3, 32.4e3}},
+      {"embedding", {27.3e3, 46.3e3}},
+      {"gelu", {13.8e3, 29.7e3}},
+      {"layer_norm", {24e3, 64.3e3}},
+      {"linear", {30.3e3, 102.7e3}},
+      {"log_softmax", {14.8e3, 29e3}},
+      {"matmul", {27.1e3, 75.2e3}},
+      {"max_pool2d", {18.5e3, 41.5e3}},
+      {"mul", {13.7e3, 41.2e3}},
+      {"normalization", {19.4e3, 53.8e3}},
+      {"other", {19.7e3, 41.5e3}},
+      {"pointwise", {13.8e3, 29.7e3}},
+      {"recurrent", {505.5e3, 927.3e3}},
+      {"relu", {15.7e3, 27.9e3}},
+      {"running_average", {0, 0}},
+      {"softmax", {14.8e3, 43.3e3}},
+      {"update", {368e3, 18e3}},
+      {"view", {2.5e3, 11.5e3}},
+  };
+  return m;
 }
 
 // FlexFlow's and OptCNN's cluster: 4 hosts, 4 devices each, NVLink within, 100 Gb/s EDR InfiniBand between (arXiv:1807.05358; arXiv:1802.04924).
@@ -62,7 +102,7 @@ Machine k80() {
 
 // DGX-1: NVIDIA DGX-1 with Tesla V100 white paper (WP-08437).
 Machine v100() {
-  Machine m = gpu();  // NVIDIA V100 data sheet (2020), SXM2 32 GB
+  Machine m = launched_gpu();  // NVIDIA V100 data sheet (2020), SXM2 32 GB
   m.flops_by_dtype = {{"float64", 7.8 * kTera}, {"float32", 15.7 * kTera}, {"float16", 125 * kTera}};
   m.flops_per_s = 15.7 * kTera;
   m.memory_bytes_per_s = 900 * kGiga;
@@ -74,7 +114,7 @@ Machine v100() {
 
 // DGX A100: NVIDIA DGX A100 user guide (DU-09821).
 Machine a100() {
-  Machine m = gpu();  // NVIDIA A100 80GB data sheet (2021), SXM4
+  Machine m = launched_gpu();  // NVIDIA A100 80GB data sheet (2021), SXM4
   m.flops_by_dtype = {{"float64", 19.5 * kTera}, {"float32", 19.5 * kTera}, {"tf32", 156 * kTera}, {"bfloat16", 312 * kTera}, {"float16", 312 * kTera}};
   m.flops_per_s = 19.5 * kTera;
   m.memory_bytes_per_s = 2039 * kGiga;
@@ -90,7 +130,7 @@ Machine a100() {
 
 // DGX H100: NVIDIA DGX H100/H200 user guide.
 Machine h100() {
-  Machine m = gpu();  // NVIDIA H100 data sheet (2022), SXM5
+  Machine m = launched_gpu();  // NVIDIA H100 data sheet (2022), SXM5
   m.flops_by_dtype = {{"float64", 67 * kTera}, {"float32", 67 * kTera}, {"tf32", 494.7 * kTera}, {"bfloat16", 989.4 * kTera}, {"float16", 989.4 * kTera}};
   m.flops_per_s = 67 * kTera;
   m.memory_bytes_per_s = 3350 * kGiga;

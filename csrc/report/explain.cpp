@@ -37,6 +37,11 @@ std::string explain(const Program& p, const Simulation& sim) {
     if (n.kind == NodeKind::kParam) gradients += sim.moved_bytes[n.id];
   }
   out += fmt::format("predicted step {:.2f} ms; parameters and their gradients move {} bytes\n", static_cast<double>(sim.step_ns) / 1e6, gradients);
+  const int64_t host = *std::max_element(sim.host_ns.begin(), sim.host_ns.end());
+  if (sim.device_step_ns < sim.step_ns) {
+    out += fmt::format("the host queues kernels for {:.2f} ms of a {:.2f} ms step; the devices alone would take {:.2f} ms\n", static_cast<double>(host) / 1e6,
+                       static_cast<double>(sim.step_ns) / 1e6, static_cast<double>(sim.device_step_ns) / 1e6);
+  }
   for (size_t d = 0; d < sim.memory_bytes.size(); ++d) {
     out += fmt::format("device {}: compute {:.2f} ms, communication {:.2f} ms, memory {:.1f} MiB\n", d, static_cast<double>(sim.compute_ns[d]) / 1e6,
                        static_cast<double>(sim.communication_ns[d]) / 1e6, static_cast<double>(sim.memory_bytes[d]) / (1 << 20));

@@ -83,6 +83,7 @@ struct Units {
   // The ranks of a tensor parallel group wait for what moves among them.
   static void within_group(Walk& w, int64_t ns) {
     w.moved += ns;
+    w.movements += ns > 0 ? 1 : 0;
     w.await(w.now() + ns);
   }
 
@@ -119,6 +120,7 @@ struct Units {
     out.backward = backward.now();
     out.synchronised = std::max(backward.now(), backward.movement);
     out.moved = forward.moved + backward.moved;
+    out.movements = forward.movements + backward.movements;
     return out;
   }
 };

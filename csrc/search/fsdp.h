@@ -26,6 +26,7 @@ struct FsdpTimes {
   int64_t forward = 0, backward = 0;
   int64_t synchronised = 0;  // when gradients are there, after the begin of backward
   int64_t moved = 0;         // of both
+  int movements = 0;
 };
 
 // `region_of`: per node, the repeated block that it is in, -1 for none. Needs zero 2 or 3.

@@ -59,8 +59,9 @@ struct Stage {
   std::map<NodeId, std::vector<Parameter>> gathers, refills, ends;  // by first reader, last reader, the reader that completes the gradient
   std::vector<Parameter> parameters;
   int64_t forward = 0, backward = 0, first_forward = 0, last_backward = 0,
-          synchronised = 0;        // the last: when gradients are there, after the begin of that backward
-  int64_t compute = 0, moved = 0;  // of a whole step
+          synchronised = 0;         // the last: when gradients are there, after the begin of that backward
+  int64_t compute = 0, moved = 0;   // of a whole step
+  int64_t movements = 0, host = 0;  // likewise: how many, and of the host to launch all
   int64_t update = 0, memory = 0;
   int64_t extra = 0;  // parameters that it shares with an earlier stage
 };
@@ -169,6 +170,7 @@ struct Pricing {
       s.last_backward = s.backward = t.backward;
       s.synchronised = t.synchronised;
       s.moved = t.moved * o.micro_batches;
+      s.movements = int64_t{t.movements} * o.micro_batches;
     } else {
       time_exchanges(s, index);
     }
@@ -182,7 +184,14 @@ struct Pricing {
       if (!q.p->trained) continue;
       const int64_t element = o.fsdp ? q.p->reduced_element_bytes : q.p->element_bytes;
       s.update += update_ns(machine, 0, q.p->bytes / q.p->element_bytes * element / q.group);
+      s.host += update_launch_ns(machine);
     }
+    s.host += machine.launch_ns("update");
+    for (NodeId n : s.nodes) s.host += o.micro_batches * (again(n) ? cost.nodes[n].launch_again_ns : cost.nodes[n].launch_ns);
+    for (const Transfer& t : transfers) {
+      if (t.from == index || t.to == index) s.movements += int64_t{o.micro_batches} * ((t.forward_ns > 0 ? 1 : 0) + (t.backward_ns > 0 ? 1 : 0));
+    }
+    s.host += s.movements * machine.launch_ns("collective");
   }
 
   // As this runtime moves what is stored in parts: each parameter by an exchange.
@@ -202,6 +211,7 @@ struct Pricing {
       }
       (first ? s.first_forward : s.forward) = w.now();
       s.moved += w.moved * (first ? 1 : o.micro_batches - 1);
+      s.movements += int64_t{w.movements} * (first ? 1 : o.micro_batches - 1);
       return w;
     };
     const auto backward = [&](bool last) {
@@ -241,6 +251,7 @@ struct Pricing {
         s.synchronised = std::max(w.now(), w.movement);
       }
       s.moved += w.moved * (last ? 1 : o.micro_batches - 1);
+      s.movements += int64_t{w.movements} * (last ? 1 : o.micro_batches - 1);
       return w;
     };
     forward(true);
@@ -422,8 +433,9 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs)
     p.time(s);
     p.remember(s);
   }
-  out.step_ns = p.schedule();
+  out.device_step_ns = p.schedule();
   for (const Stage& s : p.stages) {
+    out.host_ns = std::max(out.host_ns, s.host);
     if (s.compute >= out.compute_ns) {
       out.compute_ns = s.compute;
       out.communication_ns = s.moved;
@@ -431,6 +443,7 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs)
     out.stage_memory.push_back(s.memory);
     out.memory_bytes = std::max(out.memory_bytes, s.memory);
   }
+  out.step_ns = std::max(out.device_step_ns, out.host_ns);
   return out;
 }
 

@@ -10,7 +10,7 @@
 //   last backward            brings gradients to the replicas in buckets, likewise
 //   options.fsdp             these two as PyTorch's fully_shard does them, in every micro-batch (search/fsdp.h)
 //   schedule                 GPipe (Huang et al. 2019) or 1F1B (Narayanan et al. 2019); a boundary's tensors take their link's time
-//   step                     the last stage to end, and its update
+//   step                     the last stage to end, and its update; or what a stage's host takes to launch all of it, where that is longer (sim/simulate.h)
 //
 // Memory of a stage: parameters, gradients and optimizer state (2x, AdamW) of its parts; what backward keeps of each micro-batch that is under
 // way; gathered copies. tests/unit/test_grids.py holds both against simulate(lower(...)).
@@ -29,6 +29,8 @@ struct GridPrice {
   int64_t step_ns = 0;
   int64_t compute_ns = 0;        // of the busiest stage
   int64_t communication_ns = 0;  // of that stage
+  int64_t host_ns = 0;           // of the stage whose host launches longest (Machine::launch); it bounds the step where the devices' take less
+  int64_t device_step_ns = 0;    // the step of hosts that take no time
   int64_t memory_bytes = 0;      // of the fullest stage
   std::vector<int64_t> stage_memory;
 };

@@ -94,6 +94,10 @@ struct Builder {
   void add_computes(const Node& n) {
     const Fragment& f = *fragments[n.id];
     GroupNode& cost = out.nodes[n.id];
+    if (!f.launches.empty()) {
+      cost.launch_ns = *std::max_element(f.launches.begin(), f.launches.end());
+      cost.launch_again_ns = *std::max_element(f.launches_again.begin(), f.launches_again.end());
+    }
     for (const FragmentOp& op : f.ops) {
       if (!op.computes) continue;
       cost.forward.resize(ranks);

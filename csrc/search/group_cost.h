@@ -13,6 +13,8 @@ namespace soap {
 
 struct GroupNode {
   std::vector<int64_t> forward, backward;  // ns per rank; empty where nothing is computed
+  int64_t launch_ns = 0;                   // of the busiest rank's host, forward and backward, movements left out
+  int64_t launch_again_ns = 0;             // the same where backward computes forward again
   int64_t fill_ns = 0;                     // movements among the ranks that forward waits for
   int64_t gradient_ns = 0;                 // movements of gradients among the ranks, before and after its backward, of activations
   // Of the fullest rank: results (views are nothing); those of them that backward keeps; copies moved for it that backward keeps.

@@ -15,6 +15,7 @@ struct Walk {
   bool overlap = false;
   std::vector<int64_t> compute = std::vector<int64_t>(cost.ranks);
   int64_t movement = 0, moved = 0;
+  int movements = 0;  // that take time
 
   int64_t now() const { return *std::max_element(compute.begin(), compute.end()); }
   void spend(const std::vector<int64_t>& ns) {
@@ -27,6 +28,7 @@ struct Walk {
   // A movement that can begin at `ready`, behind those before it; when it ends.
   int64_t queue(int64_t ns, int64_t ready) {
     moved += ns;
+    movements += ns > 0 ? 1 : 0;
     const int64_t begin = overlap ? std::max(movement, ready) : now();
     if (!overlap) await(begin + ns);
     return movement = begin + ns;

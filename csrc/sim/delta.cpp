@@ -15,6 +15,7 @@ DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const 
       rows_(rows),
       overlap_(cache.cost().machine().overlap),
       shared_(!cache.cost().machine().busy_speed.empty()),
+      launches_(!cache.cost().machine().launch.empty()),
       timeline_(cache.cost().machine()),
       devices_(rows.size()) {
   nodes_.resize(graph_.nodes.size());
@@ -28,6 +29,8 @@ DeltaSimulator::DeltaSimulator(LayoutCache& cache, const Strategy& start, const 
     sums->of.resize(graph_.tensors.size());
     sums->total.resize(devices_);
   }
+  launched_.of.resize(graph_.nodes.size());
+  launched_.total.resize(devices_);
   compute_clock_.resize(devices_);
   movement_clock_.resize(devices_);
   begin_.resize(devices_);
@@ -212,6 +215,7 @@ void DeltaSimulator::forget_replaced() {
   old_tensors_.used = old_inner_.used = old_slots_.used = 0;
   updates_.before.clear();
   stored_.before.clear();
+  launched_.before.clear();
 }
 
 void DeltaSimulator::Sums::set(TensorId t, const std::vector<int64_t>* now, bool remember) {
@@ -234,6 +238,7 @@ void DeltaSimulator::put_back_replaced() {
   for (size_t i = 0; i < old_slots_.used; ++i) std::swap(nodes_[old_slots_.entries[i].first].slots, old_slots_.entries[i].second);
   updates_.put_back();
   stored_.put_back();
+  launched_.put_back();
   std::swap(at_once_, old_at_once_);
   forget_replaced();
 }

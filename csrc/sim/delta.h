@@ -107,9 +107,9 @@ class DeltaSimulator {
     const DeviceSet* devices = nullptr;
     bool more = false;
   };
-  // A sum over tensors of what each is on every device.
+  // A sum over tensors or nodes of what each is on every device.
   struct Sums {
-    std::vector<const std::vector<int64_t>*> of;  // per tensor, null for nothing
+    std::vector<const std::vector<int64_t>*> of;  // per tensor or node, null for nothing
     std::vector<int64_t> total;                   // per device
     std::vector<std::pair<TensorId, const std::vector<int64_t>*>> before;
 
@@ -157,6 +157,8 @@ class DeltaSimulator {
   void restore();
 
   int64_t run();
+  // When the last host has launched all of this run, or 0 where that is sure to be before `device_end`.
+  int64_t hosts_end(int64_t device_end);
   void run_forward();
   void run_backward();
   void compute(Slots& slots, const Slot& slot);
@@ -175,7 +177,7 @@ class DeltaSimulator {
   const OpGraph& graph_;
   Strategy strategy_;
   FedRows rows_;
-  bool overlap_, shared_;
+  bool overlap_, shared_, launches_;
   SharedTimeline timeline_;
   std::vector<int> regions_;  // per node: the region that names it, -1 for none
   size_t devices_;
@@ -189,6 +191,7 @@ class DeltaSimulator {
   std::vector<NodeId> rebuilt_slots_;
   std::vector<Group*> at_once_;  // gradients that nothing has to be computed for
   Sums updates_, stored_;        // the optimizer's time, and bytes
+  Sums launched_;                // by node: of the host, movements left out
   std::vector<std::unique_ptr<Group>> pool_;
   std::vector<Group*> free_groups_;
   int num_chunked_ = 0;
@@ -205,7 +208,7 @@ class DeltaSimulator {
   std::vector<Group*> old_at_once_;
 
   // Of one run.
-  std::vector<int64_t> compute_clock_, movement_clock_, begin_, local_;
+  std::vector<int64_t> compute_clock_, movement_clock_, host_clock_, begin_, local_;
   std::vector<Arrival> arrivals_;
   int64_t first_arrival_ = 0;  // number of arrivals_[0]; numbers are never used again
   std::vector<Group*> pending_, bucket_, sorting_, alone_;

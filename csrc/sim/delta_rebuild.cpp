@@ -244,7 +244,9 @@ void DeltaSimulator::update_stored() {
     for (Group* g : tensors_[t].groups) {
       if (g->gradient_takes_time() && g->last.node < 0) at_once_.push_back(g);
     }
-    if (producer.kind == NodeKind::kParam) updates_.set(t, &cache_.update(tensor, tensors_[t].tiles), true);
+    if (producer.kind != NodeKind::kParam) continue;
+    updates_.set(t, &cache_.update(tensor, tensors_[t].tiles), true);
+    if (launches_) launched_.set(producer.id, &cache_.update_launches(tensors_[t].tiles), true);
   }
   sort_newest_first(at_once_);
 }
@@ -260,6 +262,10 @@ void DeltaSimulator::rebuild() {
   };
   for (NodeId n : changed_nodes_) {
     if (!slots_stale_[n]) rebuild_inner(n);
+    if (launches_ && graph_.nodes[n].kind == NodeKind::kOp) {
+      const Fragment& f = *nodes_[n].fragment;
+      launched_.set(n, regions_[n] >= 0 ? &f.launches_again : &f.launches, true);
+    }
     add(n);
   }
   for (TensorId t : stale_list_) {

@@ -68,7 +68,7 @@ void DeltaSimulator::for_sources(SlotKind kind, const Group& g, const Visit& vis
 void DeltaSimulator::transfer(const DeviceSet& ranks, int64_t from, int64_t price) {
   if (shared_) return timeline_.move(ranks.devices, price);
   assign(movement_clock().data(), ranks, from + price);
-  if (overlap_) arrivals_.push_back({.at = from + price, .devices = &ranks, .more = true});
+  if (overlap_ || launches_) arrivals_.push_back({.at = from + price, .devices = &ranks, .more = true});
 }
 
 // A step of one item.
@@ -209,6 +209,18 @@ void DeltaSimulator::run_backward() {
   if (!bucket_.empty()) move_together(SlotKind::kGradientFill, bucket_);
 }
 
+int64_t DeltaSimulator::hosts_end(int64_t device_end) {
+  const Machine& machine = cache_.cost().machine();
+  const int64_t update = machine.launch_ns("update"), collective = machine.launch_ns("collective");
+  const int64_t most = *std::max_element(launched_.total.begin(), launched_.total.end()) + update;
+  if (most + collective * static_cast<int64_t>(arrivals_.size()) <= device_end) return 0;
+  host_clock_ = launched_.total;
+  for (const Arrival& a : arrivals_) {
+    for (int d : a.devices->devices) host_clock_[d] += collective;
+  }
+  return *std::max_element(host_clock_.begin(), host_clock_.end()) + update;
+}
+
 int64_t DeltaSimulator::run() {
   if (!has_fast_path()) return simulate(lower(graph_, strategy_, rows_), cache_.cost()).step_ns;
   rebuild();
@@ -226,6 +238,7 @@ int64_t DeltaSimulator::run() {
   } else {
     for (size_t d = 0; d < devices_; ++d) end = std::max(end, std::max(compute_clock_[d], movement_clock_[d]) + updates_.total[d]);
   }
+  if (launches_) end = std::max(end, hosts_end(end));
   return end + static_cast<int64_t>(cache_.cost().machine().step_overhead_ns);
 }
 

@@ -182,6 +182,17 @@ const std::vector<int64_t>& LayoutCache::update(const Tensor& tensor, LayoutId t
   return it->second;
 }
 
+const std::vector<int64_t>& LayoutCache::update_launches(LayoutId tiles) {
+  const auto [it, fresh] = update_launches_.try_emplace(Numbers{tiles, 0, 0, 0});
+  if (fresh) {
+    it->second.resize(rows_.size());
+    for (const Coord& c : layout(tiles).coords) {
+      for (int d : c.devices) it->second[d] += update_launch_ns(cost_.machine());
+    }
+  }
+  return it->second;
+}
+
 const std::vector<int64_t>& LayoutCache::stored(const Tensor& tensor, LayoutId tiles, bool trained) {
   const auto [it, fresh] = stored_.try_emplace(Numbers{tiles, tensor.element_bytes, int64_t{trained}, 0});
   if (fresh) {
@@ -310,6 +321,9 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
     }
   }
   std::vector<int64_t> forward, backward, again;  // of an operator, per device
+  const bool launches = !cost_.machine().launch.empty();
+  if (launches) out->launches.resize(rows_.size());
+  if (launches) out->launches_again.resize(rows_.size());
   out->tiles.assign(r.results.size(), -1);
   out->producers.assign(r.results.size(), -1);
   for (NodeId id = r.first; id < static_cast<NodeId>(p.graph.nodes.size()); ++id) {
@@ -349,8 +363,16 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
           backward[d] += cost_.machine().at_speed(d, time.backward_ns);
         }
       }
+      const bool repeatable = op.differentiable && may_compute_again(n);
       again = backward;
-      for (size_t d = 0; d < rows_.size() && op.differentiable && may_compute_again(n); ++d) again[d] += forward[d];
+      for (size_t d = 0; d < rows_.size() && repeatable; ++d) again[d] += forward[d];
+      const OpTime queued = cost_.launch(p, id);
+      for (int tile = 0; tile < tiling.tiles() && launches; ++tile) {
+        for (int d : tiling.devices_of(tile)) {
+          out->launches[d] += queued.forward_ns + queued.backward_ns;
+          out->launches_again[d] += queued.forward_ns * (repeatable ? 2 : 1) + queued.backward_ns;
+        }
+      }
       op.forward = Spent(forward);
       op.backward = Spent(backward);
       op.again = Spent(again);

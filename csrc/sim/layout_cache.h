@@ -60,7 +60,9 @@ struct Fragment {
   std::vector<int> producers;                     // per output: index in ops
   std::vector<int> placed, shadow;                // per output: ids of tensor tilings, -1 when there is none
   std::vector<std::pair<int, int>> operand_uses;  // (operator, operand), in order; of operands and results only
-  bool used_again = false;                        // a configured store whose copies are gathered again in backward (Keep::kUse)
+  // Of the host for all operators, per device, forward and backward; and where backward computes forward again. Empty where nothing is launched.
+  std::vector<int64_t> launches, launches_again;
+  bool used_again = false;  // a configured store whose copies are gathered again in backward (Keep::kUse)
   bool chunked = false;
 };
 
@@ -127,6 +129,8 @@ class LayoutCache {
   int groups_at_once(const std::vector<int>& rank_sets);
   // The optimizer's time for a parameter stored like this, per device.
   const std::vector<int64_t>& update(const Tensor& tensor, LayoutId tiles);
+  // Of the host to launch that.
+  const std::vector<int64_t>& update_launches(LayoutId tiles);
   // Bytes of a tensor stored like this, per device; of a trained one with its gradient and the optimizer's state (sim/memory.h: stored).
   const std::vector<int64_t>& stored(const Tensor& tensor, LayoutId tiles, bool trained);
 
@@ -150,7 +154,7 @@ class LayoutCache {
   using ByNumbers = std::unordered_map<Numbers, T, NumbersHash>;
   ByNumbers<std::shared_ptr<const EdgeMove>> edges_;
   ByNumbers<int64_t> reduce_prices_;
-  ByNumbers<std::vector<int64_t>> updates_, stored_;
+  ByNumbers<std::vector<int64_t>> updates_, update_launches_, stored_;
   std::unordered_map<std::string, LayoutId> derived_;
   std::unordered_map<std::string, int64_t> exchange_prices_;  // forgotten when there are kMostExchanges: every bucket is another one
   std::unordered_map<std::string, int> at_once_;

@@ -28,9 +28,10 @@ struct Simulator {
   const StepPieces& pieces;
   bool record;
   bool shared;  // devices slow each other down: `timeline` runs at the end
+  bool paced;   // devices begin after their launches
   SharedTimeline timeline;
   Simulation out;
-  std::vector<int64_t> compute, communication;                         // clocks
+  std::vector<int64_t> compute, communication, host;                   // clocks
   std::map<Item, std::vector<int64_t>> forward_end, backward_end;      // of compute items, per device
   std::map<Item, std::vector<int64_t>> filled, refilled, grad_filled;  // arrivals, per device
   std::map<NodeId, std::vector<std::pair<int, const Use*>>> reads;
@@ -79,18 +80,26 @@ struct Simulator {
     return begin;
   }
 
+  void launch(int step, int device, int64_t ns) {
+    if (ns == 0) return;
+    if (record) out.events.push_back({step, device, false, host[device], host[device] + ns, true});
+    host[device] += ns;
+  }
+
   void run_compute(int s) {
     const Step& step = p.steps[s];
     const bool backward = step.kind == StepKind::kComputeBackward;
     const auto [node, chunk] = step.items[0];
     const bool again = p.regions[node] >= 0;  // backward computes its forward again
     const Tiling& tiling = p.tilings[node];
-    std::vector<int64_t> spent(devices());
+    std::vector<int64_t> spent(devices()), launches(devices());
+    const OpTime queued = cost.launch(p, node);
     for (int tile = 0; tile < tiling.tiles(); ++tile) {
       const OpTime time = cost.time(p, node, tile, chunk);
       for (int d : tiling.devices_of(tile)) {
         if (backward) spent[d] += machine.at_speed(d, time.backward_ns);
         if (!backward || again) spent[d] += machine.at_speed(d, time.forward_ns);
+        launches[d] += (backward ? queued.backward_ns : 0) + (!backward || again ? queued.forward_ns : 0);
       }
     }
     out.node_ns[node] += *std::max_element(spent.begin(), spent.end());
@@ -98,9 +107,11 @@ struct Simulator {
       for (size_t d = 0; d < devices(); ++d) timeline.compute(static_cast<int>(d), spent[d], s, p.differentiable[node] != 0);
       return;
     }
-    const std::vector<int64_t> begin = ready(backward, node, chunk);
+    std::vector<int64_t> begin = ready(backward, node, chunk);
     for (size_t d = 0; d < devices(); ++d) {
+      launch(s, static_cast<int>(d), launches[d]);
       if (spent[d] == 0) continue;
+      if (paced) begin[d] = std::max(begin[d], host[d]);
       compute[d] = begin[d] + spent[d];
       out.compute_ns[d] += spent[d];
       if (record) out.events.push_back({s, static_cast<int>(d), false, begin[d], compute[d]});
@@ -165,7 +176,10 @@ struct Simulator {
         return;
       }
       int64_t from = 0;
-      for (int r : ranks) from = std::max({from, clock[r], begin[r]});
+      for (int r : ranks) {
+        launch(s, r, machine.launch_ns("collective"));
+        from = std::max({from, clock[r], begin[r], paced ? host[r] : 0});
+      }
       for (int r : ranks) {
         clock[r] = arrival[r] = from + price;
         out.communication_ns[r] += price;
@@ -188,14 +202,22 @@ struct Simulator {
   // The optimizer reads and writes parameter, gradient and its own state once, when all gradients are there.
   void update() {
     for (size_t d = 0; d < devices(); ++d) compute[d] = std::max(compute[d], communication[d]);
+    std::vector<int64_t> launches(devices(), machine.launch_ns("update"));
     for (const Node& n : p.graph.nodes) {
       if (n.kind != NodeKind::kParam || !p.graph.output(n, 0).requires_grad) continue;
       for (const Coord& c : p.tiles[n.outputs[0]].coords) {
-        for (int d : c.devices) compute[d] += update_ns(machine, d, bytes_of(c.box, p.graph.output(n, 0)));
+        for (int d : c.devices) {
+          compute[d] += update_ns(machine, d, bytes_of(c.box, p.graph.output(n, 0)));
+          launches[d] += update_launch_ns(machine);
+        }
       }
     }
+    for (size_t d = 0; d < devices(); ++d) launch(-1, static_cast<int>(d), launches[d]);
     if (shared) run_shared();
-    out.step_ns = *std::max_element(compute.begin(), compute.end()) + static_cast<int64_t>(machine.step_overhead_ns);
+    const auto overhead = static_cast<int64_t>(machine.step_overhead_ns);
+    out.device_step_ns = *std::max_element(compute.begin(), compute.end()) + overhead;
+    out.step_ns = std::max(out.device_step_ns, *std::max_element(host.begin(), host.end()) + overhead);
+    out.host_ns = host;
   }
 
   // Clocks hold the update alone so far.
@@ -224,15 +246,23 @@ int64_t reduced_element_bytes(const Tensor& t, Reduce reduce) {
   return reduce != Reduce::kMax && is_float(t) ? std::max<int64_t>(t.element_bytes, 4) : t.element_bytes;
 }
 
-Simulation simulate(const Program& p, const CostModel& cost, bool record) {
+namespace {
+
+Simulation simulate(const Program& p, const CostModel& cost, bool record, bool paced, const StepPieces& pieces) {
   const Machine& machine = cost.machine();
   SOAP_CHECK(machine.num_devices() >= p.world_size, "[simulate] the machine {} has {} devices, the program needs {}", machine.name, machine.num_devices(),
              p.world_size);
   const size_t devices = p.world_size;
-  const StepPieces pieces = step_pieces(p);
-  Simulator s{
-      .p = p, .cost = cost, .machine = machine, .pieces = pieces, .record = record, .shared = !machine.busy_speed.empty(), .timeline = SharedTimeline(machine)};
+  Simulator s{.p = p,
+              .cost = cost,
+              .machine = machine,
+              .pieces = pieces,
+              .record = record,
+              .shared = !machine.busy_speed.empty(),
+              .paced = paced,
+              .timeline = SharedTimeline(machine)};
   s.compute.resize(devices);
+  s.host.resize(devices);
   s.communication.resize(devices);
   s.out.compute_ns.resize(devices);
   s.out.communication_ns.resize(devices);
@@ -244,8 +274,17 @@ Simulation simulate(const Program& p, const CostModel& cost, bool record) {
     computes ? s.run_compute(static_cast<int>(i)) : s.run_movement(static_cast<int>(i));
   }
   s.update();
-  s.out.memory_bytes = peak_memory(p, pieces);
   return std::move(s.out);
+}
+
+}  // namespace
+
+Simulation simulate(const Program& p, const CostModel& cost, bool record) {
+  const StepPieces pieces = step_pieces(p);
+  Simulation out = simulate(p, cost, record, false, pieces);
+  if (record && out.device_step_ns < out.step_ns) out.events = simulate(p, cost, true, true, pieces).events;
+  out.memory_bytes = peak_memory(p, pieces);
+  return out;
 }
 
 std::string step_name(const Program& p, int step) {

@@ -56,7 +56,7 @@ std::optional<OpConfig> random_config(const OpGraph& graph, const Node& node, Ra
 }
 
 // `changes` random changes, each compared with the full simulation; every fourth is taken back.
-void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, bool shared = false) {
+void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, bool shared = false, double launch_ns = 0) {
   const OpGraph graph = blocks();
   const FedRows rows{6, 6, 6, 6};
   Machine machine = make_machine(kWorld, 2);
@@ -68,6 +68,8 @@ void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, boo
   machine.step_overhead_ns = 250;
   machine.segment_overhead_ns = 60;
   if (shared) machine.busy_speed = {1.7, 1};
+  if (launch_ns > 0)
+    machine.launch = {{"matmul", {launch_ns, 2 * launch_ns}}, {"relu", {launch_ns, 0}}, {"update", {launch_ns, 300}}, {"collective", {900, 0}}};
   const CostModel cost(machine);
   LayoutCache cache(graph, rows, cost);
   Strategy strategy{.world_size = kWorld, .bucket_bytes = bucket_bytes};
@@ -113,6 +115,12 @@ TEST(Delta, EqualsFullSimulationWithOverlap) {
 }
 TEST(Delta, EqualsFullSimulationOnSharedCores) {
   compare(false, 1000, 200, 5, true);
+}
+// Hosts bound many steps, few, and those with many movements.
+TEST(Delta, EqualsFullSimulationWithLaunches) {
+  compare(true, 25 << 20, 300, 6, false, 2000);
+  compare(false, 1000, 200, 7, false, 800);
+  compare(true, 1, 200, 8, false, 100);
 }
 TEST(Delta, EqualsFullSimulationWithSmallBuckets) {
   compare(false, 1, 200, 3);

@@ -16,13 +16,16 @@ NAMES = sorted(CASES)
 STEPS = 20  # changes of one start
 
 
-def machine(world: int, overlap: bool, shared: bool = False) -> _C.Machine:
+def machine(world: int, overlap: bool, shared: bool, launch: float) -> _C.Machine:
     out = _C.Machine(world, 2 if world % 2 == 0 else 1)
     out.overlap = overlap
     out.op_overhead_ns, out.flops_per_s, out.memory_bytes_per_s = 900.0, 1e9, 1e9  # operators and movements of like length
     out.step_overhead_ns, out.segment_overhead_ns = 1234.0, 321.0
     if shared and not overlap:
         out.busy_speed = [1.9, 1.3, 1.0, 0.7]
+    elif launch:
+        times = {"pointwise": 900.0, "matmul": 1500.0, "view": 300.0, "other": 700.0, "normalization": 1100.0, "collective": 4000.0, "update": 2500.0}
+        out.launch = {name: (launch * ns, launch * ns * 1.7) for name, ns in times.items()}
     out.intra, out.inter = _C.Link(700.0, 2e9), _C.Link(2000.0, 5e8)
     return out
 
@@ -56,7 +59,7 @@ def test_delta_equals_full(index: int) -> None:
     world = rng.choice([2, 3, 4, 6])
     total = next((t.shape[d] for t, d in zip(inputs, captured.batch_dims, strict=True) if d is not None), world)
     rows = even_rows(total, world)
-    cost = _C.CostModel(machine(world, overlap=rng.random() < 0.5, shared=rng.random() < 0.3))
+    cost = _C.CostModel(machine(world, overlap=rng.random() < 0.5, shared=rng.random() < 0.3, launch=rng.choice([0, 0.5, 2, 8])))
 
     def full(strategy: _C.Strategy) -> int:
         return _C.simulate(_C.lower(graph, strategy, rows), cost).step_ns

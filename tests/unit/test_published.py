@@ -48,11 +48,11 @@ def test_models_have_the_published_number_of_parameters(model: str, length: int,
 
 def test_one_row_fixes_the_scale_and_the_other_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows made from our own prices with efficiencies of 0.6: the scale is found again, and the row that didn't fix it is met."""
-    cluster = Cluster("made up", "a100", ("mpt-125m", 256, 8))
+    cluster = Cluster("made up", "a100", ("mpt-125m", 2048, 8))
     monkeypatch.setitem(CLUSTERS, "made-up", cluster)
     setups = ((8, 1, "none", "flash-2"), (16, 2, "selective", "triton"))
-    made = [Row("made-up", "mpt-125m", 256, gpus, 4, micro, 1, 3, recompute, kernel, 1.0, "ours") for gpus, micro, recompute, kernel in setups]
-    pricer = published.pricer_for("mpt-125m", 256, tuple(sorted(r.batch for r in made)))
+    made = [Row("made-up", "mpt-125m", 2048, gpus, 4, micro, 1, 3, recompute, kernel, 1.0, "ours") for gpus, micro, recompute, kernel in setups]
+    pricer = published.pricer_for("mpt-125m", 2048, tuple(sorted(r.batch for r in made)))
     steps = [pricer.step_s(r, cluster, 0.6) for r in made]
     made = [dataclasses.replace(r, tokens_per_s=r.batch * r.length / r.gpus / s) for r, s in zip(made, steps, strict=True)]
     scale, predictions = predict("made-up", made)

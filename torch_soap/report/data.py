@@ -169,16 +169,20 @@ def shown_devices(world: int, left_out: list[str]) -> list[int]:
 def timelines(
     program: _C.Program, simulation: _C.Simulation, real: Sequence[Event], index: dict[str, int], devices: list[int], left_out: list[str]
 ) -> dict[str, Any]:
-    """Events as numbers: simulated [step, device, is communication, begin ns, end ns], measured the same with names of their own."""
+    """Events as numbers: simulated [step, device, stream, begin ns, end ns], measured the same with names of their own. Streams: 0 compute,
+    1 communication, 2 the host's launches, whose step is -1 for the update."""
     wanted = set(devices)
-    events = [[e.step, e.device, int(e.communication), e.begin_ns, e.end_ns] for e in simulation.events if e.device in wanted]
+    events = [[e.step, e.device, 2 if e.host else int(e.communication), e.begin_ns, e.end_ns] for e in simulation.events if e.device in wanted]
     if len(events) > MOST_EVENTS:
         events.sort(key=lambda e: e[3] - e[4])
         left_out.append(f"{len(events) - MOST_EVENTS} of {len(events)} events of the timeline: the longest are shown")
         events = sorted(events[:MOST_EVENTS], key=lambda e: e[3])
     known = set(index)
-    steps = {}
+    steps: dict[int, list[Any]] = {}
     for number in {e[0] for e in events}:
+        if number < 0:
+            steps[number] = ["update", -1, "update"]
+            continue
         step = program.steps[number]
         computes = step.kind in (_C.StepKind.compute, _C.StepKind.compute_backward)
         node = step.items[0].id if computes else program.graph.tensors[program.groups[step.items[0].id].tensor].producer

@@ -1,8 +1,10 @@
-// Lanes per device: simulated compute and communication, the recorded ones beneath; and the memory, with the same scale of time.
+// Lanes per device: simulated compute, communication and, where there are any, the host's launches, the recorded ones beneath; and the memory, with the same
+// scale of time.
 const LANE = 13, DEVICE_GAP = 9, LABEL = 128;
 const canvas = byId("timeline");
 const recorded = data.timeline.measured.length > 0;
 const endNs = Math.max(data.step_ns, ...data.timeline.measured.map((e) => e[4]));
+const launches = data.timeline.simulated.some((e) => e[2] === 2);
 let span = [0, endNs]; // what is shown, in ns
 
 // [text, events of it by device, is recorded]
@@ -14,6 +16,7 @@ const lanes = [];
     return out;
   };
   const kinds = [["compute", split(data.timeline.simulated, 0), false], ["movement", split(data.timeline.simulated, 1), false]];
+  if (launches) kinds.push(["host", split(data.timeline.simulated, 2), false]);
   if (recorded) kinds.push(["compute, real", split(data.timeline.measured, 0), true], ["movement, real", split(data.timeline.measured, 1), true]);
   for (const d of data.devices) kinds.forEach(([text, events, real], i) => lanes.push({device: d, text, real, first: i === 0, events: events.get(d)}));
 }
@@ -60,7 +63,7 @@ function drawTimeline() {
       if (x1 < LABEL || x0 > width) continue;
       const [, node, kind] = told(lane, e), letter = node >= 0 ? letters(nodes[node])[0] || "whole" : "whole";
       pen.globalAlpha = kind === "compute_backward" ? 0.6 : lane.real ? 0.85 : 1;
-      pen.fillStyle = e[2] ? movement : lane.real ? quiet : colours[letter];
+      pen.fillStyle = e[2] === 1 ? movement : e[2] === 2 || lane.real ? quiet : colours[letter];
       pen.fillRect(x0, lane.y, Math.max(x1 - x0 - (x1 - x0 > 3 ? 0.6 : 0), 0.6), LANE);
       if (chosen && chosen.node && chosen.node.index === node) {
         pen.globalAlpha = 1;
