@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -21,13 +23,37 @@ from torch_soap.runtime.meter import Sample
 from torch_soap.runtime.movement import PlannedStep, execute, plan_step, sums_in
 from torch_soap.runtime.storage import cut, stored_boxes
 
+HOOKED_BYTES = 256 << 10  # gradients from here on are given to autograd when it needs them, and not held until a segment's backward ends
+_enter: Any = torch._C._functions.DelayedError  # type: ignore[attr-defined]
+_anchor = torch.empty(0, requires_grad=True)
+
+
+def stand_in_for(grad: torch.Tensor) -> torch.Tensor:
+    """Zeros of its shape, without memory."""
+    return torch.zeros(1, dtype=grad.dtype).expand(grad.shape)
+
+
+def handed_over(given: list[torch.Tensor], stand_in: torch.Tensor, index: int, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Before a node of autograd: the gradient that a zero stood for. What came from within the segment was added to the zero."""
+    grad, there = given.pop(), grads[index]
+    if there is not None and there is not stand_in:
+        grad = grad + there
+    return (*grads[:index], grad, *grads[index + 1 :])
+
+
+def entering(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The tensors as results of one node of autograd, whose edges take their gradients. A leaf would hold its memory as long as the graph is there; of
+    these the graph holds what its operators save. The node itself is never run: gradients end there."""
+    with torch.enable_grad():
+        return tuple(_enter("[engine] backward went beyond a segment", len(tensors) + 1)(_anchor, *tensors)[1:])
+
 
 @dataclass
 class StepState:
     """What a forward leaves for its backward."""
 
     values: dict[int, torch.Tensor] = field(default_factory=dict)
-    leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
+    leaves: dict[int, dict[int, torch.Tensor | GradientEdge]] = field(default_factory=dict)  # segment -> value -> where it enters its autograd graph
     outputs: dict[int, dict[int, tuple[GradientEdge, torch.dtype]]] = field(default_factory=dict)  # segment -> value -> its place in that graph
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
     sums: set[int] = field(default_factory=set)  # values whose gradient is a sum made here, to which more is added in place
@@ -90,8 +116,12 @@ class Engine:
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
             self.num_forward = len(self.kinds)
+        stores = {self.value_of_store[n] for n in (*self.feeds, *self.stores)}
         self.boxes = stored_boxes(program, rank)
         self.released = self._released()
+        # What is stored and what is gathered anew stays itself, with its version: whoever changes it between forward and backward hears of it.
+        self.enters = [wants and v not in stores and v not in self.refilled for v, wants in enumerate(self.wants_grad)]
+        self.inner = [{v for item in s.items for v in item.operands} for s in self.segments]
         self.recomputed_on = self._recomputed_on()
         read = {self.values[v].tensor for v in self.recomputed_on}
         self.overwritten = [n for n in self.stores if self._is_written(n) and nodes[n].outputs[0] in read]
@@ -341,16 +371,25 @@ class Engine:
 
         The first time a region's segment has its graph too, and drops it at the end: torch has other kernels where nothing records (LSTM's).
         """
-        arguments = []
-        leaves = {}
+        arguments: dict[int, torch.Tensor] = {}
+        leaves: dict[int, torch.Tensor | GradientEdge] = {}
+        enters = []
         for value in self.inputs[segment]:
-            tensor = (state.values[value] if value in state.values else state.copies[value]).detach()
-            if record and self.wants_grad[value]:
-                leaves[value] = tensor.requires_grad_()
-            arguments.append(tensor)
+            tensor = state.values[value] if value in state.values else state.copies[value]
+            if record and self.enters[value]:
+                enters.append(value)
+            else:
+                tensor = tensor.detach()
+                if record and self.wants_grad[value]:
+                    leaves[value] = tensor.requires_grad_()
+            arguments[value] = tensor
+        if enters:
+            arguments.update(zip(enters, entering([arguments[v] for v in enters]), strict=True))
+            leaves |= {v: get_gradient_edge(arguments[v]) for v in enters}
         with torch.set_grad_enabled(record):
             module = self.modules[segment]
-            results = module(*arguments, state.random) if self.sample is None else self.sample.run(module, *arguments, state.random)
+            results = module(*arguments.values(), state.random) if self.sample is None else self.sample.run(module, *arguments.values(), state.random)
+        arguments.clear()
         outputs = dict(zip(self.outs[segment], results, strict=True))
         if record and (self.again[segment] is None or wanted is not None):
             state.leaves[segment] = leaves
@@ -371,12 +410,27 @@ class Engine:
         wanted = [(v, output) for v, output in outputs.items() if v in state.grads]
         if not wanted or not leaves:
             return
-        grads = [state.grads.pop(v).to(dtype) for v, (_, dtype) in wanted]
         edges = [edge for _, (edge, _) in wanted]
-        results = torch.autograd.grad(edges, list(leaves.values()), grads, retain_graph=state.retain_graph, allow_unused=True)
+        grads = [state.grads.pop(v).to(dtype) for v, (_, dtype) in wanted]
+        known = {v: leaf for v, leaf in leaves.items() if v in state.grads and isinstance(leaf, torch.Tensor)}
+        handles = [leaf.register_hook(partial(self._add, state, v)) for v, leaf in known.items()]
+        for i, edge in enumerate(edges):
+            if grads[i].numel() * grads[i].element_size() >= HOOKED_BYTES and wanted[i][0] not in leaves and wanted[i][0] not in self.inner[segment]:
+                stand_in = stand_in_for(grads[i])
+                handles.append(edge.node.register_prehook(partial(handed_over, [grads[i]], stand_in, edge.output_nr)))
+                grads[i] = stand_in
+        inputs: list[Any] = list(leaves.values())  # torch's annotation knows tensors or edges, not both
+        results = torch.autograd.grad(edges, inputs, grads, retain_graph=state.retain_graph, allow_unused=True)
+        for handle in handles:
+            handle.remove()
         for value, result in zip(leaves, results, strict=True):
-            if result is not None:
+            if result is not None and value not in known:
                 self._accumulate(state, value, result.to_dense() if result.is_sparse else result)
+
+    def _add(self, state: StepState, value: int, grad: torch.Tensor) -> torch.Tensor:
+        """Adds a gradient as soon as autograd has it, so that those of a whole segment are never there beside their sums."""
+        self._accumulate(state, value, grad.to_dense() if grad.is_sparse else grad)
+        return stand_in_for(grad)
 
     def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
         known = state.grads.get(value)
@@ -411,13 +465,20 @@ class Engine:
         step = self.planned[position]
         if step is None:
             raise RuntimeError("[engine] a refill without its plan")
-        for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v]):
-            if value not in state.copies:  # it was never given back
-                continue
-            copy = state.copies[value]
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(copy):
+        places: dict[int, torch.Tensor] = {}
+
+        def place(value: int) -> torch.Tensor | None:
+            copy = state.copies.get(value)  # None: it was never given back
+            if copy is not None:
                 copy.untyped_storage().resize_(copy.numel() * copy.element_size())  # made dense by its fill
-                copy.copy_(tensor)
+                places[value] = copy
+            return copy
+
+        versions = torch.autograd._unsafe_preserve_version_counter(tuple(state.copies[v] for t in step.transfers for v, _ in t.results if v in state.copies))
+        with torch.no_grad(), versions:
+            for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v], place):
+                if tensor is not places.get(value) and place(value) is not None:
+                    places[value].copy_(tensor)
 
     def _grad_fill(self, state: StepState, position: int) -> None:
         step = self.planned[position]
