@@ -328,6 +328,7 @@ struct Memory {
 
   void gradients() {
     kind = Held::kGradients;
+    std::map<std::pair<int, int>, int64_t> new_sums;  // (device, step)
     for (size_t g = 0; g < p.groups.size(); ++g) {
       const CopyGroup& group = p.groups[g];
       if (!group.grad) continue;
@@ -370,8 +371,13 @@ struct Memory {
       for (const auto& [copy, last] : leaves) {
         const auto added = sums.find({static_cast<int>(g), copy.first});
         if (added != sums.end()) {
-          for (auto s = std::next(added->second.begin()); s != added->second.end(); ++s)
-            hold(copy.second, (s == std::next(added->second.begin()) ? 2 : 1) * bytes_of(group.copies.coords[copy.first].box, t), *s, *s);
+          const int64_t bytes = bytes_of(group.copies.coords[copy.first].box, t);
+          for (auto s = std::next(added->second.begin()); s != added->second.end(); ++s) {
+            hold(copy.second, bytes, *s, *s);
+            if (s != std::next(added->second.begin())) continue;
+            int64_t& largest = new_sums[{copy.second, *s}];  // one after the other
+            largest = std::max(largest, bytes);
+          }
         }
         if (shared.count(copy)) continue;
         const Coord& c = group.copies.coords[copy.first];
@@ -379,6 +385,7 @@ struct Memory {
         hold(copy.second, bytes_of(c.box, t), begin < 0 ? last : std::min(begin, last), last);
       }
     }
+    for (const auto& [at, bytes] : new_sums) hold(at.first, bytes, at.second, at.second);
   }
 
   // What an exchange sends and receives: sent things until they are sent, what came until it is put together, or as long as something views it.
