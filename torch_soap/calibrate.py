@@ -41,7 +41,7 @@ UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, byte
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 # Bytes that are used between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
 OTHER, RECENT = 8 << 20, 512 << 10
-FORMAT = 6  # of the cache
+FORMAT = 7  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:

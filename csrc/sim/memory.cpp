@@ -4,6 +4,8 @@
 #include <map>
 #include <set>
 
+#include "sim/arrivals.h"
+
 namespace soap {
 namespace {
 
@@ -19,37 +21,22 @@ int64_t bytes_of(const Box& box, const Tensor& t) {
   return volume(box) * t.element_bytes;
 }
 
-// A part of a box that is one stretch of its memory, row-major: dims of one index, then an interval, then whole dims.
-bool is_stretch(const Box& part, const Box& box) {
-  size_t d = 0;
-  while (d < box.size() && part[d].size() == 1) ++d;
-  if (d < box.size()) {
-    const IndexSet at = positions(part[d], box[d]);
-    if (!at.is_interval()) return false;
-    ++d;
-  }
-  for (; d < box.size(); ++d) {
-    if (part[d] != box[d]) return false;
-  }
-  return true;
-}
-
 struct Memory {
   const Program& p;
   const StepPieces& pieces;
-  std::vector<MemoryCurve>* curves = nullptr;                              // when asked for: changes by kind, [device][step]
-  Held kind = Held::kStored;                                               // of what is held from now on
-  int end = 0, turn = 0;                                                   // number of steps; of those before the first of backward
-  std::map<Key, int> compute, compute_back, fill, refill;                  // -> step
-  std::map<Key, std::pair<int, int>> grad_fill;                            // (group, producer chunk) -> (step, item)
-  std::map<Key, int> item_of_fill;                                         // -> index in its step
-  std::vector<int> movements;                                              // [step]: movements before it
-  std::vector<std::vector<int64_t>> changes;                               // [device][step]: bytes that come; those that go, at the step after
-  std::map<Key, int> forward_end, backward_end, leaf_end, backward_begin;  // of a copy, by its readers
-  std::map<Key, std::set<int>> sums;                                       // (group, coord) -> backward steps that add to its gradient
-  std::map<Key, std::set<std::pair<int, int>>> views;                      // (group, tag) -> (coord, device) that are parts of tiles
-  std::map<Key, int> again, filled_again;                                  // steps that make (node, chunk), (group, tag) again
-  std::map<Key, int> again_end;                                            // of a copy that is made again, by its readers
+  std::vector<MemoryCurve>* curves = nullptr;                    // when asked for: changes by kind, [device][step]
+  Held kind = Held::kStored;                                     // of what is held from now on
+  int end = 0, turn = 0;                                         // number of steps; of those before the first of backward
+  std::map<Key, int> compute, compute_back, fill, refill;        // -> step
+  std::map<Key, std::pair<int, int>> grad_fill;                  // (group, producer chunk) -> (step, item)
+  std::map<Key, int> item_of_fill;                               // -> index in its step
+  std::vector<std::vector<int64_t>> changes;                     // [device][step]: bytes that come; those that go, at the step after
+  std::map<Key, int> forward_end, backward_end, backward_begin;  // of a copy, by its readers
+  std::map<Key, std::set<int>> sums;                             // (group, coord) -> backward steps that add to its gradient
+  std::map<Key, std::set<std::pair<int, int>>> views;            // (group, tag) -> (coord, device) that are parts of tiles
+  std::map<Key, int> again, filled_again;                        // steps that make (node, chunk), (group, tag) again
+  std::vector<std::map<int, Arrived>> arrivals;                  // [step][device]
+  std::map<Key, int> again_end;                                  // of a copy that is made again, by its readers
 
   void hold(int device, int64_t bytes, int from, const Life& until, int again_at) {
     if (again_at > until.first) {
@@ -74,11 +61,6 @@ struct Memory {
     changes.assign(p.world_size, std::vector<int64_t>(end + 2));
     if (curves) curves->assign(p.world_size, MemoryCurve(end + 2));
     turn = end;
-    movements.assign(end + 1, 0);
-    for (int s = 0; s < end; ++s) {
-      const bool crosses = std::any_of(pieces[s].begin(), pieces[s].end(), [](const MovedItem& m) { return m.movement.pattern != Pattern::kLocal; });
-      movements[s + 1] = movements[s] + crosses;
-    }
     for (int s = 0; s < end; ++s) {
       const Step& step = p.steps[s];
       if (step.kind != StepKind::kFill && step.kind != StepKind::kCompute) turn = std::min(turn, s);
@@ -97,9 +79,6 @@ struct Memory {
       }
     }
   }
-
-  // Something moves after step a and before step b.
-  bool moved_between(int a, int b) const { return b > a && movements[b] > movements[a + 1]; }
 
   void stored() {
     for (const Node& n : p.graph.nodes) {
@@ -140,16 +119,10 @@ struct Memory {
           for (int d : p.groups[g].copies.coords[u.coord_of[i]].devices) {
             hold(d, volume(p.groups[g].copies.coords[u.coord_of[i]].box) * operand.backward_bytes_more, back->second, back->second);
           }
-          const NodeId producer = p.graph.tensors[p.groups[g].tensor].producer;
           const bool inner = is_remade(static_cast<int>(g), u.coord_of[i], u.node);
-          if (operand.saved) grow(inner ? again_end : backward_end, back->second);
+          if (operand.saved && !keeps_its_own(u, static_cast<int>(i) / chunks, chunk)) grow(inner ? again_end : backward_end, back->second);
           if (p.regions[u.node] >= 0 && !inner) grow(backward_end, again.at({u.node, chunk}));
           if (!p.groups[g].grad) continue;
-          const bool border = p.graph.nodes[producer].kind == NodeKind::kOp && p.regions[producer] != p.regions[u.node];
-          const auto made = compute.find({producer, chunk}), made_back = compute_back.find({producer, chunk});
-          const bool apart = made != compute.end() && made_back != compute_back.end() &&
-                             (moved_between(made->second, compute.at({u.node, chunk})) || moved_between(back->second, made_back->second));
-          if (apart || border || moves(key)) grow(inner ? again_end : leaf_end, back->second);
           sums[{static_cast<int>(g), u.coord_of[i]}].insert(back->second);
           const int begin = back->second + (p.rules[u.node].view ? 1 : 0);  // a view's gradient is a view too
           const auto [it, fresh] = backward_begin.emplace(key, begin);
@@ -241,12 +214,28 @@ struct Memory {
     return pads ? elements * x.element_bytes : 0;
   }
 
-  void padded() {
+  // The input that linear and recurrent layers bring in order first, where it comes transposed.
+  int64_t ordered_bytes(const Node& n, int tile, int chunk) const {
+    if (n.target != "linear" && !n.target.ends_with("_layer")) return 0;
+    const Node& producer = p.graph.nodes[p.graph.tensors[n.inputs[0]].producer];
+    const Tensor& x = p.graph.input(n, 0);
+    if (producer.target != "permute" || x.shape.size() < 3) return 0;
+    return bytes_of(box_of(p.rules[n.id].operands[0].dims, p.rules[n.id], x.shape, factor_sets(p.rules[n.id], p.tilings[n.id], tile, chunk)), x);
+  }
+
+  // Whether a tile makes a copy of operand 0 by itself, which backward reads in its stead.
+  bool keeps_its_own(const Use& use, int tile, int chunk) const {
+    const Node& n = p.graph.nodes[use.node];
+    return use.operand == 0 && (padded_bytes(n, tile, chunk) > 0 || ordered_bytes(n, tile, chunk) > 0);
+  }
+
+  void own_copies() {
     kind = Held::kCopies;
     for (const auto& [key, back] : compute_back) {
       const Tiling& tiling = p.tilings[key.first];
       for (int tile = 0; tile < tiling.tiles(); ++tile) {
-        const int64_t bytes = padded_bytes(p.graph.nodes[key.first], tile, key.second);
+        const Node& n = p.graph.nodes[key.first];
+        const int64_t bytes = padded_bytes(n, tile, key.second) + ordered_bytes(n, tile, key.second);
         for (int d : tiling.devices_of(tile)) hold(d, bytes, compute.at(key), Life{compute.at(key), back}, at(again, key));
       }
     }
@@ -256,7 +245,7 @@ struct Memory {
   void values() {
     kind = Held::kTiles;
     std::map<Key, Life> lives;  // of copies
-    for (const auto& [key, step] : fill) lives[key] = {std::max({step, at(forward_end, key), at(backward_end, key), at(leaf_end, key)}), at(again_end, key)};
+    for (const auto& [key, step] : fill) lives[key] = {std::max({step, at(forward_end, key), at(backward_end, key)}), at(again_end, key)};
     for (auto n = p.graph.nodes.rbegin(); n != p.graph.nodes.rend(); ++n) {
       const Rule& rule = p.rules[n->id];
       for (size_t r = 0; r < n->outputs.size(); ++r) {
@@ -322,10 +311,14 @@ struct Memory {
       for (int d : c.devices) {
         if (v != views.end() && v->second.count({static_cast<int>(j), d})) continue;
         const int64_t bytes = bytes_of(c.box, t);
+        if (const auto received = arrivals[made].find(d);
+            again < 0 && received != arrivals[made].end() && received->second.views.count({key.first, static_cast<int>(j)})) {
+          received->second.end = std::max({received->second.end, until.first, until.second});
+          continue;
+        }
         if (again >= 0 && at(forward_end, key) < again) {
           hold(d, bytes, made, at(forward_end, key));
           hold(d, bytes, again, std::max(until.first, until.second));
-          hold(d, bytes, again, again);  // gathered, then written into the old place
         } else {
           hold(d, bytes, made, until, at(filled_again, key));
         }
@@ -335,6 +328,7 @@ struct Memory {
 
   void gradients() {
     kind = Held::kGradients;
+    std::map<std::pair<int, int>, int64_t> new_sums;  // (device, step)
     for (size_t g = 0; g < p.groups.size(); ++g) {
       const CopyGroup& group = p.groups[g];
       if (!group.grad) continue;
@@ -377,8 +371,13 @@ struct Memory {
       for (const auto& [copy, last] : leaves) {
         const auto added = sums.find({static_cast<int>(g), copy.first});
         if (added != sums.end()) {
-          for (auto s = std::next(added->second.begin()); s != added->second.end(); ++s)
-            hold(copy.second, (s == std::next(added->second.begin()) ? 2 : 1) * bytes_of(group.copies.coords[copy.first].box, t), *s, *s);
+          const int64_t bytes = bytes_of(group.copies.coords[copy.first].box, t);
+          for (auto s = std::next(added->second.begin()); s != added->second.end(); ++s) {
+            hold(copy.second, bytes, *s, *s);
+            if (s != std::next(added->second.begin())) continue;
+            int64_t& largest = new_sums[{copy.second, *s}];  // one after the other
+            largest = std::max(largest, bytes);
+          }
         }
         if (shared.count(copy)) continue;
         const Coord& c = group.copies.coords[copy.first];
@@ -386,39 +385,39 @@ struct Memory {
         hold(copy.second, bytes_of(c.box, t), begin < 0 ? last : std::min(begin, last), last);
       }
     }
+    for (const auto& [at, bytes] : new_sums) hold(at.first, bytes, at.second, at.second);
   }
 
-  // What an exchange sends and receives, for the time that it takes; what arrives alone becomes its copy.
-  void packed() {
-    kind = Held::kMoving;
+  // What an exchange sends and receives: sent things until they are sent, what came until it is put together, or as long as something views it.
+  void moving() {
     for (int s = 0; s < end; ++s) {
-      for (size_t i = 0; i < pieces[s].size(); ++i) {
-        const StepItem& item = p.steps[s].items[i];
-        if (pieces[s][i].movement.pattern != Pattern::kExchange) continue;
-        const Tensor& t = p.graph.tensors[p.groups[item.id].tensor];
-        std::map<std::pair<int, int>, int> arriving;
-        for (const Flow& x : pieces[s][i].pieces) ++arriving[{x.dst, x.to}];
-        for (const Flow& x : pieces[s][i].pieces) {
-          if (x.from == x.to) continue;
-          hold(x.from, x.elements * t.element_bytes, s, s);
-          if (arriving[{x.dst, x.to}] > 1) hold(x.to, x.elements * t.element_bytes, s, s);
+      for (const auto& [device, a] : arrivals[s]) {
+        kind = Held::kMoving;
+        hold(device, std::max<int64_t>(a.sent - a.made, 0), s, s);
+        const bool viewed = a.end >= 0 || (p.steps[s].kind == StepKind::kGradFill && !a.views.empty());
+        if (viewed) kind = Held::kCopies;
+        int64_t gradients = 0;
+        if (p.steps[s].kind == StepKind::kGradFill) {
+          for (const auto& [group, coord] : a.views)
+            gradients += bytes_of(p.tiles[p.groups[group].tensor].coords[coord].box, p.graph.tensors[p.groups[group].tensor]);
         }
+        hold(device, std::max<int64_t>(a.bytes - gradients, 0), s, std::max(s, a.end));
       }
     }
   }
 };
 
 Memory filled(const Program& program, const StepPieces& pieces, std::vector<MemoryCurve>* curves) {
-  Memory m{.p = program, .pieces = pieces, .curves = curves};
+  Memory m{.p = program, .pieces = pieces, .curves = curves, .arrivals = find_arrivals(program, pieces)};
   m.index_steps();
   m.stored();
   m.find_views();
   m.find_again();
   m.readers();
-  m.padded();
+  m.own_copies();
   m.values();
   m.gradients();
-  m.packed();
+  m.moving();
   return m;
 }
 

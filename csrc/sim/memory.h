@@ -5,8 +5,8 @@
 //   stored      parts of parameters with optimizer state, buffers, constants, inputs: always. The gradients of the last step until backward
 //               begins (a loop that calls zero_grad between the two; one that accumulates holds one more set)
 //   tile        from the step that computes it to the last that reads it; to its backward where a rule says that backward reads it
-//   copy        assembled by a fill, from it to the last reader; to the readers' backward where it is read, or is the leaf of their graph:
-//               where it has a gradient and something moves between its producer and them. Nothing where it is part of a tile that is there. Keep::kUse: given
+//   copy        assembled by a fill, from it to the last reader; to the readers' backward where that reads it. Nothing where it is part of a tile that is
+//               there. What comes in one piece lives in what its exchange brought (sim/arrivals.h), and that as long as any copy in it. Keep::kUse: given
 //               back after its last use in forward, and there again from the refill on
 //   gradient    of a copy from its first reader's backward until it is brought to the tiles; of a tile from then until its producer's backward,
 //               of a parameter to the end. Where a reader adds to it, the addend is there besides, the first time a new sum too
@@ -15,7 +15,8 @@
 // where the above ends. Copies that enter a region, or come by a movement within it, are kept until it is computed again.
 //
 // Views of tensors (Rule::view) are nothing, and keep what they are views of. What an operator needs only while it runs is counted where a rule says so
-// (Operand::backward_bytes_more). Inputs that convolutions and max pools pad by themselves are copies besides.
+// (Operand::backward_bytes_more). Inputs that convolutions and max pools pad by themselves, and those that linear and recurrent layers bring in order, are
+// copies in their stead.
 #pragma once
 
 #include <array>

@@ -282,9 +282,38 @@ def test_what_comes_before_a_run_is_not_timed() -> None:
         seen.append(given)
         now[0] += 7
 
-    assert measuring.timed(work, 3, lambda: now[0], before=before) == measuring.Timing(7, 0.0)
+    assert measuring.timed(work, 3, lambda: now[0], before=before, pace=lambda: 1.0) == measuring.Timing(7, 0.0)
     assert seen == ["given"] * 4  # one to warm up
-    assert measuring.timed(lambda: work("none"), 3, lambda: now[0]).ns == 7
+    assert measuring.timed(lambda: work("none"), 3, lambda: now[0], pace=lambda: 1.0).ns == 7
+
+
+def test_samples_of_slow_moments_are_taken_again() -> None:
+    """A neighbour slows the second and the third of five samples."""
+    readings = iter([1.0, 1.0, 1.7, 1.1, 1.0, 1.2, 1.0])
+    samples = iter(range(99))
+    assert measuring.calm_samples(lambda: next(samples), 3, pace=lambda: next(readings)) == ([0, 3, 4], 1.2)
+    assert next(samples) == 5, "no more than needed"
+    slow = iter([1.5, 1.5, 1.9, 1.6, 1.4, 1.4, 1.8, 2.0])
+    values, worst = measuring.calm_samples(lambda: next(samples), 3, pace=lambda: next(slow), agree=float)
+    assert values == [10, 6, 9] and worst == 1.6, "the calmest of seven, where none is calm"
+
+
+def test_a_slow_pace_makes_a_figure_doubtful() -> None:
+    now = [0]
+
+    def work() -> None:
+        now[0] += 10**7
+
+    assert not measuring.timed(work, 3, lambda: now[0], pace=lambda: 1.2).noisy
+    timing = measuring.timed(work, 3, lambda: now[0], pace=lambda: 1.6)
+    assert timing.noisy and timing.ns == 10**7
+
+
+def test_the_pace_is_in_times_of_the_fastest_reading() -> None:
+    pace = measuring.Pace()
+    assert pace() == 1.0 and pace.fastest_ns > 0
+    pace.fastest_ns = 1
+    assert pace() > 100
 
 
 def test_the_cache_keeps_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,9 +84,14 @@ def distances(e: Emit, call: Call) -> fx.Node:
     return e(torch.ops.aten.cdist.default, call.operands[0], call.operands[1], float(call.attr("p", 2.0)), mode)
 
 
+def linear_in_order(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Torch adds the bias apart, to a second result, where more than rows and columns come transposed; the copy in order it makes either way."""
+    return F.linear(x if x.dim() < 3 else x.contiguous(), weight, bias)
+
+
 @local("linear")
 def linear(e: Emit, call: Call) -> fx.Node:
-    return e(F.linear, call.operand("input"), call.operand("weight"), call.operand("bias"))
+    return e(linear_in_order, call.operand("input"), call.operand("weight"), call.operand("bias"))
 
 
 @local("addmm", "baddbmm")

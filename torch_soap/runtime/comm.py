@@ -146,7 +146,7 @@ class TorchComm:
         out_sizes = [recv_bytes.get(r, 0) for r in ranks]
         in_sizes = [sends[r].numel() if r in sends else 0 for r in ranks]
         outgoing = [sends[r] for r in ranks if r in sends]
-        packed = outgoing[0] if len(outgoing) == 1 else torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.uint8)
+        packed = joined(outgoing)
         received = torch.empty(sum(out_sizes), dtype=torch.uint8)
         with moving(ranks):
             wait(getattr(self.group(ranks), ALL_TO_ALL)(received, packed, out_sizes, in_sizes, EXCHANGE))
@@ -208,6 +208,18 @@ class TorchComm:
         if not absent:
             return "the exchange failed though all ranks came"
         return f"ranks {absent} did not come: they ended, failed, or are elsewhere. All ranks must make this call, for validation too, and equally often"
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor of bytes after bytes, without a copy where they follow each other in memory."""
+    if not parts:
+        return torch.empty(0, dtype=torch.uint8)
+    at = parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != at or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
+            return torch.cat(parts)
+        at += part.numel()
+    return parts[0].as_strided((sum(part.numel() for part in parts),), (1,))
 
 
 def transport(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import Variable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
@@ -24,6 +25,30 @@ from torch_soap.runtime.meter import Sample
 from torch_soap.runtime.movement import PlannedStep, execute, index_of, plan_step, sums_in, take
 from torch_soap.runtime.state import StepState
 from torch_soap.runtime.storage import cut, stored_boxes
+
+HOOKED_BYTES = 256 << 10  # gradients from here on are given to autograd when it needs them, and not held until a segment's backward ends
+_enter: Any = torch._C._functions.DelayedError  # type: ignore[attr-defined]
+_anchor = torch.empty(0, requires_grad=True)
+
+
+def stand_in_for(grad: torch.Tensor) -> torch.Tensor:
+    """Zeros of its shape, without memory."""
+    return torch.zeros(1, dtype=grad.dtype).expand(grad.shape)
+
+
+def handed_over(given: list[torch.Tensor], stand_in: torch.Tensor, index: int, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Before a node of autograd: the gradient that a zero stood for. What came from within the segment was added to the zero."""
+    grad, there = given.pop(), grads[index]
+    if there is not None and there is not stand_in:
+        grad = grad + there
+    return (*grads[:index], grad, *grads[index + 1 :])
+
+
+def entering(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The tensors as results of one node of autograd, whose edges take their gradients. A leaf would hold its memory as long as the graph is there; of
+    these the graph holds what its operators save. The node itself is never run: gradients end there."""
+    with torch.enable_grad():
+        return tuple(_enter("[engine] backward went beyond a segment", len(tensors) + 1)(_anchor, *tensors)[1:])
 
 
 class Engine:
@@ -72,6 +97,7 @@ class Engine:
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
             self.num_forward = len(self.kinds)
+        stores = {self.value_of_store[n] for n in (*self.feeds, *self.stores)}
         self.boxes = stored_boxes(program, rank)
         self.stored_at = [
             (self.names[n], self.value_of_store[n], torch.Size(self.shapes[self.value_of_store[n]])) for n in self.stores if self.value_of_store[n] >= 0
@@ -79,6 +105,9 @@ class Engine:
         self.node_of = {name: i for i, name in enumerate(self.names)}
         self.dtypes = {n: self._dtype_of(n) for n in (*self.feeds, *self.stores, *self.returns)}
         self.released = self._released()
+        # What is stored and what is gathered anew stays itself, with its version: whoever changes it between forward and backward hears of it.
+        self.enters = [wants and v not in stores and v not in self.refilled for v, wants in enumerate(self.wants_grad)]
+        self.inner = [{v for item in s.items for v in item.operands} for s in self.segments]
         self.recomputed_on = self._recomputed_on()
         read = {self.values[v].tensor for v in self.recomputed_on}
         self.overwritten = [n for n in self.stores if self._is_written(n) and nodes[n].outputs[0] in read]
@@ -380,19 +409,28 @@ class Engine:
         The first time a region's segment has its graph too, and drops it at the end: torch has other kernels where nothing records (LSTM's).
         """
         values, copies = state.values, state.copies
-        arguments = []
-        leaves = {}
-        for value, wants_grad in self.arguments[segment]:
+        arguments: list[torch.Tensor] = []
+        leaves: dict[int, torch.Tensor | GradientEdge] = {}
+        enters = []
+        for i, (value, wants_grad) in enumerate(self.arguments[segment]):
             tensor = values[value] if value in values else copies[value]
             if record and wants_grad:
-                leaves[value] = tensor = tensor.detach().requires_grad_()
+                if self.enters[value]:
+                    enters.append((i, value))
+                else:
+                    leaves[value] = tensor = tensor.detach().requires_grad_()
             arguments.append(tensor)
+        if enters:
+            for (i, value), tensor in zip(enters, entering([arguments[i] for i, _ in enters]), strict=True):
+                arguments[i], leaves[value] = tensor, get_gradient_edge(tensor)
+            del tensor
         torch._C._set_grad_enabled(record)
         try:
             if self.sample is None:
                 results = self.run_segment[segment](*arguments, state.random)
             else:
                 results = self.sample.run(self.modules[segment], *arguments, state.random)
+            arguments.clear()
             if record and (self.again[segment] is None or wanted is not None):
                 state.leaves[segment] = leaves
                 # Not the tensors: what backward reads of them the graph has saved itself. A view of a leaf made under no_grad has no place in it.
@@ -411,20 +449,35 @@ class Engine:
     def _segment_backward(self, state: StepState, segment: int) -> None:
         leaves = state.leaves.pop(segment)
         outputs = state.outputs.pop(segment)
-        edges, grads = [], []
+        given, edges, grads = [], [], []
         for value, (edge, dtype) in outputs.items():
             if value in state.grads:
+                given.append(value)
                 edges.append(edge)
                 grads.append(state.grads.pop(value).to(dtype))
         if not edges or not leaves:
             return
+        known = {v: leaf for v, leaf in leaves.items() if v in state.grads and isinstance(leaf, torch.Tensor)}
+        handles = [leaf.register_hook(partial(self._add, state, v)) for v, leaf in known.items()]
+        for i, (value, edge) in enumerate(zip(given, edges, strict=True)):
+            if grads[i].numel() * grads[i].element_size() >= HOOKED_BYTES and value not in leaves and value not in self.inner[segment]:
+                stand_in = stand_in_for(grads[i])
+                handles.append(edge.node.register_prehook(partial(handed_over, [grads[i]], stand_in, edge.output_nr)))
+                grads[i] = stand_in
         # As torch.autograd.grad(edges, leaves, grads, retain_graph=..., allow_unused=True), whose checks of its arguments take as long as a small segment.
         results = Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
             tuple(edges), tuple(grads), state.retain_graph, False, tuple(leaves.values()), allow_unreachable=True, accumulate_grad=False
         )
+        for handle in handles:
+            handle.remove()
         for value, result in zip(leaves, results, strict=True):
-            if result is not None:
+            if result is not None and value not in known:
                 self._accumulate(state, value, result.to_dense() if result.is_sparse else result)
+
+    def _add(self, state: StepState, value: int, grad: torch.Tensor) -> torch.Tensor:
+        """Adds a gradient as soon as autograd has it, so that those of a whole segment are never there beside their sums."""
+        self._accumulate(state, value, grad.to_dense() if grad.is_sparse else grad)
+        return stand_in_for(grad)
 
     def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
         known = state.grads.get(value)
@@ -464,13 +517,20 @@ class Engine:
         step = self.planned[position]
         if step is None:
             raise RuntimeError("[engine] a refill without its plan")
-        for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v]):
-            if value not in state.copies:  # it was never given back
-                continue
-            copy = state.copies[value]
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(copy):
+        places: dict[int, torch.Tensor] = {}
+
+        def place(value: int) -> torch.Tensor | None:
+            copy = state.copies.get(value)  # None: it was never given back
+            if copy is not None:
                 copy.untyped_storage().resize_(copy.numel() * copy.element_size())  # made dense by its fill
-                copy.copy_(tensor)
+                places[value] = copy
+            return copy
+
+        versions = torch.autograd._unsafe_preserve_version_counter(tuple(state.copies[v] for t in step.transfers for v, _ in t.results if v in state.copies))
+        with torch.no_grad(), versions:
+            for value, tensor in execute(step, self.comm, lambda v, dtype: state.values[v], place):
+                if tensor is not places.get(value) and place(value) is not None:
+                    places[value].copy_(tensor)
 
     def _grad_fill(self, state: StepState, position: int) -> None:
         step = self.planned[position]

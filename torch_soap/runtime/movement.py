@@ -213,9 +213,11 @@ def plan_step(program: _C.Program, rank_program: _C.RankProgram, instruction: _C
     return PlannedStep(ranks=list(instruction.ranks), transfers=transfers)
 
 
-def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+def execute(
+    step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor], place: Callable[[int], torch.Tensor | None] | None = None
+) -> list[tuple[int, torch.Tensor]]:
     """Runs the movements. `read(value)` gives a source; returns the completed destinations: (value, tensor), transfer by transfer (a
-    gradient may be completed by several).
+    gradient may be completed by several). `place(value)`: memory for a destination that is assembled of several pieces.
 
     Every replica of a destination combines the same pieces in the same order, so replicas stay bitwise equal.
     """
@@ -227,24 +229,41 @@ def execute(step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], to
     out: list[tuple[int, torch.Tensor]] = []
     received: dict[int, torch.Tensor] = {}
     if step.ranks:
-        sends: dict[int, list[torch.Tensor]] = {}
-        for t, m in step.sends:
-            sends.setdefault(m.peer, []).append(bytes_of(take(read(m.src, t.dtype), m.src_index)))
-        packed = {peer: parts[0] if len(parts) == 1 else torch.cat(parts) for peer, parts in sends.items()}
-        received = comm.exchange(packed, step.expected, step.ranks)
+        received = comm.exchange(packed(step, read), step.expected, step.ranks)
     offsets = dict.fromkeys(received, 0)
     for t in step.others:
-        combine(t, read, received, offsets, out)
+        combine(t, read, received, offsets, out, place)
     for bucket in step.buckets:
         reduce_bucket(bucket, comm, read, out)
     return out
 
 
+def packed(step: PlannedStep, read: Callable[[int, torch.dtype], torch.Tensor]) -> dict[int, torch.Tensor]:
+    """What goes to each peer, as bytes: a view of the source where that is one stretch of its memory and all that goes there, else parts of one new tensor."""
+    parts: dict[int, list[torch.Tensor]] = {}
+    for t, m in step.sends:
+        parts.setdefault(m.peer, []).append(take(read(m.src, t.dtype), m.src_index))
+    every = [part for r in step.ranks for part in parts.get(r, [])]
+    if all(len(own) == 1 for own in parts.values()) and all(part.is_contiguous() for part in every):
+        return {peer: bytes_of(own[0]) for peer, own in parts.items()}
+    flat = torch.empty(sum(part.numel() * part.element_size() for part in every), dtype=torch.uint8)
+    begin = 0
+    for part in every:
+        stretch = flat[begin : begin + part.numel() * part.element_size()]
+        begin += stretch.numel()
+        if part.is_contiguous() or stretch.storage_offset() % part.element_size():
+            stretch.copy_(bytes_of(part))
+        else:  # gathered and packed in one go
+            stretch.view(part.dtype).view(part.shape).copy_(part)
+    sizes = {r: sum(part.numel() * part.element_size() for part in parts[r]) for r in step.ranks if r in parts}
+    return dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+
+
 def reduce_bucket(bucket: Bucket, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor], out: list[tuple[int, torch.Tensor]]) -> None:
     sources = [read(value, bucket.dtype) for value in bucket.sources]
     if len(sources) == 1:
-        flat = sources[0].to(bucket.sums, memory_format=torch.contiguous_format, copy=True)
-        results = [comm.all_reduce(flat, bucket.ranks, bucket.maximum).to(bucket.dtype)]
+        flat = [sources[0].to(bucket.sums, memory_format=torch.contiguous_format, copy=True)]
+        results = [comm.all_reduce(flat.pop(), bucket.ranks, bucket.maximum).to(bucket.dtype)]
     else:
         flat = torch.cat([s.reshape(-1) for s in sources])
         flat = comm.all_reduce(flat.to(bucket.sums), bucket.ranks, bucket.maximum).to(bucket.dtype)
@@ -266,16 +285,18 @@ def combine(
     received: dict[int, torch.Tensor],
     offsets: dict[int, int],
     out: list[tuple[int, torch.Tensor]],
+    place: Callable[[int], torch.Tensor | None] | None = None,
 ) -> None:
     if t.same is not None:
         source, result = t.same
         out.append((result, aligned(dense(read(source, t.dtype).to(t.dtype)))))
         return
-    how = (torch.maximum if t.maximum else torch.add) if t.adds else None
+    how: Callable[..., torch.Tensor] | None = (torch.maximum if t.maximum else torch.add) if t.adds else None
     dtype = sums_in(t.dtype) if t.adds and not t.maximum else t.dtype
     for value, shape in t.results:
         pieces = t.arriving.get(value, [])
         target: torch.Tensor | None = None
+        own = False  # nobody else has this memory
         for m in pieces:
             if m.peer < 0:
                 piece = take(read(m.src, t.dtype), m.src_index)
@@ -285,14 +306,22 @@ def combine(
                 offsets[m.peer] += num_bytes
                 piece = (raw if raw.storage_offset() % t.dtype.itemsize == 0 else raw.clone()).view(t.dtype).reshape(m.src_shape)
             piece = piece.to(dtype)
-            if not m.dst_index and (target is None or how is not None):
-                piece = dense(piece)
-                target = piece if target is None else how(target, piece) if how is not None else piece
+            if not m.dst_index and target is None:
+                target, own = dense(piece), not piece.is_contiguous()
+                continue
+            if not m.dst_index and how is not None:
+                target, own = how(target, piece, out=target) if own else how(target, piece), True
+                continue
+            if not m.dst_index:
+                target, own = dense(piece), False
                 continue
             if target is None:
-                target = torch.full(shape, identity(t.reduce, dtype), dtype=dtype) if t.adds else torch.empty(shape, dtype=dtype)
-            elif m is pieces[1] and not pieces[0].dst_index:
-                target = target.clone()  # the first piece may be a view of its source
+                target = place(value) if place is not None and not t.adds else None
+                if target is None:
+                    target = torch.full(shape, identity(t.reduce, dtype), dtype=dtype) if t.adds else torch.empty(shape, dtype=dtype)
+                own = True
+            elif not own:
+                target, own = target.clone(), True  # the first piece may be a view of its source
             put(target, m.dst_index, piece, how)
         if target is None:
             target = torch.full(shape, identity(t.reduce, t.dtype), dtype=t.dtype)

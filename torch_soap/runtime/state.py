@@ -15,7 +15,7 @@ class StepState:
     """What a forward leaves for its backward."""
 
     values: dict[int, torch.Tensor] = field(default_factory=dict)
-    leaves: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)  # segment -> value -> leaf of its autograd graph
+    leaves: dict[int, dict[int, torch.Tensor | GradientEdge]] = field(default_factory=dict)  # segment -> value -> where it enters its autograd graph
     outputs: dict[int, dict[int, tuple[GradientEdge, torch.dtype]]] = field(default_factory=dict)  # segment -> value -> its place in that graph
     grads: dict[int, torch.Tensor] = field(default_factory=dict)
     sums: set[int] = field(default_factory=set)  # values whose gradient is a sum made here, to which more is added in place

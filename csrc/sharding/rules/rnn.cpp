@@ -15,11 +15,20 @@ int64_t gates(const Node& node) {
   return node.target == "lstm_layer" ? 4 : node.target == "gru_layer" ? 3 : 1;
 }
 
-// Elements that torch's CPU kernels keep for backward for each row and hidden unit, besides operands and results: gates, and states of each step. oneDNN's
-// LSTM (the one without projection) has a workspace of 4 planes of gates for each step, and 11 of states and their gradients for each and one more.
-int64_t saved_per_unit(const Node& node, int64_t steps, bool projected) {
-  if (node.target == "lstm_layer") return projected ? 7 * steps : 15 * steps + 11;
-  return node.target == "gru_layer" ? 7 * steps : steps;
+// oneDNN's rows: whole vectors of 64 bytes, and not a multiple of 1 KiB, which would fall on the same lines of the cache.
+int64_t padded_row(int64_t size) {
+  const int64_t row = (size + 15) / 16 * 16;
+  return row % 256 == 0 ? row + 16 : row;
+}
+
+// Elements that torch's CPU kernels keep for backward for each row, besides operands and results: gates, and states of each step. oneDNN's LSTM (the one
+// without projection, nor cut by units) has a workspace: gates of each step, and for each and one more 6 padded and 5 plain planes of states and gradients.
+int64_t saved_per_row(const Node& node, int64_t steps, int64_t in, int64_t hidden, bool projected) {
+  if (node.target == "gru_layer") return 7 * steps * hidden;
+  if (node.target != "lstm_layer") return steps * hidden;
+  if (projected) return 7 * steps * hidden;
+  if (node.attr<bool>("by_unit", false)) return 5 * steps * hidden;
+  return steps * padded_row(4 * hidden) + (steps + 1) * (6 * padded_row(std::max(in, hidden)) + 5 * hidden);
 }
 
 // The gates' rows are (gate, unit); a layer as a whole can't cut o, one step can.
@@ -42,7 +51,7 @@ Rule recurrent(const OpGraph& graph, const Node& node) {
   r.result({"t", "n", units}, reduce).result({"n", units}, reduce);
   if (lstm) r.result({"n", "o"});
   Rule rule = r.build();
-  rule.results.back().saved_bytes_more = graph.input(node, 0).element_bytes * saved_per_unit(node, x[0], projected);
+  rule.results.back().saved_bytes_more = graph.input(node, 0).element_bytes * saved_per_row(node, x[0], x[2], hidden, projected) / hidden;
   return rule;
 }
 
@@ -67,6 +76,8 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
   std::sort(parts.begin(), parts.end());
   if (reverse) std::reverse(parts.begin(), parts.end());
   TensorId h = e.operand("h0"), c = lstm ? e.operand("c0") : -1;
+  AttrMap attrs = node.attrs;
+  if (by_unit) attrs["by_unit"] = true;
   std::vector<TensorId> outputs;
   for (const auto& [run, part] : parts) {
     const int64_t length = run.end - run.begin;
@@ -94,7 +105,7 @@ void expand_recurrent(Expander& e, const Node& node, const Rule& rule, const Til
     std::vector<std::vector<int64_t>> results{{length, shape[1], width}, {shape[1], width}};
     if (lstm) results.push_back({shape[1], hidden});
     const auto made = e.add_many(
-        {.name = suffix, .target = node.target, .inputs = inputs, .operand_names = names, .attrs = node.attrs, .inherit = {{"n", "n"}, {"o", "o"}}, .at = at},
+        {.name = suffix, .target = node.target, .inputs = inputs, .operand_names = names, .attrs = attrs, .inherit = {{"n", "n"}, {"o", "o"}}, .at = at},
         results);
     outputs.push_back(made[0]);
     h = made[1];
