@@ -9,11 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_soap import _C
@@ -21,34 +19,11 @@ from torch_soap.capture.graph import Graph
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
+from torch_soap.runtime.local_graph import entering, run_backward
 from torch_soap.runtime.meter import Sample
 from torch_soap.runtime.movement import PlannedStep, execute, index_of, plan_step, sums_in, take
 from torch_soap.runtime.state import StepState
 from torch_soap.runtime.storage import cut, stored_boxes
-
-HOOKED_BYTES = 256 << 10  # gradients from here on are given to autograd when it needs them, and not held until a segment's backward ends
-_enter: Any = torch._C._functions.DelayedError  # type: ignore[attr-defined]
-_anchor = torch.empty(0, requires_grad=True)
-
-
-def stand_in_for(grad: torch.Tensor) -> torch.Tensor:
-    """Zeros of its shape, without memory."""
-    return torch.zeros(1, dtype=grad.dtype).expand(grad.shape)
-
-
-def handed_over(given: list[torch.Tensor], stand_in: torch.Tensor, index: int, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    """Before a node of autograd: the gradient that a zero stood for. What came from within the segment was added to the zero."""
-    grad, there = given.pop(), grads[index]
-    if there is not None and there is not stand_in:
-        grad = grad + there
-    return (*grads[:index], grad, *grads[index + 1 :])
-
-
-def entering(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The tensors as results of one node of autograd, whose edges take their gradients. A leaf would hold its memory as long as the graph is there; of
-    these the graph holds what its operators save. The node itself is never run: gradients end there."""
-    with torch.enable_grad():
-        return tuple(_enter("[engine] backward went beyond a segment", len(tensors) + 1)(_anchor, *tensors)[1:])
 
 
 class Engine:
@@ -447,37 +422,10 @@ class Engine:
             values[value] = tensor.detach().clone() if view else tensor.detach()
 
     def _segment_backward(self, state: StepState, segment: int) -> None:
-        leaves = state.leaves.pop(segment)
-        outputs = state.outputs.pop(segment)
-        given, edges, grads = [], [], []
-        for value, (edge, dtype) in outputs.items():
-            if value in state.grads:
-                given.append(value)
-                edges.append(edge)
-                grads.append(state.grads.pop(value).to(dtype))
-        if not edges or not leaves:
-            return
-        known = {v: leaf for v, leaf in leaves.items() if v in state.grads and isinstance(leaf, torch.Tensor)}
-        handles = [leaf.register_hook(partial(self._add, state, v)) for v, leaf in known.items()]
-        for i, (value, edge) in enumerate(zip(given, edges, strict=True)):
-            if grads[i].numel() * grads[i].element_size() >= HOOKED_BYTES and value not in leaves and value not in self.inner[segment]:
-                stand_in = stand_in_for(grads[i])
-                handles.append(edge.node.register_prehook(partial(handed_over, [grads[i]], stand_in, edge.output_nr)))
-                grads[i] = stand_in
-        # As torch.autograd.grad(edges, leaves, grads, retain_graph=..., allow_unused=True), whose checks of its arguments take as long as a small segment.
-        results = Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
-            tuple(edges), tuple(grads), state.retain_graph, False, tuple(leaves.values()), allow_unreachable=True, accumulate_grad=False
-        )
-        for handle in handles:
-            handle.remove()
-        for value, result in zip(leaves, results, strict=True):
-            if result is not None and value not in known:
-                self._accumulate(state, value, result.to_dense() if result.is_sparse else result)
+        def add(value: int, grad: torch.Tensor) -> None:
+            self._accumulate(state, value, grad.to_dense() if grad.is_sparse else grad)
 
-    def _add(self, state: StepState, value: int, grad: torch.Tensor) -> torch.Tensor:
-        """Adds a gradient as soon as autograd has it, so that those of a whole segment are never there beside their sums."""
-        self._accumulate(state, value, grad.to_dense() if grad.is_sparse else grad)
-        return stand_in_for(grad)
+        run_backward(state, state.leaves.pop(segment), state.outputs.pop(segment), self.inner[segment], add)
 
     def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
         known = state.grads.get(value)

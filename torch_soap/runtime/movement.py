@@ -262,8 +262,9 @@ def packed(step: PlannedStep, read: Callable[[int, torch.dtype], torch.Tensor]) 
 def reduce_bucket(bucket: Bucket, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor], out: list[tuple[int, torch.Tensor]]) -> None:
     sources = [read(value, bucket.dtype) for value in bucket.sources]
     if len(sources) == 1:
-        flat = [sources[0].to(bucket.sums, memory_format=torch.contiguous_format, copy=True)]
-        results = [comm.all_reduce(flat.pop(), bucket.ranks, bucket.maximum).to(bucket.dtype)]
+        flat = sources[0].to(bucket.sums, memory_format=torch.contiguous_format, copy=True)
+        flat = comm.all_reduce(flat, bucket.ranks, bucket.maximum).to(bucket.dtype)
+        results = [flat]
     else:
         flat = torch.cat([s.reshape(-1) for s in sources])
         flat = comm.all_reduce(flat.to(bucket.sums), bucket.ranks, bucket.maximum).to(bucket.dtype)
