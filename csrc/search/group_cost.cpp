@@ -153,7 +153,7 @@ struct Builder {
       }
     }
     for (const auto& [key, copy] : copies) {
-      if (copy.moved && (copy.saved || copy.gradient)) out.nodes[copy.first].copied_bytes += copy.bytes;
+      if (copy.moved && copy.saved) out.nodes[copy.first].copied_bytes += copy.bytes;
     }
   }
 

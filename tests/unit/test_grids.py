@@ -71,7 +71,7 @@ def test_a_grid_costs_what_naming_all_devices_costs(llama: _C.OpGraph, grid: dic
     priced = _C.grid_price(llama, 8, cost, given)
     whole = simulated(llama, _C.manual_strategy(llama, 8, given), cost)
     assert priced.step_ns == pytest.approx(whole.step_ns, rel=0.02)
-    assert priced.memory_bytes == pytest.approx(max(whole.memory_bytes), rel=0.25)
+    assert 0.75 < priced.memory_bytes / max(whole.memory_bytes) < 1.35, "rather too much than too little"
 
 
 STAGES: list[dict[str, Any]] = [{"dp": 4, "pp": 2, "micro_batches": 4}, {"dp": 2, "tp": 2, "pp": 2, "micro_batches": 4}]

@@ -103,9 +103,9 @@ def test_partial_sum_not_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second half of Megatron's MLP: a rank takes its own addend for the sum."""
     original = movement.combine
 
-    def own_addend(t: Any, read: Any, received: Any, offsets: Any, out: Any) -> None:
+    def own_addend(t: Any, read: Any, received: Any, offsets: Any, out: Any, place: Any) -> None:
         start = len(out)
-        original(t, read, received, offsets, out)
+        original(t, read, received, offsets, out, place)
         addends = [m for m in t.moves if m.dst >= 0 and m.peer < 0]
         if t.adds and len(t.results) == 1 and len(addends) == 1 and not addends[0].dst_index:
             out[start:] = [(out[start][0], movement.take(read(addends[0].src, t.dtype), addends[0].src_index))]
@@ -114,21 +114,22 @@ def test_partial_sum_not_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     caught(run(mlp, "0 o=2\n2 i=2"))
 
 
-def keep_own_part(transfers: Any, ranks: Any, dtype: Any, maximum: Any, comm: Any, read: Any) -> Any:
-    out = []
-    for t in transfers:
-        own = read(next(m.src for m in t.moves if m.src >= 0), dtype).clone()
-        out += [(dst, own) for dst in dict.fromkeys(m.dst for m in t.moves if m.dst >= 0)]
-    return out
+def keep_own_part(bucket: movement.Bucket, comm: Any, read: Any, out: Any) -> None:
+    for source, reached in zip(bucket.sources, bucket.reached, strict=True):
+        own = read(source, bucket.dtype).clone()
+        out += [(value, own) for value in reached]
 
 
 def test_bucket_skipped_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank keeps its own gradients; the others sum."""
     original = movement.reduce_bucket
 
-    def skipping(transfers: Any, ranks: Any, dtype: Any, maximum: Any, comm: Any, read: Any) -> Any:
-        done = original(transfers, ranks, dtype, maximum, comm, read)
-        return keep_own_part(transfers, ranks, dtype, maximum, comm, read) if comm.rank == 1 else done
+    def skipping(bucket: movement.Bucket, comm: Any, read: Any, out: Any) -> None:
+        start = len(out)
+        original(bucket, comm, read, out)
+        if comm.rank == 1:
+            del out[start:]
+            keep_own_part(bucket, comm, read, out)
 
     monkeypatch.setattr(movement, "reduce_bucket", skipping)
     report = run(mlp, "* n=fed")
@@ -184,9 +185,9 @@ def test_gradient_of_a_halo_not_returned(monkeypatch: pytest.MonkeyPatch) -> Non
     """What a neighbour read of my rows has a gradient that is mine."""
     original = movement.combine
 
-    def own_only(t: Any, read: Any, received: Any, offsets: Any, out: Any) -> None:
+    def own_only(t: Any, read: Any, received: Any, offsets: Any, out: Any, place: Any) -> None:
         start = len(out)
-        original(t, read, received, offsets, out)
+        original(t, read, received, offsets, out, place)
         if t.adds and any(m.peer >= 0 and not m.send for m in t.moves):
             out[start:] = [(v, torch.zeros_like(x)) for v, x in out[start:]]
 
