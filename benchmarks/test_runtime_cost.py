@@ -61,7 +61,10 @@ def table(measured: list[dict[str, Any]]) -> str:
 def test_runtime_cost() -> None:
     measured = [row for name in CASES for row in rows(name)]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, revision {revision()}"
-    what = f"Bar: {BAR:.0%} of the step on the smallest model of the fidelity table. Two ranks of one thread over shared memory, medians of {STEPS} steps in ms, of the rank whose own cost is the larger."
+    what = (
+        f"Bar: {BAR:.0%} of the step on the smallest model of the fidelity table. Two ranks of one thread over shared memory, medians of {STEPS} steps in ms, "
+        "of the rank whose own cost is the larger."
+    )
     text = f"# The runtime's own cost of a step\n\n{machine}. {what}\n\n{table(measured)}\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "runtime_cost.md").write_text(text)
