@@ -82,7 +82,6 @@ class Engine:
         self.released = self._released()
         # What is stored and what is gathered anew stays itself, with its version: whoever changes it between forward and backward hears of it.
         self.enters = [wants and v not in stores and v not in self.refilled for v, wants in enumerate(self.wants_grad)]
-        self.inner = [{v for item in s.items for v in item.operands} for s in self.segments]
         self.recomputed_on = self._recomputed_on()
         read = {self.values[v].tensor for v in self.recomputed_on}
         self.overwritten = [n for n in self.stores if self._is_written(n) and nodes[n].outputs[0] in read]
@@ -425,7 +424,7 @@ class Engine:
         def add(value: int, grad: torch.Tensor) -> None:
             self._accumulate(state, value, grad.to_dense() if grad.is_sparse else grad)
 
-        run_backward(state, state.leaves.pop(segment), state.outputs.pop(segment), self.inner[segment], add)
+        run_backward(state, state.leaves.pop(segment), state.outputs.pop(segment), add)
 
     def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
         known = state.grads.get(value)

@@ -12,7 +12,6 @@ from torch.autograd.graph import GradientEdge
 
 from torch_soap.runtime.state import StepState
 
-HOOKED_BYTES = 256 << 10  # gradients from here on are given to autograd when it needs them, and not held until a segment's backward ends
 _enter: Any = torch._C._functions.DelayedError  # type: ignore[attr-defined]
 _anchor = torch.empty(0, requires_grad=True)
 
@@ -20,14 +19,6 @@ _anchor = torch.empty(0, requires_grad=True)
 def stand_in_for(grad: torch.Tensor) -> torch.Tensor:
     """Zeros of its shape, without memory."""
     return torch.zeros(1, dtype=grad.dtype).expand(grad.shape)
-
-
-def handed_over(given: list[torch.Tensor], stand_in: torch.Tensor, index: int, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    """Before a node of autograd: the gradient that a zero stood for. What came from within the segment was added to the zero."""
-    grad, there = given.pop(), grads[index]
-    if there is not None and there is not stand_in:
-        grad = grad + there
-    return (*grads[:index], grad, *grads[index + 1 :])
 
 
 def entering(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -41,14 +32,12 @@ def run_backward(
     state: StepState,
     leaves: dict[int, torch.Tensor | GradientEdge],
     outputs: dict[int, tuple[GradientEdge, torch.dtype]],
-    inner: set[int],
     add: Callable[[int, torch.Tensor], None],
 ) -> None:
-    """Takes the gradients of `outputs` out of the state, and gives those of `leaves` to `add`. `inner`: values that the segment itself reads."""
-    given, edges, grads = [], [], []
+    """Takes the gradients of `outputs` out of the state, and gives those of `leaves` to `add`."""
+    edges, grads = [], []
     for value, (edge, dtype) in outputs.items():
         if value in state.grads:
-            given.append(value)
             edges.append(edge)
             grads.append(state.grads.pop(value).to(dtype))
     if not edges or not leaves:
@@ -60,11 +49,6 @@ def run_backward(
 
     known = {v: leaf for v, leaf in leaves.items() if v in state.grads and isinstance(leaf, torch.Tensor)}
     handles = [leaf.register_hook(partial(as_it_comes, v)) for v, leaf in known.items()]
-    for i, (value, edge) in enumerate(zip(given, edges, strict=True)):
-        if grads[i].numel() * grads[i].element_size() >= HOOKED_BYTES and value not in leaves and value not in inner:
-            stand_in = stand_in_for(grads[i])
-            handles.append(edge.node.register_prehook(partial(handed_over, [grads[i]], stand_in, edge.output_nr)))
-            grads[i] = stand_in
     # As torch.autograd.grad(edges, leaves, grads, retain_graph=..., allow_unused=True), whose checks of its arguments take as long as a small segment.
     results = Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
         tuple(edges), tuple(grads), state.retain_graph, False, tuple(leaves.values()), allow_unreachable=True, accumulate_grad=False
