@@ -1,4 +1,4 @@
-"""The autograd graph of one segment: where values enter it, and its backward, which holds no gradient longer than it is needed."""
+"""The autograd graph of one segment: where values enter it, and its backward."""
 
 from __future__ import annotations
 
