@@ -130,9 +130,8 @@ def random_step(rng: random.Random) -> tuple[PlannedStep, dict[int, torch.Tensor
             if reduce == _C.Reduce.none:
                 boxes = partition(rng, shape)
             else:
-                boxes = [
-                    random_box(rng, [rng.randint(1, n) if n else 0 for n in shape] if rng.random() < 0.6 else shape, shape) for _ in range(rng.randint(0, 4))
-                ]
+                sizes = [shape if rng.random() < 0.4 else [rng.randint(1, n) if n else 0 for n in shape] for _ in range(rng.randint(0, 4))]
+                boxes = [random_box(rng, box, shape) for box in sizes]
             for index in boxes:
                 runs = dict(index)
                 box = [sum(e - b for b, e in runs[d]) if d in runs else n for d, n in enumerate(shape)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from torch_soap import _backend, _C
+from torch_soap import _C, _backend
 from torch_soap.rewrite.segment import identity
 from torch_soap.runtime.comm import Comm
 
