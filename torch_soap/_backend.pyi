@@ -1,7 +1,10 @@
-"""The c10d backend soap; contracts are in csrc/backend/soap_backend.h."""
+"""The c10d backend soap, and the local part of movements; contracts are in csrc/backend/soap_backend.h and csrc/movement/movement.h."""
 
+import enum
+from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 class SoapBackend(dist.distributed_c10d.C10DBackend):
@@ -17,3 +20,28 @@ class SoapBackend(dist.distributed_c10d.C10DBackend):
     def set_random_delay(self, most: timedelta) -> None: ...
 
 def leave_all_groups() -> None: ...
+
+Index = Sequence[tuple[int, Sequence[tuple[int, int]]]]
+
+class Combine(enum.Enum):
+    replace = 0
+    add = 1
+    maximum = 2
+
+class Packing:
+    def __init__(self, parts: Sequence[tuple[int, int, torch.dtype, Sequence[int], Index]], num_peers: int) -> None: ...
+    def pack(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
+
+class Assembly:
+    def __init__(
+        self,
+        results: Sequence[
+            tuple[Sequence[int], torch.dtype, torch.dtype, Combine, float | int | bool, Sequence[tuple[int, int, int, Sequence[int], Index, Index]]]
+        ],
+    ) -> None: ...
+    @property
+    def placed(self) -> list[int]: ...
+    def unpack(self, sources: Sequence[torch.Tensor], messages: Sequence[torch.Tensor], places: Sequence[torch.Tensor | None]) -> list[torch.Tensor]: ...
+
+def flatten(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor: ...
+def unflatten(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...

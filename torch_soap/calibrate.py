@@ -321,7 +321,7 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
         others = [r for r in ranks if r != comm.rank]
         part = source.numel() // len(others)
         for i, peer in enumerate(others):
-            index = [(0, slice(i * part, (i + 1) * part))]
+            index = [(0, [(i * part, (i + 1) * part)])]
             moves.append(PlannedMove(peer, True, 0, -1, index, [], [part], part))
             moves.append(PlannedMove(peer, False, -1, 1, [], index, [part], part))
         results = [(1, [part * len(others)])]

@@ -194,7 +194,7 @@ def rank_rows(tensor: torch.Tensor, dim: int | None, rows: Sequence[int], rank: 
         return tensor
     ratio = tensor.shape[dim] // max(sum(rows), 1)
     begin = sum(rows[:rank]) * ratio
-    return take(tensor, [(dim, slice(begin, begin + rows[rank] * ratio))])
+    return take(tensor, [(dim, [(begin, begin + rows[rank] * ratio)])])
 
 
 def verify(

@@ -1,14 +1,15 @@
-// torch_soap._backend: the c10d backend for Python. Linked with torch's Python library, unlike _C.
+// torch_soap._backend: what is linked with torch's Python library, unlike _C: the c10d backend, and movements (movement.cpp).
 #include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "backend/soap_backend.h"
+#include "bindings_torch/movement.h"
 
 namespace py = pybind11;
 using soap::backend::SoapBackend;
 
 PYBIND11_MODULE(_backend, m) {
-  m.doc() = "The c10d backend soap; torch_soap/backend.py registers it.";
+  m.doc() = "The c10d backend soap, which torch_soap/backend.py registers, and the local part of movements, for torch_soap/runtime/movement.py.";
   py::module_::import("torch.distributed");  // has the base class
 
   py::class_<SoapBackend, c10::intrusive_ptr<SoapBackend>, c10d::Backend>(m, "SoapBackend")
@@ -22,4 +23,5 @@ PYBIND11_MODULE(_backend, m) {
       .def("set_profiler_name", &SoapBackend::set_profiler_name, py::arg("name"), "What the profiler shows before ':all_reduce'.")
       .def("set_random_delay", &SoapBackend::set_random_delay, py::arg("most"), "For tests: delays every step by a random time up to this.");
   m.def("leave_all_groups", &soap::backend::leave_all_groups, py::call_guard<py::gil_scoped_release>(), "To be called before the interpreter ends.");
+  soap::bind_movement(m);
 }

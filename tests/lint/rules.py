@@ -20,10 +20,11 @@ LAYERS["kernels"] = {"base"}
 LAYERS["runtime"] = {"base", "kernels", "program"}
 LAYERS["transport"] = {"base"}
 LAYERS["backend"] = {"base", "transport"}
-LAYERS["bindings_torch"] = {"backend"}
+LAYERS["movement"] = {"base", "kernels"}
+LAYERS["bindings_torch"] = {"backend", "movement"}
 LAYERS["testing"] = LAYERS["plan"] | {"report"}
 LAYERS["bindings"] = LAYERS["testing"] | {"testing"}
-WITH_TORCH = {"runtime", "backend", "bindings_torch"}  # may include LibTorch
+WITH_TORCH = {"runtime", "backend", "movement", "bindings_torch"}  # may include LibTorch
 WITH_PYTHON = {"bindings", "bindings_torch"}
 TORCH_HEADERS = {"torch", "ATen", "c10"}
 

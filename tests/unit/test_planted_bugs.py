@@ -88,7 +88,7 @@ def test_two_cut_points_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def swapped(box: Any, shape: list[int]) -> Any:
         out = original(box, shape)
-        return [(d, slice(5 - p.stop, 5 - p.start)) if isinstance(p, slice) and shape[d] == 5 else (d, p) for d, p in out]
+        return [(d, [(5 - end, 5 - begin) for begin, end in runs] if shape[d] == 5 else runs) for d, runs in out]
 
     monkeypatch.setattr(movement, "index_of", swapped)
     caught(run(mlp, "0 n=[0,1,6]\n2 n=[0,4,6]"))
@@ -101,16 +101,16 @@ def test_gradients_not_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_partial_sum_not_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second half of Megatron's MLP: a rank takes its own addend for the sum."""
-    original = movement.combine
+    original = movement.Assembly
 
-    def own_addend(t: Any, read: Any, received: Any, offsets: Any, out: Any, place: Any) -> None:
-        start = len(out)
-        original(t, read, received, offsets, out, place)
-        addends = [m for m in t.moves if m.dst >= 0 and m.peer < 0]
-        if t.adds and len(t.results) == 1 and len(addends) == 1 and not addends[0].dst_index:
-            out[start:] = [(out[start][0], movement.take(read(addends[0].src, t.dtype), addends[0].src_index))]
+    def own_addend(transfers: list[movement.PlannedTransfer]) -> movement.Assembly:
+        for t in transfers:
+            addends = [m for m in t.moves if m.dst >= 0 and m.peer < 0]
+            if t.adds and len(t.results) == 1 and len(addends) == 1 and not addends[0].dst_index:
+                t.arriving = {addends[0].dst: addends}
+        return original(transfers)
 
-    monkeypatch.setattr(movement, "combine", own_addend)
+    monkeypatch.setattr(movement, "Assembly", own_addend)
     caught(run(mlp, "0 o=2\n2 i=2"))
 
 
@@ -183,15 +183,15 @@ def test_loss_mean_over_local_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gradient_of_a_halo_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a neighbour read of my rows has a gradient that is mine."""
-    original = movement.combine
+    original = movement.Assembly
 
-    def own_only(t: Any, read: Any, received: Any, offsets: Any, out: Any, place: Any) -> None:
-        start = len(out)
-        original(t, read, received, offsets, out, place)
-        if t.adds and any(m.peer >= 0 and not m.send for m in t.moves):
-            out[start:] = [(v, torch.zeros_like(x)) for v, x in out[start:]]
+    def own_only(transfers: list[movement.PlannedTransfer]) -> movement.Assembly:
+        for t in transfers:
+            if t.adds and any(m.peer >= 0 and not m.send for m in t.moves):
+                t.arriving = {}
+        return original(transfers)
 
-    monkeypatch.setattr(movement, "combine", own_only)
+    monkeypatch.setattr(movement, "Assembly", own_only)
     caught(run(image, HALO))
 
 

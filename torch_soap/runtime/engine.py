@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -21,7 +20,7 @@ from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.local_graph import entering, run_backward
 from torch_soap.runtime.meter import Sample
-from torch_soap.runtime.movement import PlannedStep, execute, index_of, plan_step, sums_in, take
+from torch_soap.runtime.movement import Index, PlannedStep, execute, index_of, plan_step, sums_in, take
 from torch_soap.runtime.state import StepState
 from torch_soap.runtime.storage import cut, stored_boxes
 
@@ -62,7 +61,7 @@ class Engine:
         self.writes = [n.id for n in nodes if n.kind == kinds.return_ and n.target == "buffer_write"]
         self.names = [n.name for n in nodes]
         self.written = [(n, self.names[n].removeprefix("write:")) for n in self.writes]
-        self.places: dict[str, list[tuple[int, Any]] | None] = {}  # of what is written: this rank's part, None: it has none
+        self.places: dict[str, Index | None] = {}  # of what is written: this rank's part, None: it has none
         self.value_of_store = list(self.rank_program.params)
         self.value_of_return = list(self.rank_program.returns)
         backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
@@ -486,7 +485,7 @@ class Engine:
 
         def read(value: int, dtype: torch.dtype) -> torch.Tensor:
             grad = state.grads.get(value)
-            return torch.zeros(self.shapes[value], dtype=dtype) if grad is None else grad.to(dtype)
+            return torch.zeros((), dtype=dtype).expand(self.shapes[value]) if grad is None else grad.to(dtype)
 
         for value, grad in execute(step, self.comm, read):
             self._accumulate(state, value, grad)

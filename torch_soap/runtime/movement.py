@@ -1,4 +1,7 @@
-"""Executes the movements of a step: pack, one collective, unpack. One definition serves values and gradients."""
+"""Executes the movements of a step: pack, one collective, unpack. One definition serves values and gradients.
+
+What is local, packing and putting together, runs in C++ (csrc/movement/movement.h), compiled for a step when it runs for the first time.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from typing import Any
 
 import torch
 
-from torch_soap import _C
+from torch_soap import _C, _backend
 from torch_soap.rewrite.segment import identity
 from torch_soap.runtime.comm import Comm
 
 Box = list[Any]
+Index = list[tuple[int, list[tuple[int, int]]]]  # (dim, runs) for the dims that aren't taken whole
+Read = Callable[[int, torch.dtype], torch.Tensor]
+Place = Callable[[int], torch.Tensor | None]
 LOW = (torch.bfloat16, torch.float16)
 ALIGNMENT = 64  # bytes, of torch's CPU allocator
 
@@ -29,8 +35,8 @@ class PlannedMove:
     send: bool
     src: int
     dst: int
-    src_index: list[tuple[int, Any]]  # (dim, slice or index tensor) for the dims that aren't read whole
-    dst_index: list[tuple[int, Any]]
+    src_index: Index
+    dst_index: Index
     src_shape: list[int]
     num_elements: int
 
@@ -80,80 +86,114 @@ class Bucket:
         self.sums = self.dtype if self.maximum else sums_in(self.dtype)
 
 
+class Packing:
+    """What this rank sends in a step."""
+
+    def __init__(self, step: PlannedStep) -> None:
+        sends = [(t, m) for t in step.transfers if not t.all_reduce for m in t.moves if m.send]
+        wanted = {m.peer for _, m in sends}
+        self.peers = [r for r in step.ranks if r in wanted]
+        self.sources = list(dict.fromkeys((m.src, t.dtype) for t, m in sends))
+        peers, sources = numbered(self.peers), numbered(self.sources)
+        parts = [(peers[m.peer], sources[m.src, t.dtype], t.dtype, m.src_shape, m.src_index) for t, m in sends]
+        self.local = _backend.Packing(parts, len(self.peers))
+
+
+class Assembly:
+    """What this rank puts together of pieces in a step: its own, and what comes from others."""
+
+    def __init__(self, transfers: list[PlannedTransfer]) -> None:
+        pieces = [(t, m) for t in transfers for value, _ in t.results for m in t.arriving.get(value, ())]
+        self.results = [value for t in transfers for value, _ in t.results]
+        self.sources = list(dict.fromkeys((m.src, t.dtype) for t, m in pieces if m.peer < 0))
+        self.peers = list(dict.fromkeys(m.peer for _, m in pieces if m.peer >= 0 and m.num_elements))
+        sources, messages = numbered(self.sources), numbered(self.peers)
+        begins = dict.fromkeys(self.peers, 0)
+        planned: list[Any] = []
+        for t in transfers:
+            how = (_backend.Combine.maximum if t.maximum else _backend.Combine.add) if t.adds else _backend.Combine.replace
+            sums = sums_in(t.dtype) if t.adds and not t.maximum else t.dtype
+            for value, shape in t.results:
+                parts: list[Any] = []
+                for m in t.arriving.get(value, ()):
+                    if m.peer < 0:
+                        parts.append((sources[m.src, t.dtype], -1, 0, m.src_shape, m.src_index, m.dst_index))
+                        continue
+                    begin = begins.get(m.peer, 0)
+                    parts.append((-1, messages.get(m.peer, -1), begin, m.src_shape, [], m.dst_index))
+                    begins[m.peer] = begin + m.num_elements * t.dtype.itemsize
+                planned.append((shape, t.dtype, sums, how, identity(t.reduce, t.dtype), parts))
+        self.local = _backend.Assembly(planned)
+        self.placed = [self.results[i] for i in self.local.placed]
+
+
 @dataclass
 class PlannedStep:
     ranks: list[int]
     transfers: list[PlannedTransfer]
     same: tuple[tuple[int, int], torch.dtype] | None = field(init=False)  # of a step that is only that (see PlannedTransfer)
     expected: dict[int, int] = field(init=False)  # bytes from each peer
-    sends: list[tuple[PlannedTransfer, PlannedMove]] = field(init=False)
-    rank: int = field(init=False, default=-1)  # whom buckets and others are for
+    rank: int = field(init=False, default=-1)  # whom the rest is for
+    packing: Packing | None = field(init=False, default=None)  # None: there is no exchange
+    assembly: Assembly | None = field(init=False, default=None)
     buckets: list[Bucket] = field(init=False, default_factory=list)
-    others: list[PlannedTransfer] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         first = self.transfers[0].same if len(self.transfers) == 1 and not self.ranks else None
         self.same = None if first is None else (first, self.transfers[0].dtype)
-        exchanged = [(t, m) for t in self.transfers if not t.all_reduce for m in t.moves]
-        self.sends = [(t, m) for t, m in exchanged if m.send]
         self.expected = {}
-        for t, m in exchanged:
-            if not m.send and m.peer >= 0:
-                self.expected[m.peer] = self.expected.get(m.peer, 0) + m.num_elements * t.dtype.itemsize
+        for t in self.transfers:
+            for m in t.moves if not t.all_reduce else ():
+                if not m.send and m.peer >= 0:
+                    self.expected[m.peer] = self.expected.get(m.peer, 0) + m.num_elements * t.dtype.itemsize
 
     def sort(self, rank: int) -> None:
         """Tells apart what this rank reduces and what it puts together from pieces."""
-        self.rank, self.others = rank, []
+        others: list[PlannedTransfer] = []
         grouped: dict[tuple[tuple[int, ...], torch.dtype, bool], list[PlannedTransfer]] = {}
         for t in self.transfers:
             if t.all_reduce and rank in t.ranks:
                 grouped.setdefault((tuple(t.ranks), t.dtype, t.maximum), []).append(t)
             else:
-                self.others.append(t)
+                others.append(t)
         self.buckets = [Bucket(ranks, dtype, maximum, transfers) for (ranks, dtype, maximum), transfers in grouped.items()]
+        self.packing = Packing(self) if self.ranks else None
+        self.assembly = Assembly(others) if others else None
+        self.rank = rank
 
 
-def index_of(box: Box, shape: list[int]) -> list[tuple[int, Any]]:
-    """How to reach a box of positions: a slice where it is contiguous, an index tensor where not; whole dims are left out."""
-    out: list[tuple[int, Any]] = []
-    for dim, (part, size) in enumerate(zip(box, shape, strict=True)):
-        if part.is_all(size):
-            continue
-        if part.is_interval:
-            out.append((dim, slice(part.begin, part.end)))
-        else:
-            out.append((dim, torch.cat([torch.arange(b, e) for b, e in part.runs])))
-    return out
+def numbered(items: Sequence[Any]) -> dict[Any, int]:
+    return {item: i for i, item in enumerate(items)}
 
 
-def take(tensor: torch.Tensor, index: list[tuple[int, Any]]) -> torch.Tensor:
-    for dim, part in index:
-        tensor = tensor.narrow(dim, part.start, part.stop - part.start) if isinstance(part, slice) else tensor.index_select(dim, part)
+def index_of(box: Box, shape: Sequence[int]) -> Index:
+    """How to reach a box of positions: the runs of each dim, whole dims left out."""
+    parts = [(dim, part) for dim, (part, size) in enumerate(zip(box, shape, strict=True)) if not part.is_all(size)]
+    return [(dim, [(part.begin, part.end)] if part.is_interval else list(part.runs)) for dim, part in parts]
+
+
+def positions(runs: list[tuple[int, int]]) -> torch.Tensor:
+    return torch.cat([torch.arange(begin, end) for begin, end in runs])
+
+
+def take(tensor: torch.Tensor, index: Index) -> torch.Tensor:
+    """A part of a tensor: a view where it has one run in each dim."""
+    for dim, runs in index:
+        begin, end = runs[0]
+        tensor = tensor.narrow(dim, begin, end - begin) if len(runs) == 1 else tensor.index_select(dim, positions(runs))
     return tensor
 
 
-def put(target: torch.Tensor, index: list[tuple[int, Any]], piece: torch.Tensor, how: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None) -> None:
-    """Writes the piece into a part of the target; `how` combines it with what is there."""
-    slices = [(d, p) for d, p in index if isinstance(p, slice)]
-    lists = [(d, p) for d, p in index if not isinstance(p, slice)]
-    view = take(target, slices)
+def put(target: torch.Tensor, index: Index, piece: torch.Tensor) -> None:
+    """Writes the piece into a part of the target."""
+    view = take(target, [(d, runs) for d, runs in index if len(runs) == 1])
+    lists = {d: positions(runs) for d, runs in index if len(runs) > 1}
     if not lists:
-        view.copy_(piece if how is None else how(view, piece))
+        view.copy_(piece)
         return
-    where: list[Any] = [slice(None)] * target.dim()
-    if len(lists) == 1:
-        where[lists[0][0]] = lists[0][1]
-    else:
-        for (dim, _), grid in zip(lists, torch.meshgrid(*[p for _, p in lists], indexing="ij"), strict=True):
-            where[dim] = grid
-        # Advanced indices next to each other keep their place; apart they come first. Move them all to the front.
-        dims = [d for d, _ in lists]
-        rest = [d for d in range(target.dim()) if d not in dims]
-        view = view.permute(dims + rest)
-        piece = piece.permute(dims + rest)
-        where = [where[d] for d in dims]
-    current = None if how is None else view[tuple(where)]
-    view[tuple(where)] = piece if how is None or current is None else how(current, piece)
+    # Advanced indices next to each other keep their place; apart they come first. Move them all to the front.
+    dims = [*lists, *(d for d in range(target.dim()) if d not in lists)]
+    view.permute(dims)[torch.meshgrid(*lists.values(), indexing="ij")] = piece.permute(dims)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -213,9 +253,7 @@ def plan_step(program: _C.Program, rank_program: _C.RankProgram, instruction: _C
     return PlannedStep(ranks=list(instruction.ranks), transfers=transfers)
 
 
-def execute(
-    step: PlannedStep, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor], place: Callable[[int], torch.Tensor | None] | None = None
-) -> list[tuple[int, torch.Tensor]]:
+def execute(step: PlannedStep, comm: Comm, read: Read, place: Place | None = None) -> list[tuple[int, torch.Tensor]]:
     """Runs the movements. `read(value)` gives a source; returns the completed destinations: (value, tensor), transfer by transfer (a
     gradient may be completed by several). `place(value)`: memory for a destination that is assembled of several pieces.
 
@@ -228,49 +266,32 @@ def execute(
         step.sort(comm.rank)
     out: list[tuple[int, torch.Tensor]] = []
     received: dict[int, torch.Tensor] = {}
-    if step.ranks:
-        received = comm.exchange(packed(step, read), step.expected, step.ranks)
-    offsets = dict.fromkeys(received, 0)
-    for t in step.others:
-        combine(t, read, received, offsets, out, place)
+    if step.packing is not None:
+        received = comm.exchange(packed(step.packing, read), step.expected, step.ranks)
+    if step.assembly is not None:
+        out += combine(step.assembly, read, received, place)
     for bucket in step.buckets:
         reduce_bucket(bucket, comm, read, out)
     return out
 
 
-def packed(step: PlannedStep, read: Callable[[int, torch.dtype], torch.Tensor]) -> dict[int, torch.Tensor]:
-    """What goes to each peer, as bytes: a view of the source where that is one stretch of its memory and all that goes there, else parts of one new tensor."""
-    parts: dict[int, list[torch.Tensor]] = {}
-    for t, m in step.sends:
-        parts.setdefault(m.peer, []).append(take(read(m.src, t.dtype), m.src_index))
-    every = [part for r in step.ranks for part in parts.get(r, [])]
-    if all(len(own) == 1 for own in parts.values()) and all(part.is_contiguous() for part in every):
-        return {peer: bytes_of(own[0]) for peer, own in parts.items()}
-    flat = torch.empty(sum(part.numel() * part.element_size() for part in every), dtype=torch.uint8)
-    begin = 0
-    for part in every:
-        stretch = flat[begin : begin + part.numel() * part.element_size()]
-        begin += stretch.numel()
-        if part.is_contiguous() or stretch.storage_offset() % part.element_size():
-            stretch.copy_(bytes_of(part))
-        else:  # gathered and packed in one go
-            stretch.view(part.dtype).view(part.shape).copy_(part)
-    sizes = {r: sum(part.numel() * part.element_size() for part in parts[r]) for r in step.ranks if r in parts}
-    return dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+def packed(packing: Packing, read: Read) -> dict[int, torch.Tensor]:
+    """What goes to each peer, as bytes."""
+    parts = packing.local.pack([read(value, dtype) for value, dtype in packing.sources])
+    return dict(zip(packing.peers, parts, strict=True))
 
 
-def reduce_bucket(bucket: Bucket, comm: Comm, read: Callable[[int, torch.dtype], torch.Tensor], out: list[tuple[int, torch.Tensor]]) -> None:
+def combine(assembly: Assembly, read: Read, received: dict[int, torch.Tensor], place: Place | None = None) -> list[tuple[int, torch.Tensor]]:
+    """What is made of pieces here."""
+    sources = [read(value, dtype) for value, dtype in assembly.sources]
+    places = [place(value) for value in assembly.placed] if place is not None else []
+    return list(zip(assembly.results, assembly.local.unpack(sources, [received[p] for p in assembly.peers], places), strict=True))
+
+
+def reduce_bucket(bucket: Bucket, comm: Comm, read: Read, out: list[tuple[int, torch.Tensor]]) -> None:
     sources = [read(value, bucket.dtype) for value in bucket.sources]
-    if len(sources) == 1:
-        flat = sources[0].to(bucket.sums, memory_format=torch.contiguous_format, copy=True)
-        flat = comm.all_reduce(flat, bucket.ranks, bucket.maximum).to(bucket.dtype)
-        results = [flat]
-    else:
-        flat = torch.cat([s.reshape(-1) for s in sources])
-        flat = comm.all_reduce(flat.to(bucket.sums), bucket.ranks, bucket.maximum).to(bucket.dtype)
-        parts = flat.split([s.numel() for s in sources])
-        results = [part.view(source.shape) for source, part in zip(sources, parts, strict=True)]
-    for result, reached in zip(results, bucket.reached, strict=True):
+    flat = comm.all_reduce(_backend.flatten(sources, bucket.sums), bucket.ranks, bucket.maximum).to(bucket.dtype)
+    for result, reached in zip(_backend.unflatten(flat, sources), bucket.reached, strict=True):
         out += [(value, result) for value in reached]
     out += [(v, torch.empty(shape, dtype=bucket.dtype)) for v, shape in bucket.empty]
 
@@ -278,52 +299,3 @@ def reduce_bucket(bucket: Bucket, comm: Comm, read: Callable[[int, torch.dtype],
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The same values where a fresh tensor would lie: BLAS may sum in another order at another alignment, and replicas must not."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def combine(
-    t: PlannedTransfer,
-    read: Callable[[int, torch.dtype], torch.Tensor],
-    received: dict[int, torch.Tensor],
-    offsets: dict[int, int],
-    out: list[tuple[int, torch.Tensor]],
-    place: Callable[[int], torch.Tensor | None] | None = None,
-) -> None:
-    if t.same is not None:
-        source, result = t.same
-        out.append((result, aligned(dense(read(source, t.dtype).to(t.dtype)))))
-        return
-    how: Callable[..., torch.Tensor] | None = (torch.maximum if t.maximum else torch.add) if t.adds else None
-    dtype = sums_in(t.dtype) if t.adds and not t.maximum else t.dtype
-    for value, shape in t.results:
-        pieces = t.arriving.get(value, [])
-        target: torch.Tensor | None = None
-        own = False  # nobody else has this memory
-        for m in pieces:
-            if m.peer < 0:
-                piece = take(read(m.src, t.dtype), m.src_index)
-            else:
-                num_bytes = m.num_elements * t.dtype.itemsize
-                raw = received[m.peer][offsets[m.peer] : offsets[m.peer] + num_bytes]
-                offsets[m.peer] += num_bytes
-                piece = (raw if raw.storage_offset() % t.dtype.itemsize == 0 else raw.clone()).view(t.dtype).reshape(m.src_shape)
-            piece = piece.to(dtype)
-            if not m.dst_index and target is None:
-                target, own = dense(piece), not piece.is_contiguous()
-                continue
-            if not m.dst_index and how is not None:
-                target, own = how(target, piece, out=target) if own else how(target, piece), True
-                continue
-            if not m.dst_index:
-                target, own = dense(piece), False
-                continue
-            if target is None:
-                target = place(value) if place is not None and not t.adds else None
-                if target is None:
-                    target = torch.full(shape, identity(t.reduce, dtype), dtype=dtype) if t.adds else torch.empty(shape, dtype=dtype)
-                own = True
-            elif not own:
-                target, own = target.clone(), True  # the first piece may be a view of its source
-            put(target, m.dst_index, piece, how)
-        if target is None:
-            target = torch.full(shape, identity(t.reduce, t.dtype), dtype=t.dtype)
-        out.append((value, aligned(target.to(t.dtype))))

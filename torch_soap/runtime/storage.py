@@ -34,7 +34,7 @@ def assemble(shape: Sequence[int], parts: Sequence[tuple[list[_C.IndexSet] | Non
     out = torch.empty(tuple(shape), dtype=parts[0][1].dtype)
     for box, tensor in parts:
         if box is not None:
-            put(out, index_of(box, list(shape)), tensor.detach(), None)
+            put(out, index_of(box, list(shape)), tensor.detach())
     return out
 
 
