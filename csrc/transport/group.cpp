@@ -469,7 +469,7 @@ void Group::work() {
     worker_busy_.store(false, std::memory_order_seq_cst);
     worker_wakes_.wait(lock, [&] { return stopping_ || (pending() && num_waiting_.load(std::memory_order_seq_cst) == 0); });
     worker_busy_.store(true, std::memory_order_seq_cst);
-    Waiting waiting(options_.patience);
+    Waiting waiting(options_.patience.behind());
     while (!stopping_ && pending() && num_waiting_.load(std::memory_order_seq_cst) == 0) {
       lock.unlock();
       if (step()) {
