@@ -484,12 +484,14 @@ class Machine:
     host_of: list[int]
     inter: Link
     intra: Link
+    jitter: float
     launch: dict[str, tuple[float, float]]
     memory_bytes: int
     memory_bytes_per_s: float
     name: str
     op_overhead_ns: float
     overlap: bool
+    piece_ns: float
     segment_overhead_ns: float
     speed: list[float]
     step_overhead_ns: float

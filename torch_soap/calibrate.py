@@ -35,13 +35,14 @@ from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfe
 from torch_soap.runtime.parallel import Parallel
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
+MEETINGS = (1, 16)  # a third of a millisecond and five, of what is computed between two meetings
 MANY_PARAMETERS = 64  # of a model that computes nothing
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 # Bytes that are used between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
 OTHER, RECENT = 8 << 20, 512 << 10
-FORMAT = 7  # of the cache
+FORMAT = 8  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -125,6 +126,7 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
     machine.update = measure_update(comm, known)
     if comm is not None and world_size > 1:
         machine.busy_speed = measure_sharing(machine, comm, known)
+        machine.jitter = measure_jitter(comm, known)
         measure_step(machine, comm, known)
         measure_movements(machine, comm, known)
     return machine
@@ -177,6 +179,38 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
         known["busy_speed"] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
         mark(known, "busy_speed")
     return list(known["busy_speed"])
+
+
+def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
+    """How much what a rank computes between two meetings differs from time to time (`Machine.jitter`): by what ranks that meet again and again come late."""
+    if "jitter" not in known:
+        a, x, cycles = torch.randn(256, 256), torch.zeros((64 << 10) // 4), 8
+
+        def loop(length: int, meeting: bool) -> int:
+            barrier(comm)
+            begin = time.perf_counter_ns()
+            for _ in range(cycles):
+                for _ in range(length):
+                    a @ a
+                    x.add_(1.0)
+                if meeting:
+                    barrier(comm)
+            return (time.perf_counter_ns() - begin) // cycles
+
+        late = []
+        for length in MEETINGS:
+            loop(length, True)
+            pairs, _ = calm_samples(lambda n=length: (loop(n, True), loop(n, False)), 2 * REPEATS, agree=lambda pace: worst(comm, pace))  # type: ignore[misc]
+            together, alone = (int(statistics.median(v)) for v in zip(*pairs, strict=True))
+            everyone = comm.gather_ints([together, alone])
+            work = statistics.mean(v[1] for v in everyone)
+            late.append((statistics.mean(v[0] for v in everyone) - work, work))
+        # Of n equal normal variables the latest comes so many deviations late (G. Blom, Statistical Estimates and Transformed Beta-Variables, 1958).
+        latest = statistics.NormalDist().inv_cdf((comm.world_size - 0.375) / (comm.world_size + 0.25))
+        (few, short), (many, long) = late
+        known["jitter"] = round(max(many - few, 0.0) / (long - short) / latest, 4)
+        mark(known, "jitter")
+    return float(known["jitter"])
 
 
 def measure_step(machine: Machine, comm: Comm, known: dict[str, Any]) -> None:

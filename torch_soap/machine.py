@@ -12,9 +12,9 @@ from torch_soap import _C
 FORMAT = 4
 # What files of an earlier format lack.
 ADDED: dict[int, dict[str, Any]] = {
-    1: {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": [], "curves": {}, "launch": {}},
-    2: {"curves": {}, "launch": {}},
-    3: {"launch": {}},
+    1: {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": [], "curves": {}, "launch": {}, "jitter": 0.0, "piece_ns": 0.0},
+    2: {"curves": {}, "launch": {}, "jitter": 0.0, "piece_ns": 0.0},
+    3: {"launch": {}, "jitter": 0.0, "piece_ns": 0.0},
 }
 
 
@@ -154,6 +154,8 @@ FIELDS: dict[str, Reader] = {
     "step_overhead_ns": NUMBER,
     "segment_overhead_ns": NUMBER,
     "busy_speed": array(NUMBER),
+    "jitter": NUMBER,
+    "piece_ns": NUMBER,
     "update": array(point),
     "intra": link,
     "inter": link,

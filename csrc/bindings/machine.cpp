@@ -74,6 +74,8 @@ void bind_machine(py::module_& m) {
       .def_readwrite("step_overhead_ns", &Machine::step_overhead_ns)
       .def_readwrite("segment_overhead_ns", &Machine::segment_overhead_ns)
       .def_readwrite("busy_speed", &Machine::busy_speed)
+      .def_readwrite("jitter", &Machine::jitter)
+      .def_readwrite("piece_ns", &Machine::piece_ns)
       .def_readwrite("update", &Machine::update)
       .def_readwrite("intra", &Machine::intra)
       .def_readwrite("inter", &Machine::inter)

@@ -98,11 +98,11 @@ int groups_at_once(const Machine& machine, const std::vector<std::vector<int>>& 
   return out;
 }
 
-Traffic::Traffic(const Machine& machine) : machine_(machine), sent_(machine.host_of.size()) {
+Traffic::Traffic(const Machine& machine) : machine_(machine) {
   const int hosts = machine.host_of.empty() ? 0 : *std::max_element(machine.host_of.begin(), machine.host_of.end()) + 1;
   for (Load* load : {&within_, &between_}) {
-    load->out.resize(sent_.size());
-    load->in.resize(sent_.size());
+    load->out.resize(machine.host_of.size());
+    load->in.resize(machine.host_of.size());
     load->host_out.resize(hosts);
     load->host_in.resize(hosts);
   }
@@ -113,19 +113,18 @@ void Traffic::clear() {
   for (Load* load : {&within_, &between_}) {
     for (auto* sums : {&load->out, &load->in, &load->host_out, &load->host_in}) std::fill(sums->begin(), sums->end(), 0);
   }
-  std::fill(sent_.begin(), sent_.end(), 0);
-  most_sent_ = 0;
+  any_ = false;
 }
 
 void Traffic::add(int from, int to, int64_t bytes) {
-  if (from == to) return;
+  if (from == to || bytes == 0) return;
   const int source = machine_.host_of[from], target = machine_.host_of[to];
   Load& load = source == target ? within_ : between_;
   load.out[from] += bytes;
   load.in[to] += bytes;
   load.host_out[source] += bytes;
   load.host_in[target] += bytes;
-  most_sent_ = std::max(most_sent_, sent_[from] += bytes);
+  any_ = true;
 }
 
 void Traffic::add(const Traffic& other) {
@@ -138,8 +137,17 @@ void Traffic::add(const Traffic& other) {
     sum(to->host_out, from->host_out);
     sum(to->host_in, from->host_in);
   }
-  sum(sent_, other.sent_);
-  most_sent_ = *std::max_element(sent_.begin(), sent_.end());
+  any_ = any_ || other.any_;
+}
+
+int64_t Traffic::busiest() const {
+  const bool networked = most(between_.out, between_.in) > 0;
+  int64_t out = 0;
+  for (size_t d = 0; d < within_.out.size(); ++d) {
+    const int64_t sent = within_.out[d] + between_.out[d], received = within_.in[d] + between_.in[d];
+    out = std::max(out, networked ? std::max(sent, received) : (sent + received + 1) / 2);
+  }
+  return out;
 }
 
 double Traffic::Load::ns(const Link& link) const {

@@ -32,8 +32,10 @@ class Traffic {
   void add(int from, int to, int64_t bytes);
   // All of another exchange of this machine, at the same time.
   void add(const Traffic& other);
-  bool empty() const { return most_sent_ == 0; }
-  int64_t most_sent() const { return most_sent_; }  // by one device: what measured tables are keyed by
+  bool empty() const { return !any_; }
+  // What measured tables are keyed by, of the busiest device: half of what it sends and receives within hosts, where it copies both by itself; over a
+  // network, which carries both ways at once, the larger of the two.
+  int64_t busiest() const;
   // Latency of the slowest link used and the time of the busiest one.
   int64_t exchange_ns() const;
 
@@ -45,8 +47,7 @@ class Traffic {
   };
   const Machine& machine_;
   Load within_, between_;
-  std::vector<int64_t> sent_;  // per device, over all links
-  int64_t most_sent_ = 0;
+  bool any_ = false;
 };
 
 // The time of an exchange: from a measured table if there is one for these ranks, else Traffic's.

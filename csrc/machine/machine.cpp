@@ -143,6 +143,8 @@ void check(const Machine& m) {
   }
   not_negative("step_overhead_ns", m.step_overhead_ns);
   not_negative("segment_overhead_ns", m.segment_overhead_ns);
+  not_negative("jitter", m.jitter);
+  not_negative("piece_ns", m.piece_ns);
   for (size_t k = 0; k < m.busy_speed.size(); ++k) positive(fmt::format("busy_speed[{}]", k), m.busy_speed[k]);
   if (m.overlap && !m.busy_speed.empty()) user_error("[machine] overlap and busy_speed don't go together: devices that share a host's cores don't overlap");
   const auto rising = [](std::string_view field, const SizeTable& table) {
@@ -236,7 +238,7 @@ int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const
   if (ranks.size() < 2) return 0;
   if (machine.tables.empty()) return traffic.exchange_ns();
   const Measured measured = nearest(machine, "exchange", static_cast<int>(ranks.size()), machine.num_hosts(ranks));
-  return measured.table ? interpolate(*measured.table, traffic.most_sent()) : traffic.exchange_ns();
+  return measured.table ? interpolate(*measured.table, traffic.busiest()) : traffic.exchange_ns();
 }
 
 }  // namespace soap

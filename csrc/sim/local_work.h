@@ -6,7 +6,7 @@
 //   add a piece                       two reads and a write of it; the sum is set to zero first: a write of all of it
 //   a piece that is all of a tile, and becomes all of a copy, on one device: nothing
 //
-// and, on a device where anything of it is done, kLocalCalls calls of an operator: the runtime is in Python there.
+// and Machine::piece_ns for each such piece; where nobody measured that, kLocalCalls calls of an operator on a device where anything is done.
 #pragma once
 
 #include <vector>

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
+#include <utility>
 
 #include "base/error.h"
 
@@ -10,6 +12,17 @@ namespace soap {
 namespace {
 
 constexpr double kSame = 1 + 1e-12;  // ends that are equal but for rounding come together
+
+// The later of two normal variables, as one: (mean, variance) of the first, how much later the second's mean is, and its variance.
+std::pair<double, double> later(double mean, double variance, double by, double other_variance) {
+  const double spread = std::sqrt(variance + other_variance);
+  if (spread == 0) return {mean + std::max(by, 0.0), by > 0 ? other_variance : variance};
+  const double x = -by / spread;  // in deviations, how much later the first is
+  const double first = 0.5 * std::erfc(-x / std::numbers::sqrt2), density = std::exp(-0.5 * x * x) / std::sqrt(2 * std::numbers::pi);
+  const double after = by * (1 - first) + spread * density;  // the first's mean
+  const double second_moment = variance * first + (by * by + other_variance) * (1 - first) + by * spread * density;
+  return {mean + after, std::max(second_moment - after * after, 0.0)};
+}
 
 }  // namespace
 
@@ -23,6 +36,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
     size_t next = 0;     // task that it does or waits with
     bool begun = false;  // that task
     double left = 0, begin = 0;
+    double worked = 0;  // since its last movement
   };
   std::vector<Device> devices(queues_.size());
   std::vector<int64_t> done(queues_.size());
@@ -39,8 +53,13 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         device.begun = true;
         device.begin = now;
         device.left = static_cast<double>(task.work_ns);
-        if (task.move >= 0 && ++moves_[task.move].arrived == moves_[task.move].num_ranks) {
-          moves_[task.move].end_ns = now + static_cast<double>(moves_[task.move].price_ns);
+        if (task.move >= 0) {
+          Move& move = moves_[task.move];
+          const double deviation = machine_.jitter * device.worked;
+          const auto [begin, variance] = move.arrived == 0 ? std::pair{now, deviation * deviation} : later(move.begin, move.variance, now - move.begin, deviation * deviation);
+          move.begin = begin;
+          move.variance = variance;
+          if (++move.arrived == move.num_ranks) move.end_ns = std::max(begin, now) + static_cast<double>(move.price_ns);
         }
       }
       if (task.move < 0) ++busy[machine_.host_of[d]];
@@ -73,6 +92,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         const double begin = task.move < 0 ? device.begin : end - static_cast<double>(moves_[task.move].price_ns);
         spans->push_back({task.tag, static_cast<int>(d), task.move >= 0, static_cast<int64_t>(begin), done[d]});
       }
+      device.worked = task.move < 0 ? device.worked + static_cast<double>(task.work_ns) : 0;
       ++device.next;
       device.begun = false;
     }

@@ -4,6 +4,10 @@
 //   work left of d falls at rate busy_speed[k - 1], k: devices of d's host that compute now (Machine::busy_speed)
 //   a movement begins when all its ranks have come to it, and takes its price
 //
+// Where computations take now longer, now shorter (Machine::jitter), ranks that meet wait for the slowest: with each having computed w_i since its last
+// movement, the movement begins at the expected latest of normal variables with mean t_i, when it comes, and deviation jitter w_i, two at a time by
+// Clark's formulas (Operations Research 9, 1961).
+//
 // Each device does what it was given, in order. Nothing overlaps on a device.
 #pragma once
 
@@ -56,7 +60,8 @@ class SharedTimeline {
   struct Move {
     size_t num_ranks = 0, arrived = 0;
     int64_t price_ns = 0;
-    double end_ns = -1;  // known once all have come
+    double begin = 0, variance = 0;  // of the latest of those that have come
+    double end_ns = -1;              // known once all have come
   };
   const Machine& machine_;
   std::vector<std::vector<Task>> queues_;  // per device

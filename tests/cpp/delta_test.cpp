@@ -67,7 +67,11 @@ void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, boo
   machine.speed = {1, 0.5, 1, 1};
   machine.step_overhead_ns = 250;
   machine.segment_overhead_ns = 60;
-  if (shared) machine.busy_speed = {1.7, 1};
+  if (shared) {
+    machine.busy_speed = {1.7, 1};
+    machine.jitter = 0.07;
+    machine.piece_ns = 40;
+  }
   if (launch_ns > 0)
     machine.launch = {{"matmul", {launch_ns, 2 * launch_ns}}, {"relu", {launch_ns, 0}}, {"update", {launch_ns, 300}}, {"collective", {900, 0}}};
   const CostModel cost(machine);
