@@ -38,6 +38,7 @@ SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 MEETINGS = (1, 16)  # a third of a millisecond and five, of what is computed between two meetings
 MANY_PARAMETERS = 64  # of a model that computes nothing
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
+SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 # Bytes that are used between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
@@ -128,6 +129,7 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
         machine.busy_speed = measure_sharing(machine, comm, known)
         machine.jitter = measure_jitter(comm, known)
         measure_step(machine, comm, known)
+        machine.piece_ns = measure_pieces(comm, known)
         measure_movements(machine, comm, known)
     return machine
 
@@ -264,6 +266,27 @@ def worst(comm: Comm, pace: float) -> float:
 def slowest(comm: Comm, mine: Timing) -> Timing:
     everyone = comm.gather_ints([mine.ns, int(mine.spread * 1000)])
     return Timing(max(v[0] for v in everyone), max(v[1] for v in everyone) / 1000)
+
+
+def measure_pieces(comm: Comm, known: dict[str, Any]) -> float:
+    """What one more piece of a tensor takes that is put together of small ones (`Machine.piece_ns`)."""
+    if "piece_ns" not in known:
+        source, a = torch.zeros(SMALL_PIECE), torch.randn(128, 128)
+        timings = []
+        for count in PIECES:
+            indices = [[(0, [(i * SMALL_PIECE, (i + 1) * SMALL_PIECE)])] for i in range(count)]
+            moves = [PlannedMove(-1, False, 0, 1, [], index, [SMALL_PIECE], SMALL_PIECE) for index in indices]
+            step = PlannedStep([], [PlannedTransfer(False, False, False, source.dtype, [], moves, [(1, [count * SMALL_PIECE])], _C.Reduce.none)])
+
+            def assemble(_: Any, step: PlannedStep = step) -> None:
+                execute(step, comm, lambda value, dtype: source)
+
+            barrier(comm)
+            timings.append(slowest(comm, timed(assemble, 10 * REPEATS, own_clock(), before=lambda: a @ a, agree=lambda pace: worst(comm, pace))))
+        few, many = timings
+        known["piece_ns"] = max(many.ns - few.ns, 1) / (PIECES[1] - PIECES[0])
+        mark(known, "piece_ns", *timings)
+    return float(known["piece_ns"])
 
 
 def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> None:
