@@ -1,6 +1,6 @@
 """Predicted against run step times: every model under a dozen plans or more, on two and four ranks, on one host and on two with 1 Gb/s between them.
 
-python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--minutes 30] [--resume] [--rounds 2] [--steps 3]
+python -m benchmarks.fidelity [--models gpt,lstm] [--ranks 2,4] [--networks loopback,1gbit] [--minutes 30] [--resume] [--rounds 2] [--steps 5]
 
 Each (model, ranks, network) is one launch of processes, which writes one file of rows under out/fidelity/; `--resume` keeps the files that
 are there. The table and all rows go to benchmarks/results/fidelity.{md,json}.
@@ -133,8 +133,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "
         "fullest device). Noise: quartiles' distance over the median, the mean of a launch's plans: where it is larger than the error, the error says "
         "little. Drift: what small operators took before and after each plan's steps, 90th over 10th percentile; the last column scales each "
-        "prediction by how much slower they were then than in calm moments. While they take 1.2 times as long, a plan's steps are run "
-        "again, five times at most, and those of the calmest moment count.",
+        "prediction by how much slower they were then than in calm moments. While they take 1.2 times as long, or the "
+        "steps' quartiles are 10 % of the median apart, a plan's steps are run again, five times at most, and the steadiest count. AdamW's state is that of a "
+        "training in progress: without zeros.",
         "",
         "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -172,7 +173,7 @@ def main() -> None:
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no launch after so many")
     parser.add_argument("--resume", action="store_true", help="keep the launches that have run")
     options = parser.parse_args()

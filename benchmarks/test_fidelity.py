@@ -15,7 +15,7 @@ from benchmarks.fidelity_models import MODELS
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    fidelity.sweep(list(MODELS), list(fidelity.RANKS), list(fidelity.NETWORKS), rounds=2, steps=3, resume=True)
+    fidelity.sweep(list(MODELS), list(fidelity.RANKS), list(fidelity.NETWORKS), rounds=2, steps=5, resume=True)
     return fidelity.read_rows()
 
 
