@@ -213,6 +213,33 @@ struct Projector {
     });
   }
 
+  // Per node: nothing but buffers' new values is made of it, and it has no gradient.
+  std::vector<char> only_written() const {
+    std::vector<char> only(p.graph.nodes.size(), 1);
+    for (auto n = p.graph.nodes.rbegin(); n != p.graph.nodes.rend(); ++n) {
+      if (n->kind == NodeKind::kReturn) {
+        only[n->id] = n->target == "buffer_write";
+        continue;
+      }
+      only[n->id] = n->kind == NodeKind::kOp && !p.differentiable[n->id] && p.regions[n->id] < 0;
+      for (TensorId t : n->outputs) {
+        for (int g : p.groups_of[t]) {
+          for (const Use& u : p.groups[g].uses) only[n->id] = only[n->id] && only[u.node];
+        }
+      }
+    }
+    return only;
+  }
+
+  // No operand is larger than the largest result: it costs no memory to compute it later.
+  bool gathers_nothing(const std::vector<ComputeItem>& items) const {
+    return std::all_of(items.begin(), items.end(), [&](const ComputeItem& item) {
+      int64_t largest = 0;
+      for (int v : item.results) largest = std::max(largest, volume(out.values[v].box));
+      return std::all_of(item.operands.begin(), item.operands.end(), [&](int v) { return v < 0 || volume(out.values[v].box) <= largest; });
+    });
+  }
+
   // A compute step in the rank's order, with its place backward.
   struct Event {
     std::vector<ComputeItem> items;
@@ -269,11 +296,16 @@ struct Projector {
       }
     }
     const auto joins = [&](const Event& a, const Event& b) {
-      if (a.replicated != b.replicated || a.differentiable != b.differentiable || a.region != b.region) return false;
+      if (a.differentiable != b.differentiable || a.region != b.region) return false;
+      if (!a.differentiable && a.region < 0) return true;  // no gradients to add in an order
+      if (a.replicated != b.replicated) return false;
       if (a.region >= 0 && a.chunk != b.chunk) return false;  // one chunk's activations at a time
       if (a.differentiable && a.backward != b.backward + 1) return false;
       if (!a.replicated) return true;
       return a.devices == b.devices && b.step == a.step + 1 && (!a.differentiable || a.back_step == b.back_step + 1);
+    };
+    const auto is_backward = [](const Entry& e) {
+      return e.event >= 0 ? e.backward : e.movement.kind == InstructionKind::kGradFill || e.movement.kind == InstructionKind::kRefill;
     };
     const auto computes_forward = [&](size_t at) { return sequence[at].event >= 0 && !sequence[at].backward; };
     // What has no gradient ends no segment for that alone: it comes before those that it doesn't read (masks, counts), or after those that don't read
@@ -289,6 +321,32 @@ struct Projector {
       const auto waits = [&](const Entry& between) { return reads_from(e.items, events[between.event].items); };
       if (std::none_of(sequence.begin() + from, sequence.begin() + at, waits))
         std::rotate(sequence.begin() + from, sequence.begin() + at, sequence.begin() + at + 1);
+    }
+    // What is only written (running averages) comes last of all, in one segment: before the first entry that reads any of it, or before backward.
+    if (!p.interleaved) {
+      const std::vector<char> written = only_written();
+      std::set<int> made;
+      const auto reads_made = [&](const Entry& e) {
+        const auto in_made = [&](int v) { return made.count(v) > 0; };
+        if (e.event < 0) {
+          return std::any_of(e.movement.transfers.begin(), e.movement.transfers.end(),
+                             [&](const Transfer& t) { return std::any_of(t.moves.begin(), t.moves.end(), [&](const Move& m) { return in_made(m.src); }); });
+        }
+        const auto& items = events[e.event].items;
+        return std::any_of(items.begin(), items.end(),
+                           [&](const ComputeItem& item) { return std::any_of(item.operands.begin(), item.operands.end(), in_made); });
+      };
+      std::vector<Entry> kept, later;
+      size_t at = 0;
+      for (; at < sequence.size() && !is_backward(sequence[at]); ++at) {
+        Entry& e = sequence[at];
+        const bool late = e.event >= 0 && written[events[e.event].items[0].node] && gathers_nothing(events[e.event].items);
+        if (!late && reads_made(e)) break;
+        for (const ComputeItem& item : late ? events[e.event].items : std::vector<ComputeItem>{}) made.insert(item.results.begin(), item.results.end());
+        (late ? later : kept).push_back(std::move(e));
+      }
+      kept.insert(kept.end(), std::move_iterator(later.begin()), std::move_iterator(later.end()));
+      std::move(kept.begin(), kept.end(), sequence.begin());
     }
     // Join neighbours.
     for (size_t at = 0; at < sequence.size(); ++at) {
