@@ -73,10 +73,10 @@ def test_one_message_each_way(plan: str) -> None:
 
 
 def test_parts_of_several_dims() -> None:
-    program = lowered(graph_of(module(), torch.randn(8, 2, 8, 8)), "1 n=2 h=2\n* n=fed", [3, 2, 1, 2])
+    program = lowered(graph_of(module(), torch.randn(8, 2, 8, 8)), "1 n=[0,1,8] h=[0,3,8]\n* n=fed", [3, 2, 1, 2])
     moments = node(program.graph, "1/moments")
     assert program.graph.tensors[moments.outputs[0]].shape == [2, 2, 2, 4]
-    assert node(program.graph, "1/merge").attrs["counts"] == [4 * 4 * 8] * 4
+    assert node(program.graph, "1/merge").attrs["counts"] == [1 * 3 * 8, 1 * 5 * 8, 7 * 3 * 8, 7 * 5 * 8]
 
 
 def test_uncut_it_is_one_operator() -> None:
