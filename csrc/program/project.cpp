@@ -5,13 +5,10 @@
 #include <set>
 
 #include "base/error.h"
+#include "program/project_rules.h"
 
 namespace soap {
 namespace {
-
-bool holds(const Coord& c, int rank) {
-  return std::count(c.devices.begin(), c.devices.end(), rank) > 0;
-}
 
 struct Projector {
   const Program& p;
@@ -34,7 +31,7 @@ struct Projector {
     transparent.resize(p.groups.size());
     for (size_t g = 0; g < p.groups.size(); ++g) {
       const CopyGroup& group = p.groups[g];
-      const auto alias = agreed_aliases(group);
+      const auto alias = agreed_aliases(p, group, rank());
       transparent[g] = alias.has_value();
       for (size_t j = 0; j < group.copies.coords.size(); ++j) {
         const Coord& c = group.copies.coords[j];
@@ -47,63 +44,6 @@ struct Projector {
         out.values.push_back({.tensor = group.tensor, .box = c.box, .group = static_cast<int>(g), .coord = static_cast<int>(j), .grad = group.grad});
       }
     }
-  }
-
-  // Copy coord -> tile coord when every copy here is one whole tile here and no tile here gets gradients from elsewhere.
-  std::optional<std::map<int, int>> aliases(const CopyGroup& group, int device) const {
-    const Sharding& tiles = p.tiles[group.tensor];
-    std::map<int, int> alias;
-    std::set<int> used;
-    for (size_t j = 0; j < group.copies.coords.size(); ++j) {
-      const Coord& c = group.copies.coords[j];
-      if (!holds(c, device)) continue;
-      if (volume(c.box) == 0) return std::nullopt;  // nothing orders it after the tile that looks like it
-      int found = -1, overlaps = 0;
-      for (size_t k = 0; k < tiles.coords.size(); ++k) {
-        if (volume(intersect(tiles.coords[k].box, c.box)) == 0) continue;
-        ++overlaps;
-        if (tiles.coords[k].box == c.box && holds(tiles.coords[k], device)) found = static_cast<int>(k);
-      }
-      if (found < 0 || overlaps != 1 || !used.insert(found).second) return std::nullopt;
-      alias[static_cast<int>(j)] = found;
-    }
-    if (!group.grad) return alias;
-    std::set<int> chunks;
-    for (const Coord& c : tiles.coords) chunks.insert(c.chunk);
-    for (int chunk : chunks) {
-      std::map<int, int> arrivals;
-      for (const Piece& x : grad_pieces(tiles, group.copies, chunk)) {
-        if (x.to == device) {
-          ++arrivals[x.dst];
-          if (x.from != device) return std::nullopt;
-        }
-      }
-      for (const auto& [tile, n] : arrivals) {
-        if (n > 1 || !used.count(tile)) return std::nullopt;
-      }
-    }
-    // A parameter's gradient is the Parameter's own: it is brought there by a grad fill, transparent or not.
-    return alias;
-  }
-
-  // Replicas of a tile add their gradients in the same order, and those of a copy see the same strides: they must agree, aliases on all
-  // of their devices or on none.
-  std::optional<std::map<int, int>> agreed_aliases(const CopyGroup& group) const {
-    auto own = aliases(group, rank());
-    if (!own) return own;
-    std::set<int> together;
-    const auto add = [&](const Sharding& s) {
-      for (const Coord& c : s.coords) {
-        if (c.devices.size() > 1) together.insert(c.devices.begin(), c.devices.end());
-      }
-    };
-    add(group.copies);
-    if (group.grad) add(p.tiles[group.tensor]);
-    if (!together.count(rank())) return own;
-    for (int d : together) {
-      if (d != rank() && !aliases(group, d)) return std::nullopt;
-    }
-    return own;
   }
 
   // The part of one item that concerns this rank.
@@ -213,24 +153,6 @@ struct Projector {
     });
   }
 
-  // Per node: nothing but buffers' new values is made of it, and it has no gradient.
-  std::vector<char> only_written() const {
-    std::vector<char> only(p.graph.nodes.size(), 1);
-    for (auto n = p.graph.nodes.rbegin(); n != p.graph.nodes.rend(); ++n) {
-      if (n->kind == NodeKind::kReturn) {
-        only[n->id] = n->target == "buffer_write";
-        continue;
-      }
-      only[n->id] = n->kind == NodeKind::kOp && !p.differentiable[n->id] && p.regions[n->id] < 0;
-      for (TensorId t : n->outputs) {
-        for (int g : p.groups_of[t]) {
-          for (const Use& u : p.groups[g].uses) only[n->id] = only[n->id] && only[u.node];
-        }
-      }
-    }
-    return only;
-  }
-
   // No operand is larger than the largest result: it costs no memory to compute it later.
   bool gathers_nothing(const std::vector<ComputeItem>& items) const {
     return std::all_of(items.begin(), items.end(), [&](const ComputeItem& item) {
@@ -324,7 +246,7 @@ struct Projector {
     }
     // What is only written (running averages) comes last of all, in one segment: before the first entry that reads any of it, or before backward.
     if (!p.interleaved) {
-      const std::vector<char> written = only_written();
+      const std::vector<char> written = only_written(p);
       std::set<int> made;
       const auto reads_made = [&](const Entry& e) {
         const auto in_made = [&](int v) { return made.count(v) > 0; };
