@@ -28,7 +28,7 @@ NAMES = {
 SUMS = {"matmul": 1, "multiply": 1, "attention": 2}
 LEFT_OUT = ("concatenation",)  # of two selections, whose backward is most of it
 # In the graph of their own, in torch within the call of another.
-WITHIN = ("batch_norm_stats", "running_average", "ce_count")
+WITHIN = ("running_average", "ce_count")
 
 Times = dict[str, tuple[float, float]]
 

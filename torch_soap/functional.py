@@ -57,6 +57,16 @@ def running_average(old: torch.Tensor, new: torch.Tensor, share: Any) -> torch.T
     return old * (1 - share) + new * share
 
 
+def batch_norm_and_statistics(
+    input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """torch's batch norm in training, and the mean and unbiased variance of each channel: what it would write into running averages of this dtype,
+    had they no memory."""
+    mean, var = torch.zeros(input.shape[1], dtype=dtype, device=input.device), torch.zeros(input.shape[1], dtype=dtype, device=input.device)
+    y = torch.ops.aten.batch_norm.default(input, weight, bias, mean, var, True, 1.0, eps, False)
+    return y, mean, var
+
+
 # -- embedding bags of equal length --------------------------------------------------------------------------------------
 def embedding_bag_fixed(
     weight: torch.Tensor, indices: torch.Tensor, per_sample_weights: torch.Tensor | None = None, mode: int = 0, sparse: bool = False

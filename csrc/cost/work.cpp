@@ -143,7 +143,8 @@ const std::map<std::string, Entry, std::less<>>& entries() {
     add({"cdist", "_cdist_forward"}, {"matmul", distances});
     add({"scaled_dot_product_attention", "attention_part"}, {"attention", attention});
     add({"attention_merge"}, {"attention", none});
-    add({"batch_norm", "batch_norm_stats", "layer_norm", "rms_norm", "group_norm", "normalize", "softmax", "log_softmax"}, {"normalization"});
+    add({"batch_norm", "channel_moments", "merge_moments", "channel_normalize", "layer_norm", "rms_norm", "group_norm", "normalize", "softmax", "log_softmax"},
+        {"normalization"});
     add({"embedding", "embedding_bag_fixed", "index_select"}, {"embedding", none});
     add({"lstm_layer", "gru_layer", "rnn_layer"}, {"recurrent", recurrent});
     return e;

@@ -47,7 +47,6 @@ Machine launched_gpu() {
       {"add", {13.7e3, 24.7e3}},
       {"attention", {39.9e3, 101e3}},
       {"batch_norm", {52.9e3, 66.6e3}},
-      {"batch_norm_stats", {0, 0}},
       {"ce_count", {0, 0}},
       {"ce_rows", {34.1e3, 68.7e3}},
       {"collective", {51.9e3, 0}},

@@ -5,13 +5,10 @@
 #include <set>
 
 #include "base/error.h"
+#include "program/project_rules.h"
 
 namespace soap {
 namespace {
-
-bool holds(const Coord& c, int rank) {
-  return std::count(c.devices.begin(), c.devices.end(), rank) > 0;
-}
 
 struct Projector {
   const Program& p;
@@ -34,7 +31,7 @@ struct Projector {
     transparent.resize(p.groups.size());
     for (size_t g = 0; g < p.groups.size(); ++g) {
       const CopyGroup& group = p.groups[g];
-      const auto alias = agreed_aliases(group);
+      const auto alias = agreed_aliases(p, group, rank());
       transparent[g] = alias.has_value();
       for (size_t j = 0; j < group.copies.coords.size(); ++j) {
         const Coord& c = group.copies.coords[j];
@@ -47,63 +44,6 @@ struct Projector {
         out.values.push_back({.tensor = group.tensor, .box = c.box, .group = static_cast<int>(g), .coord = static_cast<int>(j), .grad = group.grad});
       }
     }
-  }
-
-  // Copy coord -> tile coord when every copy here is one whole tile here and no tile here gets gradients from elsewhere.
-  std::optional<std::map<int, int>> aliases(const CopyGroup& group, int device) const {
-    const Sharding& tiles = p.tiles[group.tensor];
-    std::map<int, int> alias;
-    std::set<int> used;
-    for (size_t j = 0; j < group.copies.coords.size(); ++j) {
-      const Coord& c = group.copies.coords[j];
-      if (!holds(c, device)) continue;
-      if (volume(c.box) == 0) return std::nullopt;  // nothing orders it after the tile that looks like it
-      int found = -1, overlaps = 0;
-      for (size_t k = 0; k < tiles.coords.size(); ++k) {
-        if (volume(intersect(tiles.coords[k].box, c.box)) == 0) continue;
-        ++overlaps;
-        if (tiles.coords[k].box == c.box && holds(tiles.coords[k], device)) found = static_cast<int>(k);
-      }
-      if (found < 0 || overlaps != 1 || !used.insert(found).second) return std::nullopt;
-      alias[static_cast<int>(j)] = found;
-    }
-    if (!group.grad) return alias;
-    std::set<int> chunks;
-    for (const Coord& c : tiles.coords) chunks.insert(c.chunk);
-    for (int chunk : chunks) {
-      std::map<int, int> arrivals;
-      for (const Piece& x : grad_pieces(tiles, group.copies, chunk)) {
-        if (x.to == device) {
-          ++arrivals[x.dst];
-          if (x.from != device) return std::nullopt;
-        }
-      }
-      for (const auto& [tile, n] : arrivals) {
-        if (n > 1 || !used.count(tile)) return std::nullopt;
-      }
-    }
-    // A parameter's gradient is the Parameter's own: it is brought there by a grad fill, transparent or not.
-    return alias;
-  }
-
-  // Replicas of a tile add their gradients in the same order, and those of a copy see the same strides: they must agree, aliases on all
-  // of their devices or on none.
-  std::optional<std::map<int, int>> agreed_aliases(const CopyGroup& group) const {
-    auto own = aliases(group, rank());
-    if (!own) return own;
-    std::set<int> together;
-    const auto add = [&](const Sharding& s) {
-      for (const Coord& c : s.coords) {
-        if (c.devices.size() > 1) together.insert(c.devices.begin(), c.devices.end());
-      }
-    };
-    add(group.copies);
-    if (group.grad) add(p.tiles[group.tensor]);
-    if (!together.count(rank())) return own;
-    for (int d : together) {
-      if (d != rank() && !aliases(group, d)) return std::nullopt;
-    }
-    return own;
   }
 
   // The part of one item that concerns this rank.
@@ -213,6 +153,15 @@ struct Projector {
     });
   }
 
+  // No operand is larger than the largest result: it costs no memory to compute it later.
+  bool gathers_nothing(const std::vector<ComputeItem>& items) const {
+    return std::all_of(items.begin(), items.end(), [&](const ComputeItem& item) {
+      int64_t largest = 0;
+      for (int v : item.results) largest = std::max(largest, volume(out.values[v].box));
+      return std::all_of(item.operands.begin(), item.operands.end(), [&](int v) { return v < 0 || volume(out.values[v].box) <= largest; });
+    });
+  }
+
   // A compute step in the rank's order, with its place backward.
   struct Event {
     std::vector<ComputeItem> items;
@@ -269,11 +218,16 @@ struct Projector {
       }
     }
     const auto joins = [&](const Event& a, const Event& b) {
-      if (a.replicated != b.replicated || a.differentiable != b.differentiable || a.region != b.region) return false;
+      if (a.differentiable != b.differentiable || a.region != b.region) return false;
+      if (!a.differentiable && a.region < 0) return true;  // no gradients to add in an order
+      if (a.replicated != b.replicated) return false;
       if (a.region >= 0 && a.chunk != b.chunk) return false;  // one chunk's activations at a time
       if (a.differentiable && a.backward != b.backward + 1) return false;
       if (!a.replicated) return true;
       return a.devices == b.devices && b.step == a.step + 1 && (!a.differentiable || a.back_step == b.back_step + 1);
+    };
+    const auto is_backward = [](const Entry& e) {
+      return e.event >= 0 ? e.backward : e.movement.kind == InstructionKind::kGradFill || e.movement.kind == InstructionKind::kRefill;
     };
     const auto computes_forward = [&](size_t at) { return sequence[at].event >= 0 && !sequence[at].backward; };
     // What has no gradient ends no segment for that alone: it comes before those that it doesn't read (masks, counts), or after those that don't read
@@ -289,6 +243,32 @@ struct Projector {
       const auto waits = [&](const Entry& between) { return reads_from(e.items, events[between.event].items); };
       if (std::none_of(sequence.begin() + from, sequence.begin() + at, waits))
         std::rotate(sequence.begin() + from, sequence.begin() + at, sequence.begin() + at + 1);
+    }
+    // What is only written (running averages) comes last of all, in one segment: before the first entry that reads any of it, or before backward.
+    if (!p.interleaved) {
+      const std::vector<char> written = only_written(p);
+      std::set<int> made;
+      const auto reads_made = [&](const Entry& e) {
+        const auto in_made = [&](int v) { return made.count(v) > 0; };
+        if (e.event < 0) {
+          return std::any_of(e.movement.transfers.begin(), e.movement.transfers.end(),
+                             [&](const Transfer& t) { return std::any_of(t.moves.begin(), t.moves.end(), [&](const Move& m) { return in_made(m.src); }); });
+        }
+        const auto& items = events[e.event].items;
+        return std::any_of(items.begin(), items.end(),
+                           [&](const ComputeItem& item) { return std::any_of(item.operands.begin(), item.operands.end(), in_made); });
+      };
+      std::vector<Entry> kept, later;
+      size_t at = 0;
+      for (; at < sequence.size() && !is_backward(sequence[at]); ++at) {
+        Entry& e = sequence[at];
+        const bool late = e.event >= 0 && written[events[e.event].items[0].node] && gathers_nothing(events[e.event].items);
+        if (!late && reads_made(e)) break;
+        for (const ComputeItem& item : late ? events[e.event].items : std::vector<ComputeItem>{}) made.insert(item.results.begin(), item.results.end());
+        (late ? later : kept).push_back(std::move(e));
+      }
+      kept.insert(kept.end(), std::move_iterator(later.begin()), std::move_iterator(later.end()));
+      std::move(kept.begin(), kept.end(), sequence.begin());
     }
     // Join neighbours.
     for (size_t at = 0; at < sequence.size(); ++at) {

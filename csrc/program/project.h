@@ -5,9 +5,10 @@
 // segment. Other copies are values of their own, assembled by moves.
 //
 // [Note: segment] The longest run of compute items between movements, contiguous on this rank both forward and backward; items without a gradient
-// that it neither reads nor is read by don't end it: they come after it, or before. It becomes one fx.GraphModule with its own autograd graph. Those of a
-// region (sharding/region.h) hold one chunk of that region alone. Items that several devices do alike (replicas) only join where the *global* order has no
-// movement between them, so that every replica adds its gradients in the same order and stays bitwise equal.
+// that it neither reads nor is read by don't end it: they come after it, or before, and those of which only buffers' new values are made come last of
+// all where that takes no memory. It becomes one fx.GraphModule with its own autograd graph. Those of a region (sharding/region.h) hold one chunk of that
+// region alone. Items with a gradient that several devices do alike (replicas) only join where the *global* order has no movement between them, so that
+// every replica adds its gradients in the same order and stays bitwise equal.
 #pragma once
 
 #include <string>

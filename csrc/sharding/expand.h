@@ -32,6 +32,8 @@ class Expander {
     std::string family = "";
     // Factor names of the sub-operator that inherit a cut of the original's factor: {sub factor, original factor}. Empty: equal names.
     std::vector<std::pair<std::string, std::string>> inherit = {};
+    // Factors of the sub-operator whose indices are the parts of a factor of the original (`part_sets`): {sub factor, original factor}.
+    std::vector<std::pair<std::string, std::string>> parts = {};
     // Only the devices of these parts: {original factor, index of its part (tile * chunks + chunk)}. Cells of an exploded recurrence.
     std::vector<std::pair<std::string, int>> at = {};
   };

@@ -261,6 +261,10 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
     for (size_t i = 0; i < n.inputs.size(); ++i) n.operand_names.push_back(fmt::format("{}", i));
   }
   Rule rule = make_rule(g, n, pass_.world());
+  for (size_t r = 0; r < n.outputs.size(); ++r) {
+    Tensor& t = g.tensors[n.outputs[r]];
+    t.requires_grad = t.requires_grad && rule.results[r].differentiable;
+  }
   Tiling tiling;
   std::vector<std::pair<int, const FactorParts*>> kept;  // sub factor, cut
   std::vector<int> degrees;
@@ -278,8 +282,20 @@ std::vector<TensorId> Expander::add_many(Sub sub, std::vector<std::vector<int64_
     }
     const int f = found ? rule.factor(wanted) : -1;
     const bool same = f >= 0 && rule.factors[f].size == rule_.factors[c.factor].size && rule.factors[f].cut != Cuttable::kWhole;
-    keep.push_back(same);
-    if (same) tiling.cuts.push_back({.factor = f, .parts = c.parts});
+    const auto counted = std::find_if(sub.parts.begin(), sub.parts.end(), [&](const auto& p) { return p.second == own; });
+    keep.push_back(same || counted != sub.parts.end());
+    if (counted != sub.parts.end()) {
+      FactorParts places{.factor = rule.factor(counted->first)};
+      SOAP_CHECK(places.factor >= 0, "[expand] {} ({}): no factor {}", n.name, n.target, counted->first);
+      int64_t place = 0;
+      for (const auto& tile : c.parts) {
+        auto& own_places = places.parts.emplace_back();
+        for (size_t chunk = 0; chunk < tile.size(); ++chunk, ++place) own_places.push_back(IndexSet::interval(place, place + 1));
+      }
+      tiling.cuts.push_back(std::move(places));
+    } else if (same) {
+      tiling.cuts.push_back({.factor = f, .parts = c.parts});
+    }
   }
   // Devices: kept tile axes in order, everything else replicates.
   const size_t replicas = tiling_.replicas;

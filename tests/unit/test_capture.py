@@ -339,7 +339,6 @@ def test_batch_norm(momentum: float | None, train: bool) -> None:
     for _ in range(2):
         graph = agrees(captured, torch.randn(5, 2, 6))
     assert len(graph.buffer_writes) == (3 if train else 0)
-    assert ("batch_norm_stats" in targets(graph)) == train
 
 
 # -- custom gradients ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -328,20 +328,25 @@ class Importer:
         names = [a.name for a in target._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         x: Any = given[names[0]]
-        weight, bias, mean, var, training, momentum, eps = (given.get(n) for n in names[1:8])
+        weight, bias, mean, var, training, momentum, eps = (cast(Any, given.get(n)) for n in names[1:8])
         if not training:
             return self.emit("batch_norm", torch.ops.aten.batch_norm.default, x, weight, bias, mean, var, False, 0.0, eps, False)
-        fn, call = torch.ops.aten.batch_norm.default, (x, weight, bias, None, None, True, 0.0, eps, False)
+        fn: Any = torch.ops.aten.batch_norm.default
+        call: tuple[Any, ...] = (x, weight, bias, None, None, True, 0.0, eps, False)
+        running = mean is not None and var is not None
+        if running:
+            fn, call = functional.batch_norm_and_statistics, (x, weight, bias, eps, mean.dtype)
         if self.autocast is None:  # what fake tensors take 10 ms for: y is like x
             with self.mode:
                 y = torch.empty_like(x).requires_grad_(not self.no_grad and any(t is not None and t.requires_grad for t in (x, weight, bias)))
-            y = self.append("batch_norm", fn, call, {}, y)
+                made = (y, torch.empty_like(mean), torch.empty_like(mean)) if running else y
+            made = self.append("batch_norm", fn, call, {}, made)
         else:
-            y = self.emit("batch_norm", fn, *call)
-        if mean is None or var is None:
-            return y
+            made = self.emit("batch_norm", fn, *call)
+        if not running:
+            return made
+        y, batch_mean, batch_var = made
         old, self.no_grad = self.no_grad, True
-        batch_mean, batch_var = self.emit("batch_norm_stats", batch_norm_stats, x)
         for index, buffer, new in ((3, mean, batch_mean), (4, var, batch_var)):
             if new.dtype != buffer.dtype:
                 new = self.emit("to", torch.ops.aten.to.dtype, new, buffer.dtype)
@@ -468,13 +473,6 @@ class Importer:
         prune(self.graph)
         name_nodes(self.graph)
         return self.graph
-
-
-def batch_norm_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance over all dims but 1: [C], [C]."""
-    dims = [d for d in range(x.dim()) if d != 1]
-    var, mean = torch.var_mean(x, dims, correction=1)
-    return mean, var
 
 
 def _get_attr(gm: torch.nn.Module, path: str) -> Any:

@@ -8,7 +8,7 @@ from collections import Counter
 from torch_soap.capture.graph import Graph
 
 # Operators that carry no work of their own: a module with one other operator gives that one its name.
-LIGHT = {"view", "permute", "narrow", "expand", "to", "cat", "detach", "clone", "full", "arange", "slice", "running_average", "batch_norm_stats"}
+LIGHT = {"view", "permute", "narrow", "expand", "to", "cat", "detach", "clone", "full", "arange", "slice", "running_average"}
 
 
 def clean_path(path: str) -> str:

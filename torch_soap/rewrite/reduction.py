@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from torch_soap import statistics
 from torch_soap.rewrite.basic import first
 from torch_soap.rewrite.local import Call, Emit, captured_call, local
 
@@ -82,9 +84,20 @@ def normalize(e: Emit, call: Call) -> fx.Node:
     return y
 
 
-@local("batch_norm_stats")
-def batch_norm_stats(e: Emit, call: Call) -> list[fx.Node]:
-    return captured_call(e, call)
+@local("channel_moments")
+def channel_moments(e: Emit, call: Call) -> fx.Node:
+    return e(torch.reshape, e(statistics.channel_moments, first(call)), call.shapes[0])
+
+
+@local("merge_moments")
+def merge_moments(e: Emit, call: Call) -> list[fx.Node]:
+    made = e(statistics.merge_moments, first(call), tuple(call.attr("counts")))
+    return [e(operator.getitem, made, i) for i in range(len(call.shapes))]
+
+
+@local("channel_normalize")
+def channel_normalize(e: Emit, call: Call) -> fx.Node:
+    return e(statistics.channel_normalize, *call.operands[:2], call.operand("weight"), call.operand("bias"), float(call.attr("eps")))
 
 
 @local("group_norm")

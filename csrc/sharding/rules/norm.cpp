@@ -1,4 +1,6 @@
-// Normalisations. Cut along what they normalise over, they expand into sums, so that statistics are those of the whole batch:
+// Normalisations. Cut along what they normalise over, they expand, so that statistics are those of the whole batch. Batch norms merge each part's:
+//   (mean, M2) of a part,  mean and var of all by their counts,  y = (x - mean) / sqrt(var + eps) * w + b      (docs/decisions/0015)
+// layer and RMS norms into sums:
 //   mean = sum(x) / N,  xc = x - mean,  var = sum(xc^2) / N,  y = xc / sqrt(var + eps) * w + b           (two passes, exact)
 #include <algorithm>
 
@@ -8,10 +10,11 @@
 namespace soap {
 namespace {
 
+// In training it may give the batch's mean and unbiased variance too, [c] and [c], for running averages.
 Rule batch_norm(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
   const auto& x = graph.input(node, 0).shape;
-  const bool training = node.attr<bool>("training", false);
+  const bool statistics = node.outputs.size() > 1, training = statistics || node.attr<bool>("training", false);
   static const char* spatial[] = {"d", "h", "w"};
   std::vector<std::string> names;
   for (size_t d = 0; d < x.size(); ++d) {
@@ -25,23 +28,73 @@ Rule batch_norm(const OpGraph& graph, const Node& node) {
   }
   r.operand(0, names);
   for (const char* name : {"weight", "bias", "running_mean", "running_var"}) r.operand(name, {"c"});
-  return r.result(names).saves({"0", "weight"}).build();
+  r.result(names);
+  if (statistics) r.result({"c"}).constant().result({"c"}).constant();
+  return r.saves({"0", "weight"}).build();
 }
 
-// Statistics of a batch, [c] and [c]; only read by running averages.
-Rule batch_norm_stats(const OpGraph& graph, const Node& node) {
+// What a batch norm becomes where it is cut in more than channels. The parts of its cut dims are dims of the moments, `cut` of them before
+// [mean or M2, channel]; each has its indices in the attribute "parts<dim>": of every part the number of its runs, then their ends.
+std::string parts_name(size_t dim) {
+  return fmt::format("parts{}", dim);
+}
+
+std::vector<int64_t> as_list(const std::vector<IndexSet>& parts) {
+  std::vector<int64_t> out;
+  for (const IndexSet& part : parts) {
+    out.push_back(static_cast<int64_t>(part.runs().size()));
+    for (const Run& r : part.runs()) out.insert(out.end(), {r.begin, r.end});
+  }
+  return out;
+}
+
+std::vector<IndexSet> as_parts(const std::vector<int64_t>& list) {
+  std::vector<IndexSet> out;
+  for (size_t at = 0; at < list.size();) {
+    std::vector<Run> runs(static_cast<size_t>(list[at++]));
+    for (Run& r : runs) r = {list[at], list[at + 1]}, at += 2;
+    out.push_back(IndexSet::from_runs(std::move(runs)));
+  }
+  return out;
+}
+
+Rule channel_moments(const OpGraph& graph, const Node& node) {
+  RuleSpec r(graph, node);
+  const auto& x = graph.input(node, 0).shape;
+  std::vector<std::string> read(x.size(), "*"), made;
+  read[1] = "c";
+  r.factor("c", x[1], FactorKind::kParameter).operand(0, read);
+  for (size_t d = 0; d < x.size(); ++d) {
+    IndexMap map{.kind = IndexMap::Kind::kTable, .table = as_parts(node.attr<std::vector<int64_t>>(parts_name(d), {}))};
+    if (map.table.empty()) continue;
+    made.push_back(fmt::format("p{}", d));
+    r.factor(made.back(), static_cast<int64_t>(map.table.size()), d == 0 ? FactorKind::kSample : FactorKind::kAttribute);
+    r.map(static_cast<int>(d), made.back(), std::move(map));
+  }
+  made.insert(made.end(), {"*", "c"});
+  return r.result(made).saves({"0"}).build();
+}
+
+// Moments of all parts to [mean or variance, channel]; and, with running averages, the mean and the unbiased variance.
+Rule merge_moments(const OpGraph& graph, const Node& node) {
+  RuleSpec r(graph, node);
+  std::vector<std::string> read(graph.input(node, 0).shape.size(), "*");
+  read.back() = "c";
+  r.factor("c", graph.input(node, 0).shape.back(), FactorKind::kParameter).operand(0, read).result({"*", "c"});
+  if (node.outputs.size() > 1) r.result({"c"}).constant().result({"c"}).constant();
+  return r.saves({"0"}).build();
+}
+
+Rule channel_normalize(const OpGraph& graph, const Node& node) {
   RuleSpec r(graph, node);
   const auto& x = graph.input(node, 0).shape;
   std::vector<std::string> names;
   for (size_t d = 0; d < x.size(); ++d) {
-    names.push_back(d == 1 ? "c" : d == 0 ? "n" : fmt::format("d{}", d));
-    r.factor(names.back(), x[d],
-             d == 1   ? FactorKind::kParameter
-             : d == 0 ? FactorKind::kSample
-                      : FactorKind::kAttribute,
-             d == 1 ? Cuttable::kAny : Cuttable::kExpand);
+    names.push_back(fmt::format("d{}", d));
+    r.factor(names.back(), x[d], d == 0 ? FactorKind::kSample : d == 1 ? FactorKind::kParameter : FactorKind::kAttribute);
   }
-  return r.operand(0, names).result({"c"}).result({"c"}).build();
+  r.operand(0, names).operand(1, {"*", "d1"}).operand("weight", {"d1"}).operand("bias", {"d1"});
+  return r.result(names).saves({"0", "1", "weight"}).build();
 }
 
 Rule layer_norm(const OpGraph& graph, const Node& node) {
@@ -91,7 +144,7 @@ Rule normalize(const OpGraph& graph, const Node& node) {
   return rule;
 }
 
-// Expansion of all of them; `dims` are summed over.
+// `dims` are summed over.
 struct Statistics {
   TensorId centred = -1, squares = -1;
   int64_t count = 1;
@@ -128,14 +181,9 @@ void expand_norm(Expander& e, const Node& node, const Rule& rule, const Tiling&)
   const TensorId x = e.wide(0);
   const auto shape = e.shape(x);
   const auto inherit = by_dim(rule);
-  std::vector<int64_t> dims, weight_dims;
-  if (node.target == "batch_norm" || node.target == "batch_norm_stats") {
-    for (size_t d = 0; d < shape.size(); ++d) (d == 1 ? weight_dims : dims).push_back(static_cast<int64_t>(d));
-  } else {
-    const size_t normalized = node.attr<std::vector<int64_t>>("normalized_shape", {}).size();
-    for (size_t d = shape.size() - normalized; d < shape.size(); ++d) dims.push_back(static_cast<int64_t>(d));
-    weight_dims = dims;
-  }
+  std::vector<int64_t> dims;
+  const size_t normalized = node.attr<std::vector<int64_t>>("normalized_shape", {}).size();
+  for (size_t d = shape.size() - normalized; d < shape.size(); ++d) dims.push_back(static_cast<int64_t>(d));
   const Statistics s = statistics(e, x, dims, inherit, node.target != "rms_norm");
   std::vector<TensorId> inputs{s.centred, s.squares};
   std::vector<std::string> names{"input", "squares"};
@@ -149,45 +197,70 @@ void expand_norm(Expander& e, const Node& node, const Rule& rule, const Tiling&)
                    .target = "normalize",
                    .inputs = inputs,
                    .operand_names = names,
-                   .attrs = {{"eps", node.attr<double>("eps", fallback)}, {"count", s.count}, {"weight_dims", weight_dims}},
+                   .attrs = {{"eps", node.attr<double>("eps", fallback)}, {"count", s.count}, {"weight_dims", dims}},
                    .inherit = inherit},
                   shape));
 }
 
-void expand_stats(Expander& e, const Node&, const Rule& rule, const Tiling&) {
+void expand_batch_norm(Expander& e, const Node& node, const Rule& rule, const Tiling&) {
   const TensorId x = e.wide(0);
   const auto shape = e.shape(x);
-  std::vector<int64_t> dims;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    if (d != 1) dims.push_back(static_cast<int64_t>(d));
-  }
   const auto inherit = by_dim(rule);
-  const Statistics s = statistics(e, x, dims, inherit, true);
-  const std::vector<std::pair<std::string, std::string>> channel{{"d0", rule.factors[rule.operands[0].dims[1].factors[0]].name}};
-  const TensorId mean =
-      e.add({.name = "mean_c", .target = "mean", .inputs = {x}, .attrs = {{"dim", dims}, {"keepdim", false}}, .inherit = inherit}, {shape[1]});
-  const TensorId flat = e.add({.name = "sum_c", .target = "view", .inputs = {s.squares}}, {shape[1]});
-  const TensorId var = e.add({.name = "var",
-                              .target = "scale",
-                              .inputs = {flat},
-                              .attrs = {{"by", 1.0 / static_cast<double>(std::max<int64_t>(s.count - 1, 1))}},
-                              .family = "pointwise",
-                              .inherit = channel},
-                             {shape[1]});
-  e.bind(0, mean);
-  e.bind(1, var);
+  const std::string channel = rule.factors[rule.operands[0].dims[1].factors[0]].name;
+  AttrMap attrs;
+  std::vector<std::pair<std::string, std::string>> parts;
+  std::vector<int64_t> moments, counts{1};  // parts of each cut dim; of each part of all, in the order of the moments, the elements of a channel
+  for (size_t d = 0; d < shape.size(); ++d) {
+    if (d == 1) continue;
+    const std::string& factor = inherit[d].second;
+    const std::vector<IndexSet> sets = e.part_sets(factor);
+    if (sets.size() > 1) {
+      attrs[parts_name(d)] = as_list(sets);
+      parts.emplace_back(fmt::format("p{}", d), factor);
+      moments.push_back(static_cast<int64_t>(sets.size()));
+    }
+    std::vector<int64_t> more;
+    for (int64_t count : counts) {
+      for (const IndexSet& set : sets) more.push_back(count * set.size());
+    }
+    counts = std::move(more);
+  }
+  moments.insert(moments.end(), {2, shape[1]});
+  const TensorId own =
+      e.add({.name = "moments", .target = "channel_moments", .inputs = {x}, .attrs = attrs, .inherit = {{"c", channel}}, .parts = parts}, moments);
+  std::vector<std::vector<int64_t>> made{{2, shape[1]}};
+  if (node.outputs.size() > 1) made.insert(made.end(), 2, {shape[1]});
+  const auto merged =
+      e.add_many({.name = "merge", .target = "merge_moments", .inputs = {own}, .attrs = {{"counts", counts}}, .inherit = {{"c", channel}}}, made);
+  std::vector<TensorId> inputs{x, merged[0]};
+  std::vector<std::string> names{"input", "statistics"};
+  for (const char* name : {"weight", "bias"}) {
+    if (e.operand(name) < 0) continue;
+    inputs.push_back(e.operand(name));
+    names.push_back(name);
+  }
+  e.bind(0, e.add({.name = "normalize",
+                   .target = "channel_normalize",
+                   .inputs = inputs,
+                   .operand_names = names,
+                   .attrs = {{"eps", node.attr<double>("eps", 1e-5)}},
+                   .inherit = inherit},
+                  shape));
+  for (size_t r = 1; r < merged.size(); ++r) e.bind(static_cast<int>(r), merged[r]);
 }
 
 }  // namespace
 
 void register_norm(RuleRegistry& rules, ExpansionRegistry& expansions) {
   rules.add({"batch_norm"}, batch_norm);
-  rules.add({"batch_norm_stats"}, batch_norm_stats);
+  rules.add({"channel_moments"}, channel_moments);
+  rules.add({"merge_moments"}, merge_moments);
+  rules.add({"channel_normalize"}, channel_normalize);
   rules.add({"layer_norm", "rms_norm"}, layer_norm);
   rules.add({"group_norm"}, group_norm);
   rules.add({"normalize"}, normalize);
-  expansions.add({"batch_norm", "layer_norm", "rms_norm"}, expand_norm);
-  expansions.add({"batch_norm_stats"}, expand_stats);
+  expansions.add({"batch_norm"}, expand_batch_norm);
+  expansions.add({"layer_norm", "rms_norm"}, expand_norm);
 }
 
 }  // namespace soap
