@@ -99,6 +99,7 @@ struct Memory {
 
   // Readers of copies: their last steps, and the first that makes a gradient. A view that reads lives on in its own readers (see `tiles`).
   void readers() {
+    kind = Held::kGradients;
     for (size_t g = 0; g < p.groups.size(); ++g) {
       for (const Use& u : p.groups[g].uses) {
         const Node& n = p.graph.nodes[u.node];
