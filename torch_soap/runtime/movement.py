@@ -132,13 +132,16 @@ def take(tensor: torch.Tensor, index: list[tuple[int, Any]]) -> torch.Tensor:
     return tensor
 
 
-def put(target: torch.Tensor, index: list[tuple[int, Any]], piece: torch.Tensor, how: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None) -> None:
+def put(target: torch.Tensor, index: list[tuple[int, Any]], piece: torch.Tensor, how: Callable[..., torch.Tensor] | None) -> None:
     """Writes the piece into a part of the target; `how` combines it with what is there."""
     slices = [(d, p) for d, p in index if isinstance(p, slice)]
     lists = [(d, p) for d, p in index if not isinstance(p, slice)]
     view = take(target, slices)
     if not lists:
-        view.copy_(piece if how is None else how(view, piece))
+        if how is None:
+            view.copy_(piece)
+        else:
+            how(view, piece, out=view)
         return
     where: list[Any] = [slice(None)] * target.dim()
     if len(lists) == 1:
