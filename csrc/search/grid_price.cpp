@@ -5,9 +5,9 @@
 
 #include "base/error.h"
 #include "search/fsdp.h"
+#include "search/group_memory.h"
 #include "search/replica_graph.h"
 #include "sharding/region.h"
-#include "sim/memory.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -49,15 +49,10 @@ class ReplicaLinks {
   std::map<std::tuple<int, int, int64_t>, int64_t> prices_;
 };
 
-struct Parameter {
-  const GroupParameter* p = nullptr;
-  int group = 1;  // replicas that share its parts
-};
-
 struct Stage {
-  std::vector<NodeId> nodes;                                        // operators
-  std::map<NodeId, std::vector<Parameter>> gathers, refills, ends;  // by first reader, last reader, the reader that completes the gradient
-  std::vector<Parameter> parameters;
+  std::vector<NodeId> nodes;                                             // operators
+  std::map<NodeId, std::vector<StageParameter>> gathers, refills, ends;  // by first reader, last reader, the reader that completes the gradient
+  std::vector<StageParameter> parameters;
   int64_t forward = 0, backward = 0, first_forward = 0, last_backward = 0,
           synchronised = 0;         // the last: when gradients are there, after the begin of that backward
   int64_t compute = 0, moved = 0;   // of a whole step
@@ -77,7 +72,6 @@ struct Pricing {
   const ManualOptions& o;
   const std::vector<int>& stage_of;
   const GroupCost& cost;
-  const std::vector<std::vector<NodeId>>& readers;
   const std::vector<int>& region_of;  // per node: the repeated block that it is in, -1 for none
   const Machine& machine;
   bool early_backward = true;
@@ -95,7 +89,7 @@ struct Pricing {
       if (n.kind == NodeKind::kOp) stages[stage_of[n.id]].nodes.push_back(n.id);
     }
     for (const GroupParameter& p : cost.parameters) {
-      Parameter q{&p, 1};
+      StageParameter q{&p, 1};
       const int group = o.zero == 0 ? 1 : o.zero_group > 0 ? o.zero_group : o.dp;
       const bool shared = std::any_of(p.shape.begin(), p.shape.end(), [&](int64_t size) { return size >= group; });
       if (graph.nodes[p.node].kind == NodeKind::kParam && shared) q.group = group;
@@ -180,7 +174,7 @@ struct Pricing {
       s.compute += o.micro_batches * ((again(n) ? 2 : 1) * *std::max_element(node.forward.begin(), node.forward.end()) +
                                       *std::max_element(node.backward.begin(), node.backward.end()));
     }
-    for (const Parameter& q : s.parameters) {
+    for (const StageParameter& q : s.parameters) {
       if (!q.p->trained) continue;
       const int64_t element = o.fsdp ? q.p->reduced_element_bytes : q.p->element_bytes;
       s.update += update_ns(machine, 0, q.p->bytes / q.p->element_bytes * element / q.group);
@@ -197,10 +191,10 @@ struct Pricing {
   // As this runtime moves what is stored in parts: each parameter by an exchange.
   void time_exchanges(Stage& s, int index) const {
     ReplicaLinks links(machine, o, index);
-    const auto gather = [&](Walk& w, const std::map<NodeId, std::vector<Parameter>>& at, NodeId n) {
+    const auto gather = [&](Walk& w, const std::map<NodeId, std::vector<StageParameter>>& at, NodeId n) {
       const auto it = at.find(n);
       if (it == at.end()) return;
-      for (const Parameter& q : it->second) w.move(links.gather(q.p->bytes, q.group), false, true);
+      for (const StageParameter& q : it->second) w.move(links.gather(q.p->bytes, q.group), false, true);
     };
     const auto forward = [&](bool first) {
       Walk w{.cost = cost, .overlap = machine.overlap};
@@ -231,7 +225,7 @@ struct Pricing {
         w.move(node.gradient_ns, true, true);
         const auto ends = s.ends.find(*n);
         if (!last || ends == s.ends.end() || o.dp * o.tp == 1) continue;
-        for (const Parameter& q : ends->second) {
+        for (const StageParameter& q : ends->second) {
           const int64_t sum = q.p->bytes / q.p->element_bytes * q.p->reduced_element_bytes;
           if (q.group > 1) {
             scattered += links.scatter(q.p->bytes, q.group);
@@ -261,49 +255,17 @@ struct Pricing {
   }
 
   void remember(int index) {
-    Stage& s = stages[index];
-    int64_t copies = 0, largest = 0, gradients = 0;
-    for (const Parameter& q : s.parameters) {
-      const int64_t part = q.p->bytes / q.group;
-      s.memory += part * (q.p->trained ? 2 + kOptimizerCopies : 1);
-      // A replica's own sum over micro-batches, until it is reduced.
-      if (q.group == 1 && q.p->trained && o.dp > 1 && o.micro_batches > 1) s.memory += part;
-      if (q.group == 1) continue;
-      copies += q.p->bytes;
-      largest = std::max(largest, q.p->bytes);
-      gradients += q.p->bytes;
-    }
-    if (o.zero == 3 && o.micro_batches == 1) copies = 2 * largest;  // given back after each use
-    if (o.micro_batches == 1) gradients = std::min(gradients, bucket_bytes + largest);
-    s.memory += copies;
-    // Activations: of a recomputed block what leaves it and what was moved, and once all of the largest.
-    std::map<int, int64_t> inside;
-    int64_t kept = 0, working = 0;
-    std::vector<NodeId> last_in_block(graph.nodes.size(), -1);
-    for (NodeId n : s.nodes) {
-      const GroupNode& node = cost.nodes[n];
-      working = std::max(working, node.result_bytes);
-      if (!again(n)) {
-        kept += node.saved_bytes + node.copied_bytes;
-        continue;
-      }
-      const bool leaves = leaves_block(n);
-      kept += (leaves ? node.result_bytes : 0) + node.copied_bytes;
-      inside[region_of[n]] += leaves ? 0 : node.saved_bytes;
-    }
-    int64_t block = 0;
-    for (const auto& [name, bytes] : inside) block = std::max(block, bytes);
-    // Gradients of gathered copies come as activations go, but where they wait for more micro-batches.
-    const int held = early_backward && o.order == Order::kInterleaved ? std::min(o.micro_batches, o.pp) : o.micro_batches;  // as lowering allows
-    const int64_t activations = kept * held + block + working;
-    s.memory += o.micro_batches == 1 ? std::max(activations, gradients) : activations + gradients;
+    stages[index].memory += stage_memory({.cost = cost,
+                                          .options = o,
+                                          .stage_of = stage_of,
+                                          .region_of = region_of,
+                                          .index = index,
+                                          .parameters = stages[index].parameters,
+                                          .early_backward = early_backward,
+                                          .bucket_bytes = bucket_bytes});
   }
 
   bool again(NodeId n) const { return o.recompute && region_of[n] >= 0; }
-
-  bool leaves_block(NodeId n) const {
-    return std::any_of(readers[n].begin(), readers[n].end(), [&](NodeId reader) { return region_of[reader] != region_of[n]; });
-  }
 
   // Micro-batches through the stages, each stage in its own order; a transfer takes both ends' time, or, where the machine overlaps, their links'.
   int64_t schedule() {
@@ -400,15 +362,11 @@ GridPricer::Share& GridPricer::share(int ranks, int64_t parts) {
   FedRows rows(ranks);
   for (int r = 0; r < ranks; ++r) rows[r] = made->planner->rows() / ranks + (r < made->planner->rows() % ranks);
   made->cache = std::make_unique<LayoutCache>(made->graph, rows, cost_);
-  made->readers.resize(made->graph.nodes.size());
-  for (const Node& n : made->graph.nodes) {
-    for (TensorId t : n.inputs) made->readers[made->graph.tensors[t].producer].push_back(n.id);
-  }
   slot = std::move(made);
   return *slot;
 }
 
-GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs) {
+GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs, bool memory) {
   const int64_t parts = int64_t{o.dp} * o.micro_batches;
   if (o.fsdp && o.zero != 2 && o.zero != 3) user_error("[grid] fsdp needs zero=2 (kept until backward) or zero=3 (for each use), not zero={}", o.zero);
   if (planner_.rows() % parts != 0) user_error("[grid] {} rows can't be shared evenly by dp={} x micro_batches={}", planner_.rows(), o.dp, o.micro_batches);
@@ -416,14 +374,14 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs)
   const ManualOptions inner{.tp = o.tp, .strict = o.strict, .sequence = o.sequence};
   std::unique_ptr<GroupCost> own;
   auto& cost = configs.empty() ? mine.manual[o.sequence ? 1 : 0] : own;
-  if (!cost) cost = std::make_unique<GroupCost>(group_cost(*mine.cache, *mine.planner, mine.planner->make(inner, configs)));
+  if (!cost)
+    cost = std::make_unique<GroupCost>(group_cost(*mine.cache, *mine.planner, mine.planner->make(inner, configs), memory || o.fsdp || configs.empty()));
   auto& stage_of = stages_[o.pp];
   if (stage_of.empty()) stage_of = planner_.stages(o.pp);
   Pricing p{.graph = mine.graph,
             .o = o,
             .stage_of = stage_of,
             .cost = *cost,
-            .readers = mine.readers,
             .region_of = regions_,
             .machine = cost_.machine(),
             .early_backward = planner_.loss_is_sum()};
@@ -431,7 +389,7 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs)
   GridPrice out;
   for (int s = 0; s < o.pp; ++s) {
     p.time(s);
-    p.remember(s);
+    if (memory) p.remember(s);
   }
   out.device_step_ns = p.schedule();
   for (const Stage& s : p.stages) {

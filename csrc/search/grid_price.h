@@ -12,8 +12,7 @@
 //   schedule                 GPipe (Huang et al. 2019) or 1F1B (Narayanan et al. 2019); a boundary's tensors take their link's time
 //   step                     the last stage to end, and its update; or what a stage's host takes to launch all of it, where that is longer (sim/simulate.h)
 //
-// Memory of a stage: parameters, gradients and optimizer state (2x, AdamW) of its parts; what backward keeps of each micro-batch that is under
-// way; gathered copies. tests/unit/test_grids.py holds both against simulate(lower(...)).
+// Memory of a stage: search/group_memory.h. tests/unit/test_grids.py holds both against simulate(lower(...)).
 #pragma once
 
 #include <array>
@@ -40,7 +39,8 @@ class GridPricer {
   // Graph, planner and machine outlive it.
   GridPricer(const OpGraph& graph, const ManualPlanner& planner, const CostModel& cost);
   // Throws std::invalid_argument where the grid isn't legal for the graph.
-  GridPrice price(const ManualOptions& options, const GroupConfigs& configs = {});
+  // Without memory (0) it is quicker, for who tries one configuration after the other.
+  GridPrice price(const ManualOptions& options, const GroupConfigs& configs = {}, bool memory = true);
 
  private:
   // The graph of one micro-batch and what lowers it for groups of one size.
@@ -49,7 +49,6 @@ class GridPricer {
     std::unique_ptr<ManualPlanner> planner;
     std::unique_ptr<CostModel> cost;
     std::unique_ptr<LayoutCache> cache;
-    std::vector<std::vector<NodeId>> readers;          // per node
     std::array<std::unique_ptr<GroupCost>, 2> manual;  // without and with the sequence cut
   };
   Share& share(int ranks, int64_t parts);

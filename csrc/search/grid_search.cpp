@@ -145,16 +145,17 @@ struct Searcher {
           for (NodeId n : nodes) c.configs[n] = config;
           ++result.simulations;
           try {
+            c.price = pricer.price(c.options, c.configs, false);
+            // A tie is no reason to leave what a person would write.
+            if (c.price.step_ns >= best.price.step_ns - best.price.step_ns / 500) continue;
             c.price = pricer.price(c.options, c.configs);
           } catch (const std::invalid_argument&) {  // a proposal, not a mistake
             continue;
           }
           c.fits = c.price.memory_bytes <= limit();
-          // A tie is no reason to leave what a person would write.
-          if (c.fits && c.price.step_ns < best.price.step_ns - best.price.step_ns / 500) {
-            best = std::move(c);
-            improved = true;
-          }
+          if (!c.fits) continue;
+          best = std::move(c);
+          improved = true;
         }
       }
     }

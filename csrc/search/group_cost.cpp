@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "base/error.h"
+#include "sim/arrivals.h"
 #include "sim/simulate.h"
 
 namespace soap {
@@ -68,13 +70,10 @@ struct Builder {
         if (!from.moves || cache.layout(read.copies).coords.empty()) continue;
         const auto key = std::pair(from.tensor, read.copies);
         Copy& copy = copies[key];
-        const bool fresh = copy.first < 0;
-        if (fresh) {
-          copy.first = n.id;
+        if (!copy.known) {
+          copy.known = true;
           const EdgeMove* fill = cache.edge(*from.tensor, from.tiles, read.copies, false);
-          copy.moved = fill->pattern != Pattern::kLocal;
-          if (copy.moved) cost.fill_ns += fill->price_ns;
-          copy.bytes = copy.moved ? fullest(*from.tensor, read.copies) : 0;
+          if (fill->pattern != Pattern::kLocal) cost.fill_ns += fill->price_ns;
         }
         if (read.differentiable && from.tensor->requires_grad && !copy.gradient) {
           copy.gradient = true;
@@ -85,9 +84,7 @@ struct Builder {
     }
   }
   struct Copy {
-    NodeId first = -1;
-    bool moved = false, gradient = false, saved = false;
-    int64_t bytes = 0;
+    bool known = false, gradient = false;
   };
   std::map<std::pair<const Tensor*, LayoutId>, Copy> copies = {};
 
@@ -109,53 +106,98 @@ struct Builder {
     }
   }
 
-  // What backward reads or begins its graph with, counted where it was made: a result once, a copy that was moved once. A view is what it is a view of.
-  void add_saved() {
-    std::vector<char> kept(graph.tensors.size());
-    const auto keep = [&](const Node& n, size_t operand) {
-      const FragmentOp& op = fragments[n.id]->ops.front();
-      if (operand < op.reads.size() && op.reads[operand].tensor.kind == FragmentTensor::Kind::kOperand) {
-        const auto copy = copies.find({&graph.tensors[n.inputs[operand]], op.reads[operand].copies});
-        if (copy != copies.end() && copy->second.moved) {
-          copy->second.saved = true;
-          return;
-        }
-      }
-      kept[n.inputs[operand]] = 1;
+  // -- what is held ----
+  // Whether every device's copy is one stretch of a tile that it has.
+  bool is_part(LayoutId tiles, LayoutId copies) const {
+    const auto holds = [&](const Coord& copy, int d) {
+      return std::any_of(cache.layout(tiles).coords.begin(), cache.layout(tiles).coords.end(), [&](const Coord& tile) {
+        return std::count(tile.devices.begin(), tile.devices.end(), d) > 0 && covers(tile.box, copy.box) && is_stretch(copy.box, tile.box);
+      });
     };
-    for (auto n = graph.nodes.rbegin(); n != graph.nodes.rend(); ++n) {
-      if (n->kind != NodeKind::kOp) continue;
-      const Fragment& f = *fragments[n->id];
-      const Rule& rule = planner.rule(*n);
-      GroupNode& cost = out.nodes[n->id];
-      const bool differentiable = std::any_of(f.ops.begin(), f.ops.end(), [](const FragmentOp& op) { return op.differentiable; });
-      for (size_t r = 0; r < n->outputs.size(); ++r) {
-        const Tensor& t = graph.output(*n, static_cast<int>(r));
-        if (rule.results[r].saved && differentiable && t.requires_grad) kept[t.id] = 1;
-        cost.keeps_result = cost.keeps_result || (rule.results[r].saved && differentiable);
-        if (rule.view && r == 0) {
-          if (kept[t.id] != 0) keep(*n, 0);
-          continue;
-        }
-        const int64_t bytes = fullest(t, f.tiles[r]);
-        cost.result_bytes += bytes;
-        if (kept[t.id] != 0) cost.saved_bytes += bytes;
-        if (differentiable) cost.saved_bytes += bytes / t.element_bytes * rule.results[r].saved_bytes_more;
+    return std::all_of(cache.layout(copies).coords.begin(), cache.layout(copies).coords.end(),
+                       [&](const Coord& c) { return std::all_of(c.devices.begin(), c.devices.end(), [&](int d) { return holds(c, d); }); });
+  }
+  static bool covers(const Box& box, const Box& part) { return volume(intersect(box, part)) == volume(part); }
+
+  // Of the tile `index` what a reader is given: itself, or a copy.
+  int held_copy(int index, const Tensor& tensor, LayoutId tiles, LayoutId copies, const GroupRead& read) {
+    const auto [it, fresh] = held_copies.emplace(std::pair(index, copies), index);
+    if (!fresh || copies == tiles || cache.layout(copies).coords.empty()) return it->second;
+    const bool moves = cache.edge(tensor, tiles, copies, false)->pattern != Pattern::kLocal;
+    if (!moves && is_part(tiles, copies)) return index;
+    GroupTensor copy{.node = read.node, .position = read.position, .bytes = fullest(tensor, copies), .source = index, .moved = moves};
+    copy.returns = !moves || cache.edge(tensor, tiles, copies, true)->pattern != Pattern::kLocal;
+    it->second = copy.root = static_cast<int>(out.tensors.size());
+    out.tensors.push_back(std::move(copy));
+    keep(index, {.node = read.node, .position = read.position, .moves = true});
+    return it->second;
+  }
+
+  void keep(int index, GroupRead read) {
+    const int root = out.tensors[index].root;
+    out.tensors[index].reads.push_back(read);
+    read.gradient = false;
+    read.backward_bytes = 0;
+    if (root >= 0 && root != index) out.tensors[root].reads.push_back(read);
+  }
+
+  void add_fed(const Node& n) {
+    const Tensor& t = graph.output(n, 0);
+    tile_of[&t] = static_cast<int>(out.tensors.size());
+    out.tensors.push_back({.node = n.id, .bytes = fullest(t, fragments[n.id]->tiles[0]), .root = tile_of[&t], .fed = true});
+  }
+
+  void add_held(const Node& n) {
+    const Fragment& f = *fragments[n.id];
+    const int first_op = static_cast<int>(f.graph.nodes.size() - f.ops.size());
+    out.nodes[n.id].position = out.positions;
+    std::vector<int> inner(f.inner.size(), -1);
+    for (size_t k = 0; k < f.ops.size(); ++k) {
+      const FragmentOp& op = f.ops[k];
+      const Node& made = f.ops.size() == 1 ? n : f.graph.nodes[first_op + k];
+      const Rule own = f.ops.size() == 1 ? Rule{} : make_rule(f.graph, made, ranks);
+      const Rule& rule = f.ops.size() == 1 ? planner.rule(n) : own;
+      const int position = out.positions++;
+      int viewed = -1;
+      for (size_t i = 0; i < op.reads.size(); ++i) {
+        const FragmentRead& read = op.reads[i];
+        const Source from = source(n, read.tensor);
+        const bool saved = op.differentiable && rule.operands[i].saved;
+        out.nodes[n.id].keeps_operand = out.nodes[n.id].keeps_operand || saved;
+        if (saved && !from.moves) saved_stores.insert(from.tensor);
+        if (!from.moves) continue;
+        int index = -1;
+        if (read.tensor.kind == FragmentTensor::Kind::kInner)
+          index = inner[read.tensor.index];
+        else if (const auto it = tile_of.find(from.tensor); it != tile_of.end())
+          index = it->second;
+        if (index < 0) continue;  // a view of a parameter's
+        GroupRead what{.node = n.id, .position = position, .saved = saved, .view = rule.view};
+        what.gradient = read.differentiable && from.tensor->requires_grad;
+        if (op.differentiable) what.backward_bytes = fullest(*from.tensor, read.copies) / from.tensor->element_bytes * rule.operands[i].backward_bytes_more;
+        index = held_copy(index, *from.tensor, from.tiles, read.copies, what);
+        keep(index, what);
+        if (i == 0) viewed = out.tensors[index].root;
       }
-      for (const FragmentInner& inner : f.inner) {  // what an expansion computes on the way
-        const Tensor& t = f.graph.tensors[inner.tensor];
-        if (t.requires_grad) cost.saved_bytes += fullest(t, inner.tiles);
+      for (size_t r = 0; r < op.writes.size(); ++r) {
+        const Source to = source(n, op.writes[r]);
+        const int index = static_cast<int>(out.tensors.size());
+        GroupTensor t{.node = n.id, .position = position, .bytes = fullest(*to.tensor, to.tiles), .root = rule.view && r == 0 ? viewed : index};
+        if (op.differentiable) t.bytes_more = t.bytes / to.tensor->element_bytes * rule.results[r].saved_bytes_more;
+        t.saved = op.differentiable && rule.results[r].saved && to.tensor->requires_grad;
+        out.nodes[n.id].keeps_result = out.nodes[n.id].keeps_result || (op.differentiable && rule.results[r].saved);
+        if (t.saved && t.root >= 0 && t.root != index) out.tensors[t.root].reads.push_back({.node = n.id, .position = position, .saved = true});
+        out.tensors.push_back(std::move(t));
+        if (op.writes[r].kind == FragmentTensor::Kind::kInner)
+          inner[op.writes[r].index] = index;
+        else
+          tile_of[to.tensor] = index;
       }
-      for (size_t i = 0; i < n->inputs.size() && differentiable; ++i) {
-        if (!rule.operands[i].saved) continue;
-        keep(*n, i);
-        cost.keeps_operand = true;
-      }
-    }
-    for (const auto& [key, copy] : copies) {
-      if (copy.moved && copy.saved) out.nodes[copy.first].copied_bytes += copy.bytes;
     }
   }
+  std::map<const Tensor*, int> tile_of = {};
+  std::set<const Tensor*> saved_stores = {};
+  std::map<std::pair<int, LayoutId>, int> held_copies = {};
 
   // visit(node, read, tensor) for every read of a tensor of the graph, in order.
   template <class Visit>
@@ -183,6 +225,7 @@ struct Builder {
         p.trained = store.kind == NodeKind::kParam && t.requires_grad;
         p.shape = coords.empty() ? t.shape : shape(coords.front().box);
         p.bytes = fullest(t, tiles);
+        p.saved = saved_stores.count(&t) > 0;
         out.parameters.push_back(std::move(p));
       }
       GroupParameter& p = out.parameters[it->second];
@@ -206,7 +249,7 @@ struct Builder {
 
 }  // namespace
 
-GroupCost group_cost(LayoutCache& cache, const ManualPlanner& planner, const Strategy& strategy) {
+GroupCost group_cost(LayoutCache& cache, const ManualPlanner& planner, const Strategy& strategy, bool held) {
   Builder b{.cache = cache, .planner = planner, .strategy = strategy};
   b.out.ranks = b.ranks;
   b.out.nodes.resize(b.graph.nodes.size());
@@ -214,8 +257,9 @@ GroupCost group_cost(LayoutCache& cache, const ManualPlanner& planner, const Str
   for (const Node& n : b.graph.nodes) {
     if (n.kind == NodeKind::kOp) b.add_computes(n);
     if (n.kind == NodeKind::kOp || n.kind == NodeKind::kReturn) b.add_moves(n);
+    if (held && n.kind == NodeKind::kOp) b.add_held(n);
+    if (held && n.kind == NodeKind::kFeed) b.add_fed(n);
   }
-  b.add_saved();
   b.add_parameters();
   b.add_edges();
   return std::move(b.out);

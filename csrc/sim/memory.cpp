@@ -99,6 +99,7 @@ struct Memory {
 
   // Readers of copies: their last steps, and the first that makes a gradient. A view that reads lives on in its own readers (see `tiles`).
   void readers() {
+    kind = Held::kGradients;
     for (size_t g = 0; g < p.groups.size(); ++g) {
       for (const Use& u : p.groups[g].uses) {
         const Node& n = p.graph.nodes[u.node];
@@ -336,7 +337,8 @@ struct Memory {
       const Node& producer = p.graph.nodes[t.producer];
       std::map<std::pair<int, int>, int> leaves;  // copy (coord, device) -> last step that brings it home
       struct Arrival {
-        int copy = -1;  // the one that is this tile's gradient
+        int copy = -1;  // the one that is this tile's gradient, or has it as one stretch
+        bool part = false;
         int step = -1;
         bool reduced = false;
       };
@@ -349,9 +351,11 @@ struct Memory {
         for (const Flow& x : list) {
           int& last = leaves[{x.src, x.from}];
           last = std::max(last, it->second.first);
-          const bool same = arriving[{x.dst, x.to}] == 1 && x.from == x.to && x.elements == volume(p.tiles[t.id].coords[x.dst].box) &&
-                            x.elements == volume(group.copies.coords[x.src].box);
-          tiles[{x.dst, x.to}] = {same ? x.src : -1, it->second.first, moved.movement.pattern == Pattern::kAllReduce};
+          const Box &tile = p.tiles[t.id].coords[x.dst].box, &copy = group.copies.coords[x.src].box;
+          const bool whole = arriving[{x.dst, x.to}] == 1 && x.from == x.to && x.elements == volume(tile);
+          const bool part = whole && x.elements < volume(copy) && is_stretch(tile, copy);
+          const bool same = part || (whole && x.elements == volume(copy));
+          tiles[{x.dst, x.to}] = {same ? x.src : -1, part, it->second.first, moved.movement.pattern == Pattern::kAllReduce};
         }
       }
       std::set<std::pair<int, int>> shared;  // copies whose gradient is a tile's
@@ -359,13 +363,18 @@ struct Memory {
         const auto [coord, device] = tile;
         const Coord& c = p.tiles[t.id].coords[coord];
         int begin = from.step;
+        const int until = producer.kind == NodeKind::kOp ? at(compute_back, {producer.id, c.chunk}) : end;
+        if (from.part) {
+          int& last = leaves.at({from.copy, device});
+          last = std::max(last, until);
+          continue;
+        }
         if (from.copy >= 0) {
           shared.insert({from.copy, device});
           if (from.reduced) hold(device, bytes_of(c.box, t), from.step, from.step);  // the sum, beside what is summed
           begin = at(backward_begin, {static_cast<int>(g), group.copies.coords[from.copy].chunk});
           if (begin < 0) begin = from.step;
         }
-        const int until = producer.kind == NodeKind::kOp ? at(compute_back, {producer.id, c.chunk}) : end;
         hold(device, bytes_of(c.box, t), std::min(begin, end), until);
       }
       for (const auto& [copy, last] : leaves) {

@@ -8,8 +8,9 @@
 //   copy        assembled by a fill, from it to the last reader; to the readers' backward where that reads it. Nothing where it is part of a tile that is
 //               there. What comes in one piece lives in what its exchange brought (sim/arrivals.h), and that as long as any copy in it. Keep::kUse: given
 //               back after its last use in forward, and there again from the refill on
-//   gradient    of a copy from its first reader's backward until it is brought to the tiles; of a tile from then until its producer's backward,
-//               of a parameter to the end. Where a reader adds to it, the addend is there besides, the first time a new sum too
+//   gradient    of a copy from its first reader's backward until it is brought to the tiles, and as long as a tile's that is one stretch of it; of another
+//               tile from then until its producer's backward, of a parameter to the end. Where a reader adds to it, the addend is there besides, the first
+//               time a new sum too
 //
 // Tiles that backward computes again (Program::regions): to the last that reads them in forward, and from the first backward step that needs them to
 // where the above ends. Copies that enter a region, or come by a movement within it, are kept until it is computed again.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.dist.launch import torchrun
+from tests.large_models import IN_PROCESSES
 from tests.models import CASES
 
 # Several models share a launch: starting processes and importing torch costs more than most of them.
@@ -30,6 +31,17 @@ def test_same_as_one_process(names: list[str]) -> None:
             assert result is not None and "error" in result, f"{name} on rank {rank}: {(result or {}).get('failure', outcome.output)}"
             assert result["error"] <= 1e-10, f"{name} on rank {rank}: {result['where']} differs by {result['error']:.2e}"
             assert result["losses"][-1] != result["losses"][0]
+    assert outcome.returncode == 0, outcome.output
+
+
+def test_large_tensors_same_as_one_process() -> None:
+    """Messages and gradients far above the sizes of the models here."""
+    outcome = torchrun(2, "tests.dist.worker_large")
+    for rank, results in enumerate(outcome.results):
+        for name in (f"{c.model} {c.plan}" for c in IN_PROCESSES):
+            assert results is not None and name in results, f"{name} on rank {rank}: {outcome.output}"
+            assert results[name]["error"] <= 1e-10, f"{name} on rank {rank}: {results[name]['where']} differs by {results[name]['error']:.2e}"
+            assert results[name]["losses"][-1] != results[name]["losses"][0]
     assert outcome.returncode == 0, outcome.output
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import torch_soap
+from examples.gpt import GPT, next_byte_loss
 from examples.llama import SIZES, Llama, Sizes
 from tests.unit.planning import patterns
 from torch_soap import _C
@@ -61,17 +62,21 @@ GRIDS: list[dict[str, Any]] = [
     {"dp": 4, "tp": 2, "zero": 3},
     {"dp": 4, "tp": 2, "recompute": True},
     {"dp": 2, "tp": 4, "micro_batches": 4},
+    {"tp": 8, "recompute": True},
+    {"dp": 8, "micro_batches": 2},
 ]
+# Where a gathered copy is there sooner (recomputation asks for it early) or goes later (1F1B keeps an embedding's) than a walk over one group knows.
+ROUGH: list[dict[str, Any]] = [{"dp": 8, "zero": 3, "recompute": True}, {"dp": 8, "zero": 3, "micro_batches": 2}]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS + ROUGH, ids=str)
 def test_a_grid_costs_what_naming_all_devices_costs(llama: _C.OpGraph, grid: dict[str, Any]) -> None:
     cost = _C.CostModel(machine())
     given = options(**grid)
     priced = _C.grid_price(llama, 8, cost, given)
     whole = simulated(llama, _C.manual_strategy(llama, 8, given), cost)
     assert priced.step_ns == pytest.approx(whole.step_ns, rel=0.02)
-    assert 0.75 < priced.memory_bytes / max(whole.memory_bytes) < 1.35, "rather too much than too little"
+    assert priced.memory_bytes == pytest.approx(max(whole.memory_bytes), rel=0.05 if grid in ROUGH else 0.01)
 
 
 STAGES: list[dict[str, Any]] = [{"dp": 4, "pp": 2, "micro_batches": 4}, {"dp": 2, "tp": 2, "pp": 2, "micro_batches": 4}]
@@ -84,6 +89,30 @@ def test_stages_are_scheduled_about_as_lowering_orders_them(llama: _C.OpGraph, g
     whole = simulated(llama, _C.manual_strategy(llama, 8, options(**grid)), cost)
     assert priced.step_ns == pytest.approx(whole.step_ns, rel=0.15)
     assert len(priced.stage_memory) == 2
+    assert 0.97 < priced.memory_bytes / max(whole.memory_bytes) < 1.1, "rather too much than too little"
+
+
+def deep_mlp() -> tuple[nn.Module, tuple[torch.Tensor, ...], Any]:
+    layers = [m for _ in range(3) for m in (nn.Linear(512, 2048), nn.GELU(), nn.Dropout(0.1), nn.Linear(2048, 512), nn.LayerNorm(512))]
+    return nn.Sequential(*layers, nn.Linear(512, 1000)), (torch.zeros(1024, 512), torch.zeros(1024, dtype=torch.long)), nn.functional.cross_entropy
+
+
+def small_gpt() -> tuple[nn.Module, tuple[torch.Tensor, ...], Any]:
+    batch = torch.zeros(16, 128, dtype=torch.long)
+    return GPT(vocabulary=2048, layers=2, hidden=256, heads=8, context=128), (batch, batch), next_byte_loss
+
+
+@pytest.mark.parametrize("make", [deep_mlp, small_gpt])
+def test_other_models_hold_what_is_priced(make: Any) -> None:
+    """Inputs that are large, a tied embedding, classes that are cut, masks of dropout."""
+    with torch.device("meta"):
+        module, batch, loss = make()
+    graph = graph_for(module, batch, loss, 8)[0]
+    cost = _C.CostModel(machine())
+    for grid in ({"dp": 8, "zero": 1}, {"tp": 8}, {"dp": 4, "tp": 2, "recompute": True}, {"dp": 4, "tp": 2, "zero": 3, "sequence": True}):
+        whole = _C.simulate(_C.lower(graph, _C.manual_strategy(graph, 8, options(**grid)), [len(batch[0]) // 8] * 8), cost)
+        priced = _C.grid_price(graph, 8, cost, options(**grid)).memory_bytes
+        assert priced == pytest.approx(max(whole.memory_bytes), rel=0.02), grid
 
 
 def test_the_search_takes_no_worse_than_any_seed_and_its_strategy_costs_what_it_says(llama: _C.OpGraph) -> None:

@@ -151,7 +151,7 @@ CASES = [
     (mlp, DDP, 0.02),
     (mlp, ZERO, 0.02),
     (mlp, "0 o=2\n2 i=2\n4 o=2", 0.02),
-    (mlp, "0 n=1x4t @ [0]\n1 @ [0]\n2 n=1x4t @ [1]\n3 @ [1]\n4 n=1x4t @ [1]", 0.04),
+    (mlp, "0 n=1x4t @ [0]\n1 @ [0]\n2 n=1x4t @ [1]\n3 @ [1]\n4 n=1x4t @ [1]", 0.01),
     (conv_net, DDP, 0.03),
     (conv_net, ZERO, 0.06),
     (conv_net, "7 o=2\n9 i=2\n* n=fed", 0.05),
@@ -221,7 +221,7 @@ def test_predicted_memory_is_what_the_engine_holds(make: Callable[[], tuple[nn.M
 
 @pytest.mark.parametrize("name", ["lstm", "unet"])
 def test_models_of_the_fidelity_benchmark_hold_what_is_predicted(name: str) -> None:
-    """Manual seeds at 3 %, a random plan at 4 %, of the fullest rank."""
+    """Manual seeds at 1 %, a random plan at 2 %, of the fullest rank."""
     torch.manual_seed(0)
     case: Case = MODELS[name]()
     batch = case.batch(2 * case.rows)
@@ -234,7 +234,7 @@ def test_models_of_the_fidelity_benchmark_hold_what_is_predicted(name: str) -> N
     for label, strategy in strategies.items():
         predicted, measured = peaks(captured, graph, op_graph, strategy, rows, batch)
         errors[label] = round(max(predicted) / max(measured) - 1, 4)
-    assert len(errors) == 4 and all(abs(e) <= (0.04 if label.startswith("random") else 0.03) for label, e in errors.items()), errors
+    assert len(errors) == 4 and all(abs(e) <= (0.02 if label.startswith("random") else 0.01) for label, e in errors.items()), errors
 
 
 @pytest.mark.parametrize("make", [lambda: nn.LSTM(256, 256), lambda: nn.LSTM(256, 256, proj_size=64), lambda: nn.GRU(256, 256), lambda: nn.RNN(256, 256)])

@@ -206,3 +206,36 @@ def test_replicas_are_compared_whatever_their_strides() -> None:
     column = torch.ones(3, 1, dtype=torch.float64)
     assert bits_equal(column.as_strided((3, 1), (1, 3)), column)
     assert not bits_equal(column.as_strided((3, 1), (1, 3)), column + 1e-16 + 2.0**-52)
+
+
+def test_bucket_that_swaps_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parameters of equal shape get each other's sum."""
+    original = movement.reduce_bucket
+
+    def swapped(bucket: movement.Bucket, comm: Any, read: Any, out: Any) -> None:
+        start = len(out)
+        original(bucket, comm, read, out)
+        values, sums = zip(*out[start:], strict=True)
+        by_shape = [i for i, s in enumerate(sums) if s.shape == sums[0].shape]
+        if len(by_shape) > 1:
+            out[start:] = [(values[i], sums[by_shape[by_shape.index(i) - 1] if i in by_shape else i]) for i in range(len(sums))]
+
+    monkeypatch.setattr(movement, "reduce_bucket", swapped)
+    caught(run(square, "* n=fed"))
+
+
+def square() -> tuple[nn.Module, Any]:
+    return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)), torch.randn(6, 5)
+
+
+def test_pieces_that_overwrite_instead_of_adding(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = engine.plan_step
+
+    def overwriting(*args: Any) -> movement.PlannedStep:
+        step = original(*args)
+        for transfer in step.transfers:
+            transfer.adds = False
+        return step
+
+    monkeypatch.setattr(engine, "plan_step", overwriting)
+    caught(run(image, HALO))
