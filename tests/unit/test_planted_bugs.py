@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_soap.rewrite import local, lookup, randomness, segment
-from torch_soap.runtime import movement
+from torch_soap.runtime import engine, movement
 from torch_soap.verify import Report, bits_equal, verify
 
 
