@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
-from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, fastest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
+from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
 from torch_soap.plan import as_plan
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
@@ -43,7 +43,7 @@ SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 # Bytes that are used between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
 OTHER, RECENT = 8 << 20, 512 << 10
-FORMAT = 9  # of the cache
+FORMAT = 8  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -83,7 +83,7 @@ def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) 
     if comm is not None:
         known = dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
     if "pace_ns" in known and (comm is None or not host_of or host_of[comm.rank] == host_of[0]):
-        PACE.fastest_ns = fastest(PACE.fastest_ns, known["pace_ns"])
+        PACE.fastest_ns = min(PACE.fastest_ns or known["pace_ns"], known["pace_ns"])
     return known
 
 

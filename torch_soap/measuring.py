@@ -4,9 +4,8 @@ Each figure in the cache has a mark [spread, load, tries]: the spread of its rep
 want to run for each core) when its job began to measure, and how often it was measured. `forget_doubtful` says which are measured again.
 
 A virtual machine's core is half of a core, and somebody else's work on the other half costs ours up to half of its speed: for milliseconds, or for most of a
-minute. The same holds for memory and the last cache, which it shares with more: an all-reduce of 40 MB takes 10 ms in one minute and 24 in another. No load
-shows it, and the thread's own clock neither. So a reading of the machine's pace, of small operators and of memory, stands before and after each sample, and
-samples of slow moments are taken again.
+minute. No load shows it, and the thread's own clock neither. So a reading of the machine's pace stands before and after each sample, and samples of slow
+moments are taken again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ JITTER_NS = 50_000  # a spread below this says nothing of the machine
 ATTEMPTS = 3  # of a doubtful figure in one run
 TRIES = 3  # runs that try a doubtful figure: a machine that is never quiet gets on with what it has
 BUSY = 0.5  # load above which a figure is doubtful once the host is quieter
-SMALL, BEYOND = 100, 16 << 20  # small operators of one reading of the pace, and bytes of its large one, beyond a core's own cache: a millisecond together
+SMALL = 100  # operators of one reading of the pace: a quarter of a millisecond
 CALM = 1.3  # readings up to so many times the fastest are the machine's usual pace; with a neighbour at work they are 1.6 to 1.8
 AGAIN, PATIENCE_NS = 2, 20_000_000  # in slow moments up to so many times as many samples as wanted are taken, and for so long
 
@@ -49,33 +48,22 @@ def own_clock() -> Callable[[], int]:
 
 
 class Pace:
-    """What small operators and memory take now, in times of the fastest readings, the larger of the two."""
+    """What small operators take now, in times of the fastest reading: they show best how fast this core is at the moment."""
 
     def __init__(self) -> None:
-        self.small, self.large = torch.ones(16), torch.ones(0)  # the large one is made when it is first read
-        self.fastest_ns = [0, 0]  # of both; 0: nothing read yet
+        self.value = torch.ones(16)
+        self.fastest_ns = 0  # nothing read yet
 
     def __call__(self) -> float:
-        if self.large.numel() == 0:
-            self.large = torch.ones(BEYOND // 4)
-            self.large.add_(1.0)
-        clock = own_clock()
-        begin = clock()
-        self.large.add_(1.0)
-        memory = clock() - begin
+        clock, value = own_clock(), self.value
         for _ in range(SMALL // 5):  # what ran before has taken the cache
-            self.small.add_(1.0)
+            value.add_(1.0)
         begin = clock()
         for _ in range(SMALL):
-            self.small.add_(1.0)
-        taken = [clock() - begin, memory]
-        self.fastest_ns = fastest(self.fastest_ns, taken)
-        return max(ns / best for ns, best in zip(taken, self.fastest_ns, strict=True))
-
-
-def fastest(known: Sequence[int], readings: Sequence[int]) -> list[int]:
-    """Of both; 0 is none."""
-    return [min(a or b, b or a) for a, b in zip(known, readings, strict=True)]
+            value.add_(1.0)
+        taken = clock() - begin
+        self.fastest_ns = min(self.fastest_ns or taken, taken)
+        return taken / self.fastest_ns
 
 
 PACE = Pace()  # of this process

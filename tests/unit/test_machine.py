@@ -311,13 +311,9 @@ def test_a_slow_pace_makes_a_figure_doubtful() -> None:
 
 def test_the_pace_is_in_times_of_the_fastest_reading() -> None:
     pace = measuring.Pace()
-    assert pace() == 1.0 and min(pace.fastest_ns) > 0
-    for slow in (0, 1):  # small operators, memory
-        known = list(pace.fastest_ns)
-        pace.fastest_ns[slow] = 1
-        assert pace() > 100
-        pace.fastest_ns = known
-    assert measuring.fastest([0, 5], [7, 9]) == [7, 5]
+    assert pace() == 1.0 and pace.fastest_ns > 0
+    pace.fastest_ns = 1
+    assert pace() > 100
 
 
 def test_the_cache_keeps_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
