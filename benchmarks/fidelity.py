@@ -134,7 +134,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "fullest device). Noise: quartiles' distance over the median, the mean of a launch's plans: where it is larger than the error, the error says "
         "little. Drift: what small operators took before and after each plan's steps, 90th over 10th percentile; the last column scales each "
         "prediction by how much slower they were then than in calm moments. While they take 1.2 times as long, or the "
-        "steps' quartiles are 10 % of the median apart, a plan's steps are run again, five times at most, and the steadiest count. AdamW's state is that of a "
+        "steps' quartiles are 10 % of the median apart, a plan's steps are run again, three times at most, and the steadiest count; "
+        "of rounds the one with the least median, as what others do on the machine only adds. AdamW's state is that of a "
         "training in progress: without zeros.",
         "",
         "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed |",

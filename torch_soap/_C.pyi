@@ -477,6 +477,7 @@ class LocalValueList:
 
 class Machine:
     busy_speed: list[float]
+    cold_ns: float
     curves: dict[str, list[tuple[float, float, float]]]
     efficiency: dict[str, float]
     flops_by_dtype: dict[str, float]

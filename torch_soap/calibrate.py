@@ -34,6 +34,7 @@ from torch_soap.runtime.heap import keep_freed_memory
 from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfer, execute
 from torch_soap.runtime.parallel import Parallel
 
+COLD_SIZES = (32 << 10, 256 << 10)  # of them, those that are measured after long computations too
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 MEETINGS = (1, 16)  # a third of a millisecond and five, of what is computed between two meetings
 MANY_PARAMETERS = 64  # of a model that computes nothing
@@ -43,7 +44,7 @@ SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 # Bytes that are used between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
 OTHER, RECENT = 8 << 20, 512 << 10
-FORMAT = 8  # of the cache
+FORMAT = 9  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -131,6 +132,7 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
         measure_step(machine, comm, known)
         machine.piece_ns = measure_pieces(comm, known)
         measure_movements(machine, comm, known)
+        machine.cold_ns = measure_cold(machine, comm, known)
     return machine
 
 
@@ -207,10 +209,8 @@ def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
             everyone = comm.gather_ints([together, alone])
             work = statistics.mean(v[1] for v in everyone)
             late.append((statistics.mean(v[0] for v in everyone) - work, work))
-        # Of n equal normal variables the latest comes so many deviations late (G. Blom, Statistical Estimates and Transformed Beta-Variables, 1958).
-        latest = statistics.NormalDist().inv_cdf((comm.world_size - 0.375) / (comm.world_size + 0.25))
         (few, short), (many, long) = late
-        known["jitter"] = round(max(many - few, 0.0) / (long - short) / latest, 4)
+        known["jitter"] = round(max(many - few, 0.0) / (long - short) / latest(comm.world_size), 4)
         mark(known, "jitter")
     return float(known["jitter"])
 
@@ -311,6 +311,26 @@ def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) ->
     machine.tables = tables
 
 
+def measure_cold(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> float:
+    """How much longer small movements take after computations of some milliseconds (`Machine.cold_ns`)."""
+    if "cold_ns" not in known:
+        world, hosts = list(range(comm.world_size)), len(set(machine.host_of))
+        more = []
+        for kind in ("exchange", "all_reduce"):
+            table = dict(machine.tables[f"{kind}/{comm.world_size}/{hosts}"])
+            for size in COLD_SIZES:
+                taken = time_movement(comm, kind, world, size, late=machine.jitter * latest(comm.world_size))
+                more.append(taken.ns - table[size])
+        known["cold_ns"] = float(max(statistics.mean(more), 0.0))
+        mark(known, "cold_ns")
+    return float(known["cold_ns"])
+
+
+def latest(num_ranks: int) -> float:
+    """Deviations that the latest of so many equal normal variables comes late (G. Blom, Statistical Estimates and Transformed Beta-Variables, 1958)."""
+    return statistics.NormalDist().inv_cdf((num_ranks - 0.375) / (num_ranks + 0.25))
+
+
 def group_layouts(host_of: Sequence[int]) -> dict[tuple[int, int], list[list[int]]]:
     """(ranks of a group, hosts that it lies on) -> disjoint groups of that kind, as many as there is room for."""
     hosts = [[r for r, h in enumerate(host_of) if h == host] for host in sorted(set(host_of))]
@@ -326,14 +346,15 @@ def group_layouts(host_of: Sequence[int]) -> dict[tuple[int, int], list[list[int
     return layouts
 
 
-def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
+def time_movement(comm: Comm, kind: str, ranks: list[int], size: int, late: float | None = None) -> Timing:
     """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
     `size` bytes in all, each peer another part of a tensor, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody
-    has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
-    small = size <= RECENT  # long computations differ between ranks by more than such a movement takes, and hide it
+    has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits.
+    With `late` between long computations, of which that part, which ranks come late by, is taken off."""
+    small = size <= RECENT and late is None  # long computations differ between ranks by more than such a movement takes, and hide it
     source, a, other = (
         torch.zeros(max(size // 4, len(ranks))),
-        torch.randn(*(128, 128) if small else (256, 256)),
+        torch.randn(*(128, 128) if small else (256, 256) if late is None else (512, 512)),
         torch.zeros((64 << 10 if small else OTHER) // 4),
     )
     moves, results = [], []
@@ -368,7 +389,7 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
     wanted = REPEATS if size > 1 << 20 else 2 * REPEATS - 1
     pairs, pace = calm_samples(lambda: (loop(True), loop(False)), wanted, agree=lambda pace: worst(comm, pace))  # in turns: a machine gets slower and faster
     together, alone = zip(*pairs, strict=True)
-    mine = [int(quiet(together) - quiet(alone)), int(max(together) - min(together)), int(statistics.median(together))]
+    mine = [int(quiet(together) - quiet(alone) * (1 + (late or 0.0))), int(max(together) - min(together)), int(statistics.median(together))]
     taken, spread, total = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
     return Timing(max(taken, 1), max(spread / max(total, 1), pace - 1 if pace > CALM else 0.0))
 

@@ -91,6 +91,7 @@ def report(machine: Machine, known: dict[str, Any], seconds: float) -> str:
     if machine.busy_speed:
         lines.append("  speed of a device while 1, 2, ... of its host compute: " + ", ".join(f"{speed:.2f}" for speed in machine.busy_speed))
         lines.append(f"  what computations differ from time to time: {100 * machine.jitter:.1f} % (standard deviation)")
+        lines.append(f"  a movement after long computation {machine.cold_ns / 1e3:.1f} us longer")
         lines.append(f"  a piece that is packed or put in its place {machine.piece_ns / 1e3:.1f} us")
         lines.append(f"  a step's own  {machine.step_overhead_ns / 1e3:10.1f} us")
     lines += [f"  {family:<14} {part:10.2f} of these rates" for family, part in sorted(machine.efficiency.items())]

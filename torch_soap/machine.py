@@ -12,9 +12,19 @@ from torch_soap import _C
 FORMAT = 4
 # What files of an earlier format lack.
 ADDED: dict[int, dict[str, Any]] = {
-    1: {"step_overhead_ns": 0.0, "segment_overhead_ns": 0.0, "busy_speed": [], "update": [], "curves": {}, "launch": {}, "jitter": 0.0, "piece_ns": 0.0},
-    2: {"curves": {}, "launch": {}, "jitter": 0.0, "piece_ns": 0.0},
-    3: {"launch": {}, "jitter": 0.0, "piece_ns": 0.0},
+    1: {
+        "step_overhead_ns": 0.0,
+        "segment_overhead_ns": 0.0,
+        "busy_speed": [],
+        "update": [],
+        "curves": {},
+        "launch": {},
+        "jitter": 0.0,
+        "cold_ns": 0.0,
+        "piece_ns": 0.0,
+    },
+    2: {"curves": {}, "launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0},
+    3: {"launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0},
 }
 
 
@@ -155,6 +165,7 @@ FIELDS: dict[str, Reader] = {
     "segment_overhead_ns": NUMBER,
     "busy_speed": array(NUMBER),
     "jitter": NUMBER,
+    "cold_ns": NUMBER,
     "piece_ns": NUMBER,
     "update": array(point),
     "intra": link,

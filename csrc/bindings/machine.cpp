@@ -75,6 +75,7 @@ void bind_machine(py::module_& m) {
       .def_readwrite("segment_overhead_ns", &Machine::segment_overhead_ns)
       .def_readwrite("busy_speed", &Machine::busy_speed)
       .def_readwrite("jitter", &Machine::jitter)
+      .def_readwrite("cold_ns", &Machine::cold_ns)
       .def_readwrite("piece_ns", &Machine::piece_ns)
       .def_readwrite("update", &Machine::update)
       .def_readwrite("intra", &Machine::intra)

@@ -144,6 +144,7 @@ void check(const Machine& m) {
   not_negative("step_overhead_ns", m.step_overhead_ns);
   not_negative("segment_overhead_ns", m.segment_overhead_ns);
   not_negative("jitter", m.jitter);
+  not_negative("cold_ns", m.cold_ns);
   not_negative("piece_ns", m.piece_ns);
   for (size_t k = 0; k < m.busy_speed.size(); ++k) positive(fmt::format("busy_speed[{}]", k), m.busy_speed[k]);
   if (m.overlap && !m.busy_speed.empty()) user_error("[machine] overlap and busy_speed don't go together: devices that share a host's cores don't overlap");

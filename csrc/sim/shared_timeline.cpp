@@ -56,10 +56,15 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         if (task.move >= 0) {
           Move& move = moves_[task.move];
           const double deviation = machine_.jitter * device.worked;
-          const auto [begin, variance] = move.arrived == 0 ? std::pair{now, deviation * deviation} : later(move.begin, move.variance, now - move.begin, deviation * deviation);
+          const auto [begin, variance] =
+              move.arrived == 0 ? std::pair{now, deviation * deviation} : later(move.begin, move.variance, now - move.begin, deviation * deviation);
           move.begin = begin;
           move.variance = variance;
-          if (++move.arrived == move.num_ranks) move.end_ns = std::max(begin, now) + static_cast<double>(move.price_ns);
+          move.worked = std::max(move.worked, device.worked);
+          if (++move.arrived == move.num_ranks) {
+            move.price_ns += static_cast<int64_t>(machine_.cold_ns * std::min(move.worked / kCold, 1.0));
+            move.end_ns = std::max(begin, now) + static_cast<double>(move.price_ns);
+          }
         }
       }
       if (task.move < 0) ++busy[machine_.host_of[d]];

@@ -6,7 +6,8 @@
 //
 // Where computations take now longer, now shorter (Machine::jitter), ranks that meet wait for the slowest: with each having computed w_i since its last
 // movement, the movement begins at the expected latest of normal variables with mean t_i, when it comes, and deviation jitter w_i, two at a time by
-// Clark's formulas (Operations Research 9, 1961).
+// Clark's formulas (Operations Research 9, 1961). Where the one of them that computed most has done so for kCold, the movement takes Machine::cold_ns
+// longer, less in proportion: nothing that it needs is in the cores' own caches.
 //
 // Each device does what it was given, in order. Nothing overlaps on a device.
 #pragma once
@@ -21,6 +22,7 @@ namespace soap {
 
 class SharedTimeline {
  public:
+  static constexpr double kCold = 1e6;  // ns
   struct Span {
     int tag = -1;
     int device = 0;
@@ -61,6 +63,7 @@ class SharedTimeline {
     size_t num_ranks = 0, arrived = 0;
     int64_t price_ns = 0;
     double begin = 0, variance = 0;  // of the latest of those that have come
+    double worked = 0;               // by the one that computed most
     double end_ns = -1;              // known once all have come
   };
   const Machine& machine_;

@@ -70,6 +70,7 @@ void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, boo
   if (shared) {
     machine.busy_speed = {1.7, 1};
     machine.jitter = 0.07;
+    machine.cold_ns = 3000;
     machine.piece_ns = 40;
   }
   if (launch_ns > 0)

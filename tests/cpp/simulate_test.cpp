@@ -150,6 +150,21 @@ TEST(SharedTimeline, RanksWaitForTheSlowestWhereComputationsVary) {
   EXPECT_EQ(end({1000, 1000}), 1100);
 }
 
+// After half a millisecond of computation a movement takes half of cold_ns longer, after two all of it, and directly after another one nothing.
+TEST(SharedTimeline, MovementsTakeLongerAfterComputation) {
+  Machine m = make_machine(2, 1);
+  m.busy_speed = {1};
+  m.cold_ns = 1000;
+  SharedTimeline timeline(m);
+  for (const auto& [work, more] : {std::pair<int64_t, int64_t>{500'000, 500}, {2'000'000, 1000}}) {
+    timeline.compute(0, work);
+    timeline.compute(1, work / 2);
+    timeline.move({0, 1}, 50);
+    timeline.move({0, 1}, 50);
+    EXPECT_EQ(timeline.run(), (std::vector<int64_t>{work + more + 100, work + more + 100}));
+  }
+}
+
 // One float takes 1 ns to read or write, and a device's part in it two calls of 100.
 class LocalWork : public testing::Test {
  protected:

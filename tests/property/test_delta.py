@@ -22,7 +22,7 @@ def machine(world: int, overlap: bool, shared: bool, launch: float) -> _C.Machin
     out.op_overhead_ns, out.flops_per_s, out.memory_bytes_per_s = 900.0, 1e9, 1e9  # operators and movements of like length
     out.step_overhead_ns, out.segment_overhead_ns = 1234.0, 321.0
     if shared and not overlap:
-        out.busy_speed, out.jitter, out.piece_ns = [1.9, 1.3, 1.0, 0.7], 0.07, 150.0
+        out.busy_speed, out.jitter, out.cold_ns, out.piece_ns = [1.9, 1.3, 1.0, 0.7], 0.07, 2500.0, 150.0
     elif launch:
         times = {"pointwise": 900.0, "matmul": 1500.0, "view": 300.0, "other": 700.0, "normalization": 1100.0, "collective": 4000.0, "update": 2500.0}
         out.launch = {name: (launch * ns, launch * ns * 1.7) for name, ns in times.items()}
