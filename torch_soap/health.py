@@ -129,11 +129,13 @@ def forget(known: dict[str, Any], suspects: Iterable[str], families: set[str]) -
     suspects = list(suspects)
     links = [s for s in suspects if s not in families]
     if not suspects or len(links) < len(suspects):
-        for name in ("rates", "efficiency", "update", "busy_speed", "jitter", "cold_ns", "step_overhead", "piece_ns"):
+        for name in ("rates", "efficiency", "update", "busy_speed", "jitter", "step_overhead"):
             known.pop(name, None)
         known["operators"].clear()
     if not suspects or links:
         known["tables"].clear()
+        for name in ("cold_ns", "piece_ns"):
+            known.pop(name, None)
     known["marks"].clear()
 
 

@@ -50,6 +50,7 @@ def with_wrong_figures(program: _C.Program, cost: _C.CostModel, right: Health, f
     machine = _C.Machine(cost.machine)
     (link,) = right.links
     machine.tables = {k: [(size, int(ns * link.ratio * links_slower)) for size, ns in t] for k, t in machine.tables.items()}
+    machine.cold_ns *= link.ratio * links_slower
     wrong = _C.CostModel(machine)
     for s in wrong.missing(program):
         own = _C.family_of(program.graph.nodes[s.node])
