@@ -20,7 +20,7 @@
 #include <memory>
 #include <vector>
 
-#include "search/group_cost.h"
+#include "search/grid_stages.h"
 
 namespace soap {
 
@@ -59,6 +59,7 @@ class GridPricer {
   std::vector<int> regions_;  // per node: the repeated block that it is in
   std::map<std::pair<int, int64_t>, std::unique_ptr<Share>> shares_;
   std::map<int, std::vector<int>> stages_;
+  GridStages last_;  // of the last manual plan: the next one is mostly the same grid with its parameters stored otherwise
 };
 
 }  // namespace soap
