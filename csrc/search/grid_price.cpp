@@ -285,11 +285,16 @@ GridPricer::Share& GridPricer::share(int ranks, int64_t parts) {
   auto& slot = shares_[{ranks, parts}];
   if (slot) return *slot;
   auto made = std::make_unique<Share>();
-  made->graph = replica_graph(graph_, planner_, parts);
-  made->planner = std::make_unique<ManualPlanner>(made->graph, ranks, planner_);
+  Replica& replica = replicas_[parts];
+  if (!replica.planner) {
+    replica.graph = replica_graph(graph_, planner_, parts);
+    replica.planner = std::make_unique<ManualPlanner>(replica.graph, 1, planner_);
+  }
+  made->graph = &replica.graph;
+  made->planner = std::make_unique<ManualPlanner>(replica.graph, ranks, *replica.planner);
   FedRows rows(ranks);
   for (int r = 0; r < ranks; ++r) rows[r] = made->planner->rows() / ranks + (r < made->planner->rows() % ranks);
-  made->cache = std::make_unique<LayoutCache>(made->graph, rows, cost_);
+  made->cache = std::make_unique<LayoutCache>(*made->graph, rows, cost_);
   slot = std::move(made);
   return *slot;
 }
@@ -309,10 +314,10 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs,
   const auto made_for = [&](const GridStages& g) { return g.cost == cost.get() && g.dp == o.dp && g.pp == o.pp && g.recompute == o.recompute; };
   GridStages of_configs;
   GridStages& grid = configs.empty() ? last_ : of_configs;
-  if (!made_for(grid)) grid = grid_stages(mine.graph, *cost, o, stage_of, regions_, cost_.machine());
+  if (!made_for(grid)) grid = grid_stages(*mine.graph, *cost, o, stage_of, regions_, cost_.machine());
   if (memory && grid.activations.empty()) grid.activations = stage_activations(*cost, stage_of, regions_, o.recompute, grid.parameters);
   Pricing p{
-      .graph = mine.graph, .o = o, .grid = grid, .cost = *cost, .region_of = regions_, .machine = cost_.machine(), .early_backward = planner_.loss_is_sum()};
+      .graph = *mine.graph, .o = o, .grid = grid, .cost = *cost, .region_of = regions_, .machine = cost_.machine(), .early_backward = planner_.loss_is_sum()};
   p.share_parameters();
   GridPrice out;
   for (int s = 0; s < o.pp; ++s) {
