@@ -21,6 +21,7 @@ struct LayerEvaluator::State {
   int world;
   const CostModel& cost;
   Layouts& layouts;
+  bool counts = std::any_of(s.members.begin(), s.members.end(), [](const auto& m) { return !m.tables.empty(); });  // parts are dims of some
   // Of the configuration at hand.
   std::vector<int> cuts = {}, degrees = {}, strides = {};  // strides: of a cut's part in the head's devices
   std::vector<std::vector<char>> kept = {};                // [member][cut]
@@ -361,7 +362,7 @@ struct LayerEvaluator::State {
     held.assign(world, 0);
     for (auto& list : reads) list.clear();
     std::fill(tiles.begin(), tiles.end(), -1);
-    count_parts();
+    if (counts) count_parts();
     for (size_t m = 0; m < s.members.size(); ++m) {
       if (!keep(m)) return std::nullopt;
       place(m, replicas);

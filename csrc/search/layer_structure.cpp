@@ -54,14 +54,21 @@ int local_number(const LayerStructure& s, TensorId t) {
 
 // Dims of an operand that a factor looks up in a table of exactly these parts.
 std::vector<LayerStructure::Table> tables_of(const Rule& rule, int factor, const FactorParts& parts, int head) {
-  std::vector<IndexSet> sets;
-  for (const auto& tile : parts.parts) sets.insert(sets.end(), tile.begin(), tile.end());
+  const auto lists_parts = [&](const std::vector<IndexSet>& table) {
+    size_t i = 0;
+    for (const auto& tile : parts.parts) {
+      for (const IndexSet& set : tile) {
+        if (i == table.size() || table[i++] != set) return false;
+      }
+    }
+    return i == table.size();
+  };
   std::vector<LayerStructure::Table> out;
   for (size_t i = 0; i < rule.operands.size(); ++i) {
     const auto& dims = rule.operands[i].dims;
     for (size_t d = 0; d < dims.size(); ++d) {
       const auto& map = dims[d].map;
-      if (!map || map->kind != IndexMap::Kind::kTable || dims[d].factors != std::vector{factor} || map->table != sets) continue;
+      if (!map || map->kind != IndexMap::Kind::kTable || dims[d].factors != std::vector{factor} || !lists_parts(map->table)) continue;
       out.push_back({factor, static_cast<int>(i), static_cast<int>(d), head});
     }
   }
@@ -76,6 +83,7 @@ std::vector<IndexSet> one_each(size_t count) {
 
 // Finds the dims of all slots that count parts: of results by factor, of operands by who makes them. False where a reader cuts one.
 bool find_counts(LayerStructure& s) {
+  if (std::all_of(s.members.begin(), s.members.end(), [](const LayerStructure::Member& m) { return m.tables.empty(); })) return true;
   std::vector<std::vector<int>> counts(s.tensors.size());  // per local tensor
   const auto mark = [&](LayerStructure::Slot& slot) {
     slot.counts = counts[slot.tensor];
