@@ -59,7 +59,8 @@ void bind_layers(py::module_& m) {
       .def_readonly("layers", &LayerCosts::layers)
       .def_readonly("choices", &LayerCosts::choices)
       .def_readonly("memory_bytes", &LayerCosts::memory_bytes)
-      .def_readonly("distinct_layers", &LayerCosts::distinct_layers);
+      .def_readonly("distinct_layers", &LayerCosts::distinct_layers)
+      .def_readonly("resolved", &LayerCosts::resolved, "Configurations that had to be resolved as lowering does.");
   m.def("layer_costs", &layer_costs, py::arg("graph"), py::arg("rows"), py::arg("cost"), py::arg("options") = LayerOptions{},
         py::call_guard<py::gil_scoped_release>());
   m.def("strategy_of", &strategy_of, py::arg("graph"), py::arg("costs"), py::arg("choice"));

@@ -13,10 +13,11 @@ Box local_box(const Program& p, const Node& n, size_t operand, const std::vector
   return box_of(p.rules[n.id].operands[operand].dims, p.rules[n.id], p.graph.input(n, static_cast<int>(operand)).shape, sets);
 }
 
+// What doesn't change the time of a computation is left out: sizes that its operands show, and which indices a part has.
 std::string digest(const AttrMap& attrs) {
   std::string out;
   for (const auto& [name, value] : attrs) {
-    if (name == "size" || name == "start" || name == "begins") continue;
+    if (name == "size" || name == "start" || name == "begins" || name == "counts" || name.starts_with("parts")) continue;
     out += std::visit(
         [&](const auto& v) -> std::string {
           using T = std::decay_t<decltype(v)>;

@@ -1,11 +1,9 @@
 #include "search/grid_price.h"
 
 #include <algorithm>
-#include <set>
 
 #include "base/error.h"
 #include "search/fsdp.h"
-#include "search/group_memory.h"
 #include "search/replica_graph.h"
 #include "sharding/region.h"
 #include "sim/simulate.h"
@@ -50,116 +48,46 @@ class ReplicaLinks {
 };
 
 struct Stage {
-  std::vector<NodeId> nodes;                                             // operators
-  std::map<NodeId, std::vector<StageParameter>> gathers, refills, ends;  // by first reader, last reader, the reader that completes the gradient
-  std::vector<StageParameter> parameters;
   int64_t forward = 0, backward = 0, first_forward = 0, last_backward = 0,
           synchronised = 0;         // the last: when gradients are there, after the begin of that backward
   int64_t compute = 0, moved = 0;   // of a whole step
   int64_t movements = 0, host = 0;  // likewise: how many, and of the host to launch all
   int64_t update = 0, memory = 0;
-  int64_t extra = 0;  // parameters that it shares with an earlier stage
-};
-
-struct Transfer {  // of one micro-batch from a stage to a later one
-  int from = 0, to = 0;
-  int64_t forward_bytes = 0, backward_bytes = 0;
-  int64_t forward_ns = 0, backward_ns = 0;
 };
 
 struct Pricing {
   const OpGraph& graph;
   const ManualOptions& o;
-  const std::vector<int>& stage_of;
+  GridStages& grid;
   const GroupCost& cost;
   const std::vector<int>& region_of;  // per node: the repeated block that it is in, -1 for none
   const Machine& machine;
   bool early_backward = true;
   int64_t bucket_bytes = Strategy{}.bucket_bytes;
   std::vector<Stage> stages = std::vector<Stage>(o.pp);
-  std::vector<Transfer> transfers = {};
+  const std::vector<StageTransfer>& transfers = grid.transfers;
 
   int in_flight(int s) const {
     const bool early = early_backward && o.order == Order::kInterleaved && o.micro_batches > 1;
     return early ? std::min(o.micro_batches, o.pp - s) : o.micro_batches;
   }
 
-  void distribute() {
-    for (const Node& n : graph.nodes) {
-      if (n.kind == NodeKind::kOp) stages[stage_of[n.id]].nodes.push_back(n.id);
-    }
-    for (const GroupParameter& p : cost.parameters) {
-      StageParameter q{&p, 1};
-      const int group = o.zero == 0 ? 1 : o.zero_group > 0 ? o.zero_group : o.dp;
-      const bool shared = std::any_of(p.shape.begin(), p.shape.end(), [&](int64_t size) { return size >= group; });
-      if (graph.nodes[p.node].kind == NodeKind::kParam && shared) q.group = group;
-      const int home = stage_of[p.readers.front()];
-      std::set<int> elsewhere;  // its copy comes at the beginning, its gradient goes at the end
-      for (NodeId reader : p.readers) {
-        if (stage_of[reader] != home) elsewhere.insert(stage_of[reader]);
+  // Replicas that share each parameter's parts.
+  void share_parameters() {
+    const int group = o.zero == 0 ? 1 : o.zero_group > 0 ? o.zero_group : o.dp;
+    for (auto& of_stage : grid.parameters) {
+      for (StageParameter& q : of_stage) {
+        const bool shared = group > 1 && graph.nodes[q.p->node].kind == NodeKind::kParam &&
+                            std::any_of(q.p->shape.begin(), q.p->shape.end(), [&](int64_t size) { return size >= group; });
+        q.group = shared ? group : 1;
       }
-      for (int other : elsewhere) {
-        stages[other].extra += 2 * movement_ns(machine, "exchange", {home * o.dp * o.tp, other * o.dp * o.tp}, p.bytes);
-        stages[other].memory += 2 * p.bytes;
-      }
-      Stage& s = stages[home];
-      s.parameters.push_back(q);
-      if (q.group > 1) s.gathers[p.readers.front()].push_back(q);
-      NodeId last_reader = p.readers.front();
-      for (NodeId reader : p.readers) {
-        if (stage_of[reader] == home) last_reader = reader;
-      }
-      if (q.group > 1 && o.zero == 3 && p.trained) s.refills[last_reader].push_back(q);
-      if (p.trained && p.last >= 0) s.ends[p.last].push_back(q);
     }
-    std::map<std::pair<TensorId, int>, std::pair<int64_t, bool>> sent;
-    for (const GroupEdge& e : cost.edges) {
-      if (graph.nodes[e.consumer].kind != NodeKind::kOp || stage_of[e.producer] == stage_of[e.consumer]) continue;
-      auto& [bytes, gradient] = sent[{e.tensor, stage_of[e.consumer]}];
-      bytes = std::max(bytes, e.bytes);
-      gradient = gradient || e.gradient;
-    }
-    std::map<std::pair<int, int>, Transfer> by_stages;
-    for (const auto& [key, what] : sent) {
-      const int from = stage_of[graph.tensors[key.first].producer];
-      Transfer& t = by_stages[{from, key.second}];
-      t.from = from;
-      t.to = key.second;
-      t.forward_bytes += what.first;
-      if (what.second) t.backward_bytes += what.first;
-    }
-    for (auto& [key, t] : by_stages) {
-      t.forward_ns = between(t, t.forward_bytes);
-      t.backward_ns = between(t, t.backward_bytes);
-      transfers.push_back(t);
-    }
-  }
-
-  // Each device of a stage sends to its counterpart in the other.
-  int64_t between(const Transfer& t, int64_t bytes) const {
-    if (bytes == 0) return 0;
-    const int size = o.dp * o.tp;
-    if (!machine.tables.empty()) return movement_ns(machine, "exchange", {t.from * size, t.to * size}, bytes);
-    std::map<std::pair<int, int>, int64_t> pairs;  // (host, host) -> devices
-    std::map<int, int64_t> leaving;
-    int64_t within = 0, between_hosts = 0;
-    for (int i = 0; i < size; ++i) {
-      const int from = machine.host_of[t.from * size + i], to = machine.host_of[t.to * size + i];
-      int64_t& count = from == to ? within : between_hosts;
-      count = std::max(count, from == to ? ++pairs[{from, to}] : ++leaving[from]);
-    }
-    const auto ns = [&](const Link& link, int64_t senders) {
-      if (senders == 0) return 0.0;
-      const double share = link.per_host == 0 ? 1.0 : std::max(1.0, static_cast<double>(senders) / link.per_host);
-      return link.latency_ns + static_cast<double>(bytes) * share / link.bytes_per_s * 1e9;
-    };
-    return static_cast<int64_t>(std::max(ns(machine.intra, within), ns(machine.inter, between_hosts)));
   }
 
   void time(int index) {
     Stage& s = stages[index];
     if (o.fsdp) {
-      const FsdpTimes t = fsdp_times({.nodes = s.nodes, .first_device = index * o.dp * o.tp}, cost, o, region_of, machine);
+      const FsdpTimes t = fsdp_times({.nodes = grid.stages[index].nodes, .first_device = index * o.dp * o.tp}, cost, o, region_of, machine);
       s.first_forward = s.forward = t.forward;
       s.last_backward = s.backward = t.backward;
       s.synchronised = t.synchronised;
@@ -168,101 +96,101 @@ struct Pricing {
     } else {
       time_exchanges(s, index);
     }
-    for (NodeId n : s.nodes) {
-      const GroupNode& node = cost.nodes[n];
-      if (node.forward.empty()) continue;
-      s.compute += o.micro_batches * ((again(n) ? 2 : 1) * *std::max_element(node.forward.begin(), node.forward.end()) +
-                                      *std::max_element(node.backward.begin(), node.backward.end()));
-    }
-    for (const StageParameter& q : s.parameters) {
+    s.compute = o.micro_batches * grid.stages[index].compute;
+    for (const StageParameter& q : grid.parameters[index]) {
       if (!q.p->trained) continue;
       const int64_t element = o.fsdp ? q.p->reduced_element_bytes : q.p->element_bytes;
       s.update += update_ns(machine, 0, q.p->bytes / q.p->element_bytes * element / q.group);
       s.host += update_launch_ns(machine);
     }
     s.host += machine.launch_ns("update");
-    for (NodeId n : s.nodes) s.host += o.micro_batches * (again(n) ? cost.nodes[n].launch_again_ns : cost.nodes[n].launch_ns);
-    for (const Transfer& t : transfers) {
+    s.host += o.micro_batches * grid.stages[index].host;
+    for (const StageTransfer& t : transfers) {
       if (t.from == index || t.to == index) s.movements += int64_t{o.micro_batches} * ((t.forward_ns > 0 ? 1 : 0) + (t.backward_ns > 0 ? 1 : 0));
     }
     s.host += s.movements * machine.launch_ns("collective");
   }
 
-  // As this runtime moves what is stored in parts: each parameter by an exchange.
+  // As this runtime moves what is stored in parts: each parameter by an exchange. The first forward waits for them, the last backward brings gradients; all
+  // between is the plain micro-batch.
   void time_exchanges(Stage& s, int index) const {
     ReplicaLinks links(machine, o, index);
-    const auto gather = [&](Walk& w, const std::map<NodeId, std::vector<StageParameter>>& at, NodeId n) {
-      const auto it = at.find(n);
-      if (it == at.end()) return;
-      for (const StageParameter& q : it->second) w.move(links.gather(q.p->bytes, q.group), false, true);
-    };
-    const auto forward = [&](bool first) {
-      Walk w{.cost = cost, .overlap = machine.overlap};
-      for (NodeId n : s.nodes) {
-        if (first) gather(w, s.gathers, n);
-        w.move(cost.nodes[n].fill_ns, true, true);
-        w.spend(cost.nodes[n].forward);
+    const GridStages::Stage& plain = grid.stages[index];
+    const WalkTimes first = first_forward(index, links), last = last_backward(index, links);
+    s.forward = plain.forward.end;
+    s.first_forward = first.end;
+    s.backward = plain.backward.end;
+    s.last_backward = last.end;
+    s.synchronised = last.synchronised;
+    s.moved += first.moved + last.moved + (o.micro_batches - 1) * (plain.forward.moved + plain.backward.moved);
+    s.movements += first.movements + last.movements + (o.micro_batches - 1) * (plain.forward.movements + plain.backward.movements);
+  }
+
+  WalkTimes first_forward(int index, ReplicaLinks& links) const {
+    const GridStages::Stage& stage = grid.stages[index];
+    const std::vector<StageParameter>& parameters = grid.parameters[index];
+    if (std::none_of(parameters.begin(), parameters.end(), [](const StageParameter& q) { return q.group > 1; })) return stage.forward;
+    Walk w{.cost = cost, .overlap = machine.overlap};
+    auto q = parameters.begin();
+    for (NodeId n : stage.nodes) {
+      for (; q != parameters.end() && q->first <= n; ++q) {
+        if (q->group > 1) w.move(links.gather(q->p->bytes, q->group), false, true);
       }
-      (first ? s.first_forward : s.forward) = w.now();
-      s.moved += w.moved * (first ? 1 : o.micro_batches - 1);
-      s.movements += int64_t{w.movements} * (first ? 1 : o.micro_batches - 1);
-      return w;
+      w.move(cost.nodes[n].fill_ns, true, true);
+      w.spend(cost.nodes[n].forward);
+    }
+    return w.times();
+  }
+
+  WalkTimes last_backward(int index, ReplicaLinks& links) const {
+    const GridStages::Stage& stage = grid.stages[index];
+    const std::vector<StageParameter>& parameters = grid.parameters[index];
+    if (o.dp * o.tp == 1) return stage.backward;
+    Walk w{.cost = cost, .overlap = machine.overlap};
+    int64_t bucket = 0, scattered = 0, reduced = 0, reduced_alike = 0;
+    const auto flush = [&] {
+      w.move(scattered, true, false);
+      w.move(links.all_reduce(reduced, false), true, false);
+      w.move(links.all_reduce(reduced_alike, true), true, false);
+      bucket = scattered = reduced = reduced_alike = 0;
     };
-    const auto backward = [&](bool last) {
-      Walk w{.cost = cost, .overlap = machine.overlap};
-      int64_t bucket = 0, scattered = 0, reduced = 0, reduced_alike = 0;
-      const auto flush = [&] {
-        w.move(scattered, true, false);
-        w.move(links.all_reduce(reduced, false), true, false);
-        w.move(links.all_reduce(reduced_alike, true), true, false);
-        bucket = scattered = reduced = reduced_alike = 0;
-      };
-      for (auto n = s.nodes.rbegin(); n != s.nodes.rend(); ++n) {
-        const GroupNode& node = cost.nodes[*n];
-        if (last) gather(w, s.refills, *n);
-        if (again(*n)) w.spend(node.forward);
-        w.spend(node.backward);
-        w.move(node.gradient_ns, true, true);
-        const auto ends = s.ends.find(*n);
-        if (!last || ends == s.ends.end() || o.dp * o.tp == 1) continue;
-        for (const StageParameter& q : ends->second) {
-          const int64_t sum = q.p->bytes / q.p->element_bytes * q.p->reduced_element_bytes;
-          if (q.group > 1) {
-            scattered += links.scatter(q.p->bytes, q.group);
-          } else if (q.p->alike || o.dp > 1) {
-            (q.p->alike ? reduced_alike : reduced) += sum;
-          } else {
-            continue;  // nobody else has it
-          }
-          bucket += q.p->whole_bytes;
-          if (bucket >= bucket_bytes) flush();
+    auto refill = stage.refills.begin(), end = stage.ends.begin();
+    for (auto n = stage.nodes.rbegin(); n != stage.nodes.rend(); ++n) {
+      const GroupNode& node = cost.nodes[*n];
+      for (; refill != stage.refills.end() && parameters[*refill].last >= *n; ++refill) {
+        const StageParameter& q = parameters[*refill];
+        if (q.group > 1 && o.zero == 3 && q.p->trained) w.move(links.gather(q.p->bytes, q.group), false, true);
+      }
+      if (again(*n)) w.spend(node.forward);
+      w.spend(node.backward);
+      w.move(node.gradient_ns, true, true);
+      for (; end != stage.ends.end() && parameters[*end].p->last >= *n; ++end) {
+        const StageParameter& q = parameters[*end];
+        if (q.p->last > *n) continue;  // another stage's backward completes it
+        if (q.group > 1) {
+          scattered += links.scatter(q.p->bytes, q.group);
+        } else if (q.p->alike || o.dp > 1) {
+          (q.p->alike ? reduced_alike : reduced) += q.p->bytes / q.p->element_bytes * q.p->reduced_element_bytes;
+        } else {
+          continue;  // nobody else has it
         }
+        bucket += q.p->whole_bytes;
+        if (bucket >= bucket_bytes) flush();
       }
-      flush();
-      if (!last) s.backward = w.now();
-      if (last) {
-        s.last_backward = w.now();
-        s.synchronised = std::max(w.now(), w.movement);
-      }
-      s.moved += w.moved * (last ? 1 : o.micro_batches - 1);
-      s.movements += int64_t{w.movements} * (last ? 1 : o.micro_batches - 1);
-      return w;
-    };
-    forward(true);
-    forward(false);
-    backward(false);
-    backward(true);
+    }
+    flush();
+    return w.times();
   }
 
   void remember(int index) {
-    stages[index].memory += stage_memory({.cost = cost,
-                                          .options = o,
-                                          .stage_of = stage_of,
-                                          .region_of = region_of,
-                                          .index = index,
-                                          .parameters = stages[index].parameters,
-                                          .early_backward = early_backward,
-                                          .bucket_bytes = bucket_bytes});
+    stages[index].memory = grid.stages[index].extra_bytes + stage_memory({.cost = cost,
+                                                                          .activations = grid.activations[index],
+                                                                          .options = o,
+                                                                          .index = index,
+                                                                          .parameters = grid.parameters[index],
+                                                                          .by_end = grid.stages[index].ends,
+                                                                          .early_backward = early_backward,
+                                                                          .bucket_bytes = bucket_bytes});
   }
 
   bool again(NodeId n) const { return o.recompute && region_of[n] >= 0; }
@@ -343,7 +271,7 @@ struct Pricing {
       for (int t : incoming[s]) starts[transfers[t].from] = start(transfers[t].from);
     }
     int64_t step = 0;
-    for (int s = 0; s < depth; ++s) step = std::max(step, ends[s] + stages[s].update + stages[s].extra);
+    for (int s = 0; s < depth; ++s) step = std::max(step, ends[s] + stages[s].update + grid.stages[s].extra);
     return step;
   }
 };
@@ -357,11 +285,16 @@ GridPricer::Share& GridPricer::share(int ranks, int64_t parts) {
   auto& slot = shares_[{ranks, parts}];
   if (slot) return *slot;
   auto made = std::make_unique<Share>();
-  made->graph = replica_graph(graph_, planner_, parts);
-  made->planner = std::make_unique<ManualPlanner>(made->graph, ranks, planner_);
+  Replica& replica = replicas_[parts];
+  if (!replica.planner) {
+    replica.graph = replica_graph(graph_, planner_, parts);
+    replica.planner = std::make_unique<ManualPlanner>(replica.graph, 1, planner_);
+  }
+  made->graph = &replica.graph;
+  made->planner = std::make_unique<ManualPlanner>(replica.graph, ranks, *replica.planner);
   FedRows rows(ranks);
   for (int r = 0; r < ranks; ++r) rows[r] = made->planner->rows() / ranks + (r < made->planner->rows() % ranks);
-  made->cache = std::make_unique<LayoutCache>(made->graph, rows, cost_);
+  made->cache = std::make_unique<LayoutCache>(*made->graph, rows, cost_);
   slot = std::move(made);
   return *slot;
 }
@@ -378,14 +311,14 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs,
     cost = std::make_unique<GroupCost>(group_cost(*mine.cache, *mine.planner, mine.planner->make(inner, configs), memory || o.fsdp || configs.empty()));
   auto& stage_of = stages_[o.pp];
   if (stage_of.empty()) stage_of = planner_.stages(o.pp);
-  Pricing p{.graph = mine.graph,
-            .o = o,
-            .stage_of = stage_of,
-            .cost = *cost,
-            .region_of = regions_,
-            .machine = cost_.machine(),
-            .early_backward = planner_.loss_is_sum()};
-  p.distribute();
+  const auto made_for = [&](const GridStages& g) { return g.cost == cost.get() && g.dp == o.dp && g.pp == o.pp && g.recompute == o.recompute; };
+  GridStages of_configs;
+  GridStages& grid = configs.empty() ? last_ : of_configs;
+  if (!made_for(grid)) grid = grid_stages(*mine.graph, *cost, o, stage_of, regions_, cost_.machine());
+  if (memory && grid.activations.empty()) grid.activations = stage_activations(*cost, stage_of, regions_, o.recompute, grid.parameters);
+  Pricing p{
+      .graph = *mine.graph, .o = o, .grid = grid, .cost = *cost, .region_of = regions_, .machine = cost_.machine(), .early_backward = planner_.loss_is_sum()};
+  p.share_parameters();
   GridPrice out;
   for (int s = 0; s < o.pp; ++s) {
     p.time(s);

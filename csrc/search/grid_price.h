@@ -20,7 +20,7 @@
 #include <memory>
 #include <vector>
 
-#include "search/group_cost.h"
+#include "search/grid_stages.h"
 
 namespace soap {
 
@@ -43,9 +43,14 @@ class GridPricer {
   GridPrice price(const ManualOptions& options, const GroupConfigs& configs = {}, bool memory = true);
 
  private:
-  // The graph of one micro-batch and what lowers it for groups of one size.
-  struct Share {
+  // The graph of one micro-batch.
+  struct Replica {
     OpGraph graph;
+    std::unique_ptr<ManualPlanner> planner;  // of one device
+  };
+  // What lowers it for groups of one size.
+  struct Share {
+    const OpGraph* graph = nullptr;
     std::unique_ptr<ManualPlanner> planner;
     std::unique_ptr<CostModel> cost;
     std::unique_ptr<LayoutCache> cache;
@@ -56,9 +61,11 @@ class GridPricer {
   const OpGraph& graph_;
   const ManualPlanner& planner_;
   const CostModel& cost_;
-  std::vector<int> regions_;  // per node: the repeated block that it is in
+  std::vector<int> regions_;             // per node: the repeated block that it is in
+  std::map<int64_t, Replica> replicas_;  // by how many share the batch
   std::map<std::pair<int, int64_t>, std::unique_ptr<Share>> shares_;
   std::map<int, std::vector<int>> stages_;
+  GridStages last_;  // of the last manual plan: the next one is mostly the same grid with its parameters stored otherwise
 };
 
 }  // namespace soap

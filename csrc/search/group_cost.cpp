@@ -20,13 +20,20 @@ struct Builder {
   std::vector<const Fragment*> fragments = {};
   GroupCost out = {};
 
-  int64_t fullest(const Tensor& t, LayoutId layout) const {
-    std::vector<int64_t> held(ranks);
-    for (const Coord& c : cache.layout(layout).coords) {
-      for (int d : c.devices) held[d] += volume(c.box) * t.element_bytes;
+  int64_t fullest(const Tensor& t, LayoutId layout) {
+    if (layout >= static_cast<LayoutId>(fullest_elements.size())) fullest_elements.resize(layout + 64, -1);
+    int64_t& elements = fullest_elements[layout];
+    if (elements < 0) {
+      held.assign(ranks, 0);
+      for (const Coord& c : cache.layout(layout).coords) {
+        const int64_t of_part = volume(c.box);
+        for (int d : c.devices) held[d] += of_part;
+      }
+      elements = *std::max_element(held.begin(), held.end());
     }
-    return *std::max_element(held.begin(), held.end());
+    return elements * t.element_bytes;
   }
+  std::vector<int64_t> fullest_elements = {}, held = {};  // by layout, -1 where nobody has asked; of each rank
 
   void resolve() {
     fragments.resize(graph.nodes.size());

@@ -110,7 +110,10 @@ struct LayerBuilder {
         }
       }
       const auto [it, fresh] = known.try_emplace(signature(fixed, shape), static_cast<int>(tables.size()));
-      if (fresh) tables.push_back(layer_table(fixed, shape, cost, options, layouts));
+      if (fresh) {
+        tables.push_back(layer_table(fixed, shape, cost, options, layouts));
+        out.resolved += tables.back().resolved;
+      }
       const LayerTable& table = tables[it->second];
       if (table.configs.empty()) user_error("[search] no configuration of {} is legal on {} devices", graph.nodes[layer.nodes.front()].name, fixed.world_size);
       table_of.push_back(it->second);

@@ -48,6 +48,7 @@ struct LayerCosts {
   // Estimate per layer and configuration, largest device: parameters with gradients and optimizer state, and the results that backward reads.
   std::vector<std::vector<int64_t>> memory_bytes;
   int distinct_layers = 0;
+  int resolved = 0;  // configurations of these that had to be resolved as lowering does
 };
 
 // Throws std::invalid_argument for more than 64 devices.

@@ -21,6 +21,7 @@ struct LayerEvaluator::State {
   int world;
   const CostModel& cost;
   Layouts& layouts;
+  bool counts = std::any_of(s.members.begin(), s.members.end(), [](const auto& m) { return !m.tables.empty(); });  // parts are dims of some
   // Of the configuration at hand.
   std::vector<int> cuts = {}, degrees = {}, strides = {};  // strides: of a cut's part in the head's devices
   std::vector<std::vector<char>> kept = {};                // [member][cut]
@@ -39,6 +40,43 @@ struct LayerEvaluator::State {
   std::vector<char> here = {};      // [tile]
   std::vector<IndexSet> sets = {};  // per factor
   std::vector<int> taken = {};
+
+  // The variant that cuts this factor of the head; -1 for none.
+  int variant_of(int head_factor) const {
+    for (int v : cuts) {
+      if (variants[v].factor == head_factor) return v;
+    }
+    return -1;
+  }
+
+  // Gives dims that count parts the number that there are.
+  void count_parts() {
+    for (const LayerStructure::Member& m : s.members) {
+      Rule& rule = s.program->rules[m.node];
+      for (const LayerStructure::Table& t : m.tables) {
+        const int v = variant_of(t.head);
+        rule.factors[t.factor].size = v < 0 ? 1 : static_cast<int64_t>(variants[v].parts.size());
+        DimExpr& dim = rule.operands[t.operand].dims[t.dim];
+        dim = {};
+        if (v >= 0) dim = {{t.factor}, IndexMap{.kind = IndexMap::Kind::kTable, .table = variants[v].parts}};
+      }
+      for (size_t i = 0; i < m.operands.size(); ++i) count_parts(m.operands[i], rule.operands[i].dims);
+      for (size_t r = 0; r < m.results.size(); ++r) count_parts(m.results[r], rule.results[r].dims);
+    }
+  }
+
+  void count_parts(const LayerStructure::Slot& slot, std::vector<DimExpr>& dims) {
+    if (slot.counts.empty()) return;
+    std::vector<int64_t>& shape = s.program->graph.tensors[s.tensors[slot.tensor]].shape;
+    dims.clear();
+    shape.clear();
+    for (size_t d = 0; d < slot.counts.size(); ++d) {
+      const int v = slot.counts[d] < 0 ? -1 : variant_of(slot.counts[d]);
+      if (slot.counts[d] >= 0 && v < 0) continue;
+      dims.push_back(slot.all_dims[d]);
+      shape.push_back(v < 0 ? slot.all_sizes[d] : static_cast<int64_t>(variants[v].parts.size()));
+    }
+  }
 
   // Which cuts a member keeps; false where that depends on more than each cut by itself.
   bool keep(size_t index) {
@@ -132,13 +170,14 @@ struct LayerEvaluator::State {
     for (const Factor& f : rule.factors) sets.push_back(IndexSet::all(f.size));
   }
 
-  // Numbers of the index sets of a dim for each part of the one cut that it shows, the first of them where it shows none.
-  const std::vector<int>& dim_sets(const LayerStructure::Member& m, LayerStructure::Slot& slot, size_t d, int variant) {
-    std::vector<int>& out = slot.sets[d][variant + 1];
+  // Numbers of the index sets of the dim `there`, the slot's d-th, for each part of the one cut that it shows, the first of them where it shows
+  // none; `counted`: the variant whose parts it counts.
+  const std::vector<int>& dim_sets(const LayerStructure::Member& m, LayerStructure::Slot& slot, size_t d, size_t there, int variant, int counted) {
+    std::vector<int>& out = slot.sets[d][(variant < 0 ? counted : variant) + 1];
     if (!out.empty()) return out;
     const Rule& rule = s.program->rules[m.node];
     whole_sets(rule);
-    const auto number = [&] { return layouts.set(dim_set((*slot.dims)[d], rule, (*slot.shape)[d], sets)); };
+    const auto number = [&] { return layouts.set(dim_set((*slot.dims)[there], rule, (*slot.shape)[there], sets)); };
     if (variant < 0) {
       out.push_back(number());
     } else {
@@ -150,28 +189,35 @@ struct LayerEvaluator::State {
     return out;
   }
 
-  // Numbers of index sets of all tiles, and their sizes at `at` of the `width` sizes of each tile.
+  // Numbers of index sets of all tiles, and their sizes at `at` of the `width` sizes of each tile: 0 for a dim that isn't there.
   void boxes(const LayerStructure::Member& m, LayerStructure::Slot& slot, size_t at, size_t width) {
     const size_t dims = slot.dims->size();
     made.resize(count * dims);
-    for (size_t d = 0; d < dims; ++d) {
+    size_t there = 0;
+    for (size_t d = 0; d < slot.sets.size(); ++d) {
+      const int counted = slot.counts.empty() || slot.counts[d] < 0 ? -1 : variant_of(slot.counts[d]);
+      if (!slot.counts.empty() && slot.counts[d] >= 0 && counted < 0) {
+        for (int t = 0; t < count; ++t) sizes[t * width + at + d] = 0;
+        continue;
+      }
       int shown[kMostCuts], num_shown = 0;
-      const auto& factors = (*slot.dims)[d].factors;
+      const auto& factors = (*slot.dims)[there].factors;
       for (size_t k = 0; k < own.size(); ++k) {
         if (std::count(factors.begin(), factors.end(), m.cuts[cuts[own[k]]].factor)) shown[num_shown++] = static_cast<int>(k);
       }
       if (num_shown <= 1) {
-        const std::vector<int>& numbers = dim_sets(m, slot, d, num_shown ? cuts[own[shown[0]]] : -1);
-        for (int t = 0; t < count; ++t) made[t * dims + d] = numbers[num_shown ? parts[t * own.size() + shown[0]] : 0];
+        const std::vector<int>& numbers = dim_sets(m, slot, d, there, num_shown ? cuts[own[shown[0]]] : -1, counted);
+        for (int t = 0; t < count; ++t) made[t * dims + there] = numbers[num_shown ? parts[t * own.size() + shown[0]] : 0];
       } else {
         const Rule& rule = s.program->rules[m.node];
         for (int t = 0; t < count; ++t) {
           whole_sets(rule);
           for (size_t k = 0; k < own.size(); ++k) sets[m.cuts[cuts[own[k]]].factor] = m.cuts[cuts[own[k]]].parts[parts[t * own.size() + k]];
-          made[t * dims + d] = layouts.set(dim_set((*slot.dims)[d], rule, (*slot.shape)[d], sets));
+          made[t * dims + there] = layouts.set(dim_set((*slot.dims)[there], rule, (*slot.shape)[there], sets));
         }
       }
-      for (int t = 0; t < count; ++t) sizes[t * width + at + d] = layouts.size(made[t * dims + d]);
+      for (int t = 0; t < count; ++t) sizes[t * width + at + d] = layouts.size(made[t * dims + there]);
+      ++there;
     }
   }
 
@@ -225,7 +271,7 @@ struct LayerEvaluator::State {
     const Rule& rule = p.rules[m.node];
     size_t width = 0, at = 0;
     for (const auto* slots : {&m.operands, &m.results}) {
-      for (const LayerStructure::Slot& slot : *slots) width += slot.dims->size();
+      for (const LayerStructure::Slot& slot : *slots) width += slot.sets.size();
     }
     sizes.resize(count * width);
     here.resize(count);
@@ -245,7 +291,7 @@ struct LayerEvaluator::State {
         boxes(m, slot, at, width);
         for (int t = 0; t < count; ++t) here[t] = static_cast<char>(holds_first(m, rule, rule.operands[i].anchors, t));
       }
-      at += slot.dims->size();
+      at += slot.sets.size();
       const Tensor& tensor = p.graph.tensors[s.tensors[slot.tensor]];
       const bool gradient = tensor.requires_grad && rule.operands[i].differentiable && p.differentiable[m.node];
       const int copies = known ? tiles[from] : layouts.add(Reduce::kNone, tiles_at_hand(slot, here.data()));
@@ -268,7 +314,7 @@ struct LayerEvaluator::State {
         tile_sizes[slot.tensor].resize(made.size());
         for (size_t k = 0; k < made.size(); ++k) tile_sizes[slot.tensor][k] = layouts.size(made[k]);
       }
-      at += slot.dims->size();
+      at += slot.sets.size();
       const Tensor& tensor = p.graph.tensors[s.tensors[slot.tensor]];
       if (rule.results[r].saved && !rule.view && p.differentiable[m.node]) hold(tiles[slot.tensor], tensor.element_bytes + rule.results[r].saved_bytes_more);
     }
@@ -316,6 +362,7 @@ struct LayerEvaluator::State {
     held.assign(world, 0);
     for (auto& list : reads) list.clear();
     std::fill(tiles.begin(), tiles.end(), -1);
+    if (counts) count_parts();
     for (size_t m = 0; m < s.members.size(); ++m) {
       if (!keep(m)) return std::nullopt;
       place(m, replicas);

@@ -4,6 +4,7 @@
 #include <bit>
 #include <map>
 #include <numeric>
+#include <set>
 
 #include "base/error.h"
 
@@ -34,8 +35,11 @@ void number_tensors(LayerStructure& s) {
   for (LayerStructure::Member& m : s.members) {
     const Node& n = g.nodes[m.node];
     const Rule& rule = s.program->rules[m.node];
-    for (size_t i = 0; i < n.inputs.size(); ++i) m.operands.push_back({&rule.operands[i].dims, &g.tensors[n.inputs[i]].shape, number(n.inputs[i]), {}});
-    for (size_t r = 0; r < n.outputs.size(); ++r) m.results.push_back({&rule.results[r].dims, &g.tensors[n.outputs[r]].shape, number(n.outputs[r]), {}});
+    const auto slot = [&](const std::vector<DimExpr>& dims, TensorId t) {
+      return LayerStructure::Slot{.dims = &dims, .shape = &g.tensors[t].shape, .tensor = number(t)};
+    };
+    for (size_t i = 0; i < n.inputs.size(); ++i) m.operands.push_back(slot(rule.operands[i].dims, n.inputs[i]));
+    for (size_t r = 0; r < n.outputs.size(); ++r) m.results.push_back(slot(rule.results[r].dims, n.outputs[r]));
     for (auto* slots : {&m.operands, &m.results}) {
       for (LayerStructure::Slot& slot : *slots) slot.sets.resize(slot.dims->size(), std::vector<std::vector<int>>(m.cuts.size() + 1));
     }
@@ -46,6 +50,70 @@ int local_number(const LayerStructure& s, TensorId t) {
   const auto it = std::find(s.tensors.begin(), s.tensors.end(), t);
   SOAP_CHECK(it != s.tensors.end(), "[search] tensor {} is none of the layer's", t);
   return static_cast<int>(it - s.tensors.begin());
+}
+
+// Dims of an operand that a factor looks up in a table of exactly these parts.
+std::vector<LayerStructure::Table> tables_of(const Rule& rule, int factor, const FactorParts& parts, int head) {
+  const auto lists_parts = [&](const std::vector<IndexSet>& table) {
+    size_t i = 0;
+    for (const auto& tile : parts.parts) {
+      for (const IndexSet& set : tile) {
+        if (i == table.size() || table[i++] != set) return false;
+      }
+    }
+    return i == table.size();
+  };
+  std::vector<LayerStructure::Table> out;
+  for (size_t i = 0; i < rule.operands.size(); ++i) {
+    const auto& dims = rule.operands[i].dims;
+    for (size_t d = 0; d < dims.size(); ++d) {
+      const auto& map = dims[d].map;
+      if (!map || map->kind != IndexMap::Kind::kTable || dims[d].factors != std::vector{factor} || !lists_parts(map->table)) continue;
+      out.push_back({factor, static_cast<int>(i), static_cast<int>(d), head});
+    }
+  }
+  return out;
+}
+
+std::vector<IndexSet> one_each(size_t count) {
+  std::vector<IndexSet> out;
+  for (size_t i = 0; i < count; ++i) out.push_back(IndexSet::interval(static_cast<int64_t>(i), static_cast<int64_t>(i) + 1));
+  return out;
+}
+
+// Finds the dims of all slots that count parts: of results by factor, of operands by who makes them. False where a reader cuts one.
+bool find_counts(LayerStructure& s) {
+  if (std::all_of(s.members.begin(), s.members.end(), [](const LayerStructure::Member& m) { return m.tables.empty(); })) return true;
+  std::vector<std::vector<int>> counts(s.tensors.size());  // per local tensor
+  const auto mark = [&](LayerStructure::Slot& slot) {
+    slot.counts = counts[slot.tensor];
+    slot.all_dims = *slot.dims;
+    slot.all_sizes = *slot.shape;
+  };
+  for (LayerStructure::Member& m : s.members) {
+    for (LayerStructure::Slot& slot : m.operands) {
+      if (counts[slot.tensor].empty()) continue;
+      mark(slot);
+      for (size_t d = 0; d < slot.counts.size(); ++d) {
+        if (slot.counts[d] >= 0 && !slot.all_dims[d].factors.empty()) return false;
+      }
+    }
+    for (LayerStructure::Slot& slot : m.results) {
+      if (m.tables.empty()) break;
+      std::vector<int> own(slot.dims->size(), -1);
+      for (size_t d = 0; d < own.size(); ++d) {
+        for (const LayerStructure::Table& t : m.tables) {
+          const auto& factors = (*slot.dims)[d].factors;
+          if (!std::count(factors.begin(), factors.end(), t.factor)) continue;
+          if (factors.size() > 1) return false;
+          own[d] = t.head;
+        }
+      }
+      counts[slot.tensor] = std::move(own);
+      mark(slot);
+    }
+  }
+  return std::none_of(s.outputs.begin(), s.outputs.end(), [&](int t) { return !counts[t].empty(); });
 }
 
 bool passes(const Rule& rule, int operand) {
@@ -142,15 +210,16 @@ std::optional<LayerStructure> expanded_structure(Program& own, const Program& fi
   }
   own.differentiable = differentiable_nodes(own.graph, own.rules);
   LayerStructure s{.program = &own};
+  std::set<std::string, std::less<>> tabled, counting;  // nodes whose expansion says by tables what counts parts; whose makes dims of two
   for (const Node& n : own.graph.nodes) {
     if (n.kind != NodeKind::kOp) continue;
     const Tiling& tiling = own.tilings[n.id];
     LayerStructure::Member m{.node = n.id, .constant = alone.constants.count(n.name) > 0};
     m.cuts.resize(variants.size());
-    // An expansion that makes as many parts as there are (partial softmaxes) holds for that number only.
+    const std::string expanded = alone.graph.find(n.name) ? "" : n.name.substr(0, n.name.rfind('/'));
     for (TensorId t : n.outputs) {
       const auto& shape = own.graph.tensors[t].shape;
-      if (!alone.graph.find(n.name) && std::count(shape.begin(), shape.end(), 2)) return std::nullopt;
+      if (!expanded.empty() && std::count(shape.begin(), shape.end(), 2)) counting.insert(expanded);
     }
     if (!m.constant && (tiling.devices[0] != 0 || tiling.devices.size() != size_t{1} << count)) return std::nullopt;
     std::vector<int> axes;  // of the head: by how far apart the two devices are
@@ -164,6 +233,15 @@ std::optional<LayerStructure> expanded_structure(Program& own, const Program& fi
       const FactorParts& cut = tiling.cuts[c];
       if (m.constant || cut.tiles() != 2) return std::nullopt;
       const int axis = axes[c];
+      const auto tables = tables_of(own.rules[n.id], cut.factor, head.cuts[axis], factors[axis]);
+      if (!tables.empty()) {
+        m.tables.insert(m.tables.end(), tables.begin(), tables.end());
+        tabled.insert(expanded);
+        for (size_t v = 0; v < variants.size(); ++v) {
+          if (variants[v].factor == factors[axis]) m.cuts[v] = {cut.factor, one_each(variants[v].parts.size())};
+        }
+        continue;
+      }
       if (cut.parts != head.cuts[axis].parts || own.rules[n.id].factors[cut.factor].size != rule.factors[factors[axis]].size) return std::nullopt;
       for (size_t v = 0; v < variants.size(); ++v) {
         if (variants[v].factor == factors[axis]) m.cuts[v] = {cut.factor, variants[v].parts};
@@ -171,9 +249,12 @@ std::optional<LayerStructure> expanded_structure(Program& own, const Program& fi
     }
     s.members.push_back(std::move(m));
   }
+  // Parts that are a dim without a table (partial softmaxes) hold for their number only.
+  if (!std::includes(tabled.begin(), tabled.end(), counting.begin(), counting.end())) return std::nullopt;
   number_tensors(s);
   for (const std::string& name : alone.inputs) s.inputs.push_back(local_number(s, own.graph.nodes[*own.graph.find(name)].outputs[0]));
   for (const std::string& name : alone.outputs) s.outputs.push_back(local_number(s, own.graph.nodes[*own.graph.find(name)].inputs[0]));
+  if (!find_counts(s)) return std::nullopt;
   return s;
 }
 

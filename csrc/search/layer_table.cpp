@@ -345,6 +345,7 @@ LayerTable layer_table(Program& fixed, const LayerShape& layer, const CostModel&
     }
     if (!entry) {
       if (!alone) alone = layer_alone(fixed.graph, layer);
+      ++out.resolved;
       entry = resolved(*alone, p.alone(), cost, layouts, world);
     }
     if (!entry) continue;

@@ -28,6 +28,7 @@ struct LayerTable {
   std::vector<int64_t> ns, memory_bytes;              // per configuration
   std::vector<std::vector<std::vector<Read>>> reads;  // [configuration][input]: copies that several operators need may differ
   std::vector<std::vector<int>> makes;                // [configuration][output]: layout
+  int resolved = 0;                                   // configurations that no structure tells, which is slow (search/layer_structure.h)
 };
 
 // The layer as a graph of its own: what comes from outside is there from the start on every device, what others read is returned.

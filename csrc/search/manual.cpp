@@ -98,7 +98,7 @@ void drop_plain(OpConfig& c) {
 // One manual plan in the making.
 struct Maker {
   const OpGraph& graph;
-  const std::vector<Rule>& rules;
+  const std::vector<std::shared_ptr<const Rule>>& rules;
   const std::vector<std::string>& sample;
   const ManualOptions& o;
   const GroupConfigs& configs;
@@ -119,7 +119,7 @@ struct Maker {
     if (cut_samples && o.dp * o.micro_batches > 1) c.cuts.push_back({samples, {.tiles = o.dp, .chunks = o.micro_batches}});
     if (!factor.empty()) {
       Cut cut{.tiles = o.tp};
-      if (parts > 1) cut.radix = {parts, rules[n.id].factors[rules[n.id].factor(factor)].size / parts, 1};
+      if (parts > 1) cut.radix = {parts, rules[n.id]->factors[rules[n.id]->factor(factor)].size / parts, 1};
       c.cuts.push_back({factor, cut});
     }
     c.replicas = (cut_samples ? 1 : o.dp) * (factor.empty() ? o.tp : 1);
@@ -178,24 +178,24 @@ struct Maker {
     else if (!follows)
       s.nodes[n.name] = grid(n, "", 1);
     for (size_t r = 0; r < n.outputs.size(); ++r) {
-      const auto& dims = rules[n.id].results[r].dims;
+      const auto& dims = rules[n.id]->results[r].dims;
       split[n.outputs[r]] = follows && split[main];
       fused[n.outputs[r]] = follows ? fused[main] : 1;
       for (const FactorCut& f : config ? config->cuts : std::vector<FactorCut>{}) {
-        if (f.factor != sample[n.id] && has(dims, rules[n.id].factor(f.factor))) split[n.outputs[r]] = 1;
+        if (f.factor != sample[n.id] && has(dims, rules[n.id]->factor(f.factor))) split[n.outputs[r]] = 1;
       }
     }
   }
 
   [[noreturn]] void refuse(const Node& n, const std::string& factor, const std::vector<int64_t>& legal) const {
-    const Rule& rule = rules[n.id];
+    const Rule& rule = *rules[n.id];
     user_error("[manual_plan] tp={}: {} ({}) has {}={}, which can't be cut in {} {}parts; legal here: tp={}", o.tp, n.name, n.target, factor,
                rule.factors[rule.factor(factor)].size, o.tp, parallel_factor(rule) == factor ? "equal " : "", fmt::join(legal, ", "));
   }
 
   // The factor that the group cuts of an operator that reads parameters or has heads; "" when it is done alike.
   std::string tensor_factor(const Node& n, bool input_split) const {
-    const Rule& rule = rules[n.id];
+    const Rule& rule = *rules[n.id];
     if (first_parameter(graph, n) < 0) {
       if (n.target == "ce_rows" && input_split && can_cut(rule, "v", o.tp)) return "v";
       const std::string heads = parallel_factor(rule);
@@ -223,7 +223,7 @@ struct Maker {
 
   // The factor of dim 1 of [samples, sequence, ..]; "" where there is none to cut by hand or a parameter lies in it.
   std::string sequence_factor(const Node& n) const {
-    const Rule& rule = rules[n.id];
+    const Rule& rule = *rules[n.id];
     if (!o.sequence || o.tp == 1 || n.outputs.size() != 1 || graph.output(n, 0).shape.size() < 3) return "";
     const DimExpr& dim = rule.results[0].dims[1];
     if (dim.factors.size() != 1 || dim.map) return "";
@@ -250,16 +250,16 @@ struct Maker {
     int64_t parts = 1;
     if (!factor.empty() && n.target == "linear" && factor == "o") {
       const int64_t k = fused_parts(graph, n);
-      if (rules[n.id].factors[rules[n.id].factor("o")].size / k >= o.tp) parts = k;
+      if (rules[n.id]->factors[rules[n.id]->factor("o")].size / k >= o.tp) parts = k;
     }
     const bool narrows = factor.empty() && input_parts > 1;  // takes one of the parts: its share lies where it is
     if (narrows) factor = fmt::format("d{}", graph.output(n, 0).shape.size() - 1);
     // A normalisation over channels needs them all; one that keeps channels apart (BatchNorm) follows.
-    const bool needs_whole = first_parameter(graph, n) >= 0 && factor.empty() && !parameter_factor(graph, n, rules[n.id], FactorKind::kReduction).empty();
+    const bool needs_whole = first_parameter(graph, n) >= 0 && factor.empty() && !parameter_factor(graph, n, *rules[n.id], FactorKind::kReduction).empty();
     const bool follows = factor.empty() && input_split && !needs_whole && stage[graph.tensors[main].producer] == stage[n.id];
     if (!follows) s.nodes[n.name] = grid(n, factor.empty() ? sequence_factor(n) : factor, parts);
     for (size_t r = 0; r < n.outputs.size(); ++r) {
-      const bool cut = follows || (!factor.empty() && has(rules[n.id].results[r].dims, rules[n.id].factor(factor)));
+      const bool cut = follows || (!factor.empty() && has(rules[n.id]->results[r].dims, rules[n.id]->factor(factor)));
       split[n.outputs[r]] = cut;
       fused[n.outputs[r]] = cut ? parts : 1;
     }
@@ -279,7 +279,7 @@ struct Maker {
     }
     if (reader == nullptr) return;
     const int group = o.zero_group > 0 ? o.zero_group : o.dp;
-    const Rule& rule = rules[reader->id];
+    const Rule& rule = *rules[reader->id];
     int tensor_dim = -1;
     Cut tensor_cut{.tiles = 1};
     const auto it = s.nodes.find(reader->name);
@@ -352,10 +352,10 @@ int64_t parameter_bytes(const OpGraph& graph, const Node& node) {
 ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size) : graph_(graph), world_(world_size), sample_(graph.nodes.size()) {
   bool has_weight = true;  // the layer that began last; a normalisation belongs to what comes after it
   for (const Node& n : graph.nodes) {
-    rules_.push_back(make_rule(graph, n, world_size));
+    rules_.push_back(std::make_shared<Rule>(make_rule(graph, n, world_size)));
     double product = n.kind == NodeKind::kOp ? 1 : 0;
     if (n.kind == NodeKind::kOp) {
-      for (const Factor& f : rules_.back().factors) product *= static_cast<double>(std::max<int64_t>(f.size, 1));
+      for (const Factor& f : rules_.back()->factors) product *= static_cast<double>(std::max<int64_t>(f.size, 1));
       if (const int at = first_parameter(graph, n); at >= 0) {
         const bool weight = graph.input(n, at).shape.size() > 1;
         if (has_weight) layers_.push_back(n.id);
@@ -381,7 +381,7 @@ ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size) : graph_(grap
     const auto id = resolved.graph.find(n.name);
     if (!id) {  // not resolved, or expanded: statistics over samples
       couples_samples_ = couples_samples_ || n.kind == NodeKind::kOp;
-      sample_[n.id] = rules_[n.id].factor("n") >= 0 ? "n" : "";
+      sample_[n.id] = rules_[n.id]->factor("n") >= 0 ? "n" : "";
       continue;
     }
     const FedFactor& fed = resolved.fed[*id];
@@ -404,7 +404,10 @@ ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size, const ManualP
       sample_(like.sample_),
       layers_(like.layers_),
       work_(like.work_) {
-  for (const Node& n : graph.nodes) rules_.push_back(make_rule(graph, n, world_size));
+  for (const Node& n : graph.nodes) {
+    const bool known = &graph == &like.graph_ && n.kind != NodeKind::kReturn;  // a return's rule depends on the world
+    rules_.push_back(known ? like.rules_[n.id] : std::make_shared<Rule>(make_rule(graph, n, world_size)));
+  }
   for (const Node& n : graph.nodes) {
     if (n.kind == NodeKind::kFeed && n.sample_dim >= 0) rows_ = graph.output(n, 0).shape[n.sample_dim];
   }

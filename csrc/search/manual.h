@@ -14,6 +14,7 @@
 #pragma once
 
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -47,7 +48,7 @@ using GroupConfigs = std::map<NodeId, std::optional<OpConfig>>;
 class ManualPlanner {
  public:
   ManualPlanner(const OpGraph& graph, int world_size);
-  // Of the same operators at other sizes (search/replica_graph.h), in a world of their own: where samples lie is known.
+  // Of the same operators, at other sizes (search/replica_graph.h) or not, in a world of their own: where samples lie is known.
   ManualPlanner(const OpGraph& graph, int world_size, const ManualPlanner& like);
   // Throws std::invalid_argument naming the operator, the degree and what would be legal.
   Strategy make(const ManualOptions& options, const GroupConfigs& configs = {}) const;
@@ -57,7 +58,7 @@ class ManualPlanner {
   bool loss_is_sum() const { return loss_is_sum_; }
   int64_t rows() const { return rows_; }                               // of the batch; 0: no feed has any
   int num_layers() const { return static_cast<int>(layers_.size()); }  // a stage has at least one
-  const Rule& rule(const Node& node) const { return rules_[node.id]; }
+  const Rule& rule(const Node& node) const { return *rules_[node.id]; }
   // The factor that the processes' rows lie in, "" where they don't reach.
   const std::string& sample_factor(const Node& node) const { return sample_[node.id]; }
   std::vector<int> stages(int count) const;  // per node
@@ -71,7 +72,7 @@ class ManualPlanner {
   int world_ = 1;
   int64_t rows_ = 0;
   bool has_loss_ = false, loss_is_sum_ = false, couples_samples_ = false;
-  std::vector<Rule> rules_;
+  std::vector<std::shared_ptr<const Rule>> rules_;
   std::vector<std::string> sample_;  // per node: the factor that the processes' rows lie in, "" where they don't reach
   std::vector<NodeId> layers_;       // where each begins: an operator with weights, or a normalisation before it
   std::vector<double> work_;         // per node

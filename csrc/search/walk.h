@@ -10,6 +10,12 @@
 
 namespace soap {
 
+struct WalkTimes {
+  int64_t end = 0;           // of the compute of all ranks
+  int64_t synchronised = 0;  // of movements too
+  int64_t moved = 0, movements = 0;
+};
+
 struct Walk {
   const GroupCost& cost;
   bool overlap = false;
@@ -39,6 +45,7 @@ struct Walk {
     const int64_t end = queue(ns, after ? now() : 0);
     if (awaited) await(end);
   }
+  WalkTimes times() const { return {.end = now(), .synchronised = std::max(now(), movement), .moved = moved, .movements = movements}; }
 };
 
 }  // namespace soap

@@ -139,6 +139,17 @@ def test_memory_decides(llama: _C.OpGraph) -> None:
         _C.search_grids(llama, 8, cost, tight)
 
 
+def test_what_grids_share_changes_no_price(llama: _C.OpGraph) -> None:
+    """The search prices one grid after the other and keeps what the next one has in common; here each is priced by itself."""
+    cost, tight = _C.CostModel(machine()), _C.GridSearchOptions()
+    tight.descents, tight.memory_limit_bytes = 0, 115 << 20
+    candidates = _C.search_grids(llama, 8, cost, tight).candidates
+    assert {c.options.recompute for c in candidates} == {c.options.sequence for c in candidates} == {False, True}
+    for c in candidates[::5]:
+        alone = _C.grid_price(llama, 8, cost, c.options)
+        assert (c.price.step_ns, c.price.stage_memory) == (alone.step_ns, alone.stage_memory), c.name
+
+
 def test_statistics_over_samples_are_refused_in_words() -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4))
     graph = graph_for(module, torch.zeros(16, 3, 8, 8), None, 8)[0]

@@ -44,6 +44,19 @@ class Residual(nn.Module):
         return self.fc(torch.cat([y, F.relu(self.conv3(y))], 1).mean((2, 3)))
 
 
+class Norms(nn.Module):
+    """Batch norms that lead a layer, of two rows of pixels, of none, and after what cuts otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 1), nn.Linear(24, 6)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False), nn.BatchNorm1d(6, track_running_stats=False)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.norms[0](torch.cat([x, self.conv(x)], 1))), 2)
+        return self.norms[2](self.fc(self.norms[1](x).flatten(1)))
+
+
 def image_graph(module: nn.Module, rows: int, size: int, channels: int = 3, classes: int = 1000) -> _C.OpGraph:
     """Of a classifier with its loss, captured on the meta device."""
     images = torch.empty(rows, channels, size, size, device="meta")
@@ -186,6 +199,7 @@ def test_every_choice_lowers_and_costs_no_less_than_its_simulation(graph: _C.OpG
 GRAPHS = {
     "lenet": lambda: lenet(),
     "residual": lambda: residual(),
+    "norms": lambda: image_graph(Norms(), 8, 4, 3, 6),
     "alexnet": lambda: imagenet("alexnet", 8),
     "squeezenet": lambda: imagenet("squeezenet1_0", 8),
     "shufflenet": lambda: imagenet("shufflenet_v2_x0_5", 8),
@@ -202,12 +216,23 @@ def gpt() -> _C.OpGraph:
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("rows", [[2, 2, 2, 2], [1, 5, 2, 0]], ids=["even", "uneven"])
 def test_tables_equal_those_of_resolving_each_configuration(name: str, rows: list[int]) -> None:
+    check_tables(name, rows)
+
+
+@pytest.mark.parametrize("name", ["residual", "norms"])
+def test_tables_of_eight_devices_equal_those_of_resolving(name: str) -> None:
+    """Three dims of a batch norm cut at once, moments of two, four and eight parts."""
+    check_tables(name, [1] * 8)
+
+
+def check_tables(name: str, rows: list[int]) -> None:
     graph, cost = GRAPHS[name](), _C.CostModel(p100(len(rows)))
     fast, slow = (_C.layer_costs(graph, rows, cost, _C.LayerOptions(by_resolving=by)) for by in (False, True))
     for a, b, nodes, wanted in zip(fast.layers, slow.layers, fast.choices.nodes, slow.choices.nodes, strict=True):
         assert a.configs == b.configs and nodes == wanted, [graph.nodes[n].name for n in a.nodes]
     assert fast.choices.tables == slow.choices.tables
     assert fast.memory_bytes == slow.memory_bytes
+    assert slow.resolved > 0 and (fast.resolved == 0 or name == "gpt"), "parts of attention's keys: no table tells of them"
 
 
 def cuts(plan: _C.LayerPlan, name: str) -> dict[str, int]:
