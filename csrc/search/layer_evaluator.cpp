@@ -195,8 +195,9 @@ struct LayerEvaluator::State {
     made.resize(count * dims);
     size_t there = 0;
     for (size_t d = 0; d < slot.sets.size(); ++d) {
-      const int counted = slot.counts.empty() || slot.counts[d] < 0 ? -1 : variant_of(slot.counts[d]);
-      if (!slot.counts.empty() && slot.counts[d] >= 0 && counted < 0) {
+      const bool counts_parts = !slot.counts.empty() && slot.counts[d] >= 0;
+      const int counted = counts_parts ? variant_of(slot.counts[d]) : -1;
+      if (counts_parts && counted < 0) {
         for (int t = 0; t < count; ++t) sizes[t * width + at + d] = 0;
         continue;
       }

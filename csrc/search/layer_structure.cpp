@@ -38,6 +38,8 @@ void number_tensors(LayerStructure& s) {
     const auto slot = [&](const std::vector<DimExpr>& dims, TensorId t) {
       return LayerStructure::Slot{.dims = &dims, .shape = &g.tensors[t].shape, .tensor = number(t)};
     };
+    m.operands.reserve(n.inputs.size());
+    m.results.reserve(n.outputs.size());
     for (size_t i = 0; i < n.inputs.size(); ++i) m.operands.push_back(slot(rule.operands[i].dims, n.inputs[i]));
     for (size_t r = 0; r < n.outputs.size(); ++r) m.results.push_back(slot(rule.results[r].dims, n.outputs[r]));
     for (auto* slots : {&m.operands, &m.results}) {
