@@ -188,6 +188,10 @@ Work work_of(const Program& p, NodeId node, int tile, int chunk) {
     const double elements = t.elements(operand);
     out.bytes += (operand == table ? looked_up(t, operand, elements) : elements) * static_cast<double>(p.graph.input(n, operand).element_bytes);
   }
+  // In training the statistics are made first.
+  if (n.target == "batch_norm" && (n.outputs.size() > 1 || n.attr<bool>("training", false))) {
+    out.bytes += t.elements(0) * static_cast<double>(p.graph.input(n, 0).element_bytes);
+  }
   for (size_t r = 0; r < n.outputs.size(); ++r) {
     const auto result = static_cast<int>(r);
     out.bytes += static_cast<double>(t.result_elements(result) * p.graph.output(n, result).element_bytes);
