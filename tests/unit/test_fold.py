@@ -435,33 +435,6 @@ def outer() -> nn.Module:
     return Has([])
 
 
-class Penalty(Stack):
-    """Adds a sum over all parameters, which the copies' own calls don't read."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + sum(p.square().sum() for p in self.parameters())
-
-
-class ReadsCopy(Stack):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.blocks[2].up.weight.detach()  # type: ignore[union-attr]
-        return super().forward(x) + weight.sum()
-
-
-class Backwards(Stack):
-    """The last block is the first that is called."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        for block in reversed(self.blocks):  # type: ignore[call-overload]
-            x = block(x)
-        return x
-
-
-def blocks(kind: type[Stack]) -> Callable[[], nn.Module]:
-    return lambda: kind([Block(i) for i in range(4)])
-
-
 # (module, folded calls): where it isn't told to be alike, none.
 TRAPS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "drop path": (stack(DropPath), 0),
@@ -491,9 +464,6 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "a custom function": (stack(Custom), 0),
     "a list appended": (appended, 0),
     "an outer parameter": (outer, 3),
-    "a penalty": (blocks(Penalty), 3),
-    "a copy's parameter read elsewhere": (blocks(ReadsCopy), 3),
-    "called backwards": (blocks(Backwards), 3),
 }
 
 
