@@ -211,4 +211,27 @@ Work work_of(const Program& p, NodeId node, int tile, int chunk) {
   return out;
 }
 
+bool same_work(const Program& p, NodeId node, const std::vector<IndexSet>& a, const std::vector<IndexSet>& b) {
+  const Node& n = p.graph.nodes[node];
+  const Rule& rule = p.rules[node];
+  if (family_of(n) == "attention") return false;
+  for (size_t f = 0; f < rule.factors.size(); ++f) {
+    if (a[f].size() != b[f].size()) return false;
+  }
+  const auto alike = [&](const std::vector<DimExpr>& dims, const std::vector<int64_t>& shape) {
+    for (size_t d = 0; d < dims.size(); ++d) {
+      const bool moved = dims[d].map && a[dims[d].factors[0]] != b[dims[d].factors[0]];
+      if (moved && dim_size(dims[d], shape[d], a) != dim_size(dims[d], shape[d], b)) return false;
+    }
+    return true;
+  };
+  for (size_t i = 0; i < rule.operands.size(); ++i) {
+    if (!alike(rule.operands[i].dims, p.graph.input(n, static_cast<int>(i)).shape)) return false;
+  }
+  for (size_t r = 0; r < rule.results.size(); ++r) {
+    if (!alike(rule.results[r].dims, p.graph.output(n, static_cast<int>(r)).shape)) return false;
+  }
+  return true;
+}
+
 }  // namespace soap

@@ -42,5 +42,7 @@ struct Work {
 std::string_view family_of(const Node& node);
 // Forward, of the part that this tile has in this chunk.
 Work work_of(const Program& program, NodeId node, int tile, int chunk);
+// Whether parts with these sets (factor_sets) are sure to be the same work, by their sizes.
+bool same_work(const Program& program, NodeId node, const std::vector<IndexSet>& a, const std::vector<IndexSet>& b);
 
 }  // namespace soap

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <set>
-#include <tuple>
 
 #include "base/error.h"
 
@@ -40,68 +40,104 @@ int64_t common(const IndexSet& a, const IndexSet& b) {
 
 // elements[dst][src], by dims: the product of what each pair of index sets has in common.
 std::vector<int64_t> overlaps(const std::vector<Coord>& sources, const std::vector<Coord>& destinations) {
-  std::vector<int64_t> out(sources.size() * destinations.size(), 1);
+  struct Dim {
+    DimSets from, to;
+    std::vector<int64_t> shared;  // [set of `to`][set of `from`]
+  };
+  std::vector<Dim> differing;
+  int64_t alike = 1;  // of dims in which no coord differs on either side
   const size_t dims = sources.empty() || destinations.empty() ? 0 : destinations.front().box.size();
   for (size_t d = 0; d < dims; ++d) {
-    const DimSets from(sources, d), to(destinations, d);
-    std::vector<int64_t> shared(from.sets.size() * to.sets.size());
-    for (size_t j = 0; j < to.sets.size(); ++j) {
-      for (size_t k = 0; k < from.sets.size(); ++k) shared[j * from.sets.size() + k] = common(*from.sets[k], *to.sets[j]);
+    Dim dim{.from = DimSets(sources, d), .to = DimSets(destinations, d)};
+    for (const IndexSet* j : dim.to.sets) {
+      for (const IndexSet* k : dim.from.sets) dim.shared.push_back(common(*k, *j));
     }
+    if (dim.shared.size() == 1)
+      alike *= dim.shared[0];
+    else
+      differing.push_back(std::move(dim));
+  }
+  std::vector<int64_t> out(sources.size() * destinations.size(), alike);
+  if (alike == 0) return out;
+  for (const Dim& dim : differing) {
     for (size_t j = 0; j < destinations.size(); ++j) {
-      const int64_t* row = &shared[to.of[j] * from.sets.size()];
-      for (size_t k = 0; k < sources.size(); ++k) out[j * sources.size() + k] *= row[from.of[k]];
+      const int64_t* row = &dim.shared[dim.to.of[j] * dim.from.sets.size()];
+      int64_t* elements = &out[j * sources.size()];
+      for (size_t k = 0; k < sources.size(); ++k) elements[k] *= row[dim.from.of[k]];
     }
   }
   return out;
 }
 
 // As in reshard.cpp: what `recognise` says of all-reduces in groups. Boxes that overlap in the volume of both are equal.
-std::vector<ReduceGroup> reduce_groups(const std::vector<Flow>& flows, const std::vector<Coord>& sources, const std::vector<Coord>& destinations,
-                                       size_t devices) {
-  std::vector<int64_t> source_volume, destination_volume;
-  for (const Coord& c : sources) source_volume.push_back(volume(c.box));
-  for (const Coord& c : destinations) destination_volume.push_back(volume(c.box));
-  std::vector<int> parent(devices, -1), addend(devices, -1), copy(devices, -1);
-  const auto root = [&](int device) {
-    while (parent[device] != device) device = parent[device];
-    return device;
-  };
-  for (const Flow& f : flows) {
-    if (source_volume[f.src] != f.elements || destination_volume[f.dst] != f.elements) return {};
-    for (const auto& [coords, device, coord] : {std::tuple(&addend, f.from, f.src), std::tuple(&copy, f.to, f.dst)}) {
-      if ((*coords)[device] < 0) (*coords)[device] = coord;
-      if ((*coords)[device] != coord) return {};
-      if (parent[device] < 0) parent[device] = device;
-    }
-    const int a = root(f.from), b = root(f.to);
-    parent[std::max(a, b)] = std::min(a, b);
+class ReduceGroups {
+ public:
+  ReduceGroups(const std::vector<Coord>& sources, const std::vector<Coord>& destinations, size_t devices)
+      : sources_(sources), pieces_(devices), parent_(devices, -1), addend_(devices, -1), copy_(devices, -1) {
+    for (const Coord& c : sources) source_volume_.push_back(volume(c.box));
+    for (const Coord& c : destinations) destination_volume_.push_back(volume(c.box));
   }
-  std::vector<size_t> pieces(devices);
-  for (const Flow& f : flows) ++pieces[root(f.from)];
-  std::vector<ReduceGroup> out;
-  std::map<Box, std::vector<int>> order;  // of the addends of a sum, by rank
-  for (size_t first = 0; first < devices; ++first) {
-    if (parent[first] != static_cast<int>(first)) continue;
-    std::vector<int> coords;
-    ReduceGroup group;
-    for (size_t d = first; d < devices; ++d) {
-      if (parent[d] < 0 || root(static_cast<int>(d)) != static_cast<int>(first)) continue;
-      if (addend[d] < 0 || copy[d] < 0) return {};
-      coords.push_back(addend[d]);
-      group.ranks.push_back(static_cast<int>(d));
-    }
-    const size_t n = coords.size();
-    group.elements = source_volume[coords.front()];
-    if (std::set<int>(coords.begin(), coords.end()).size() != n || pieces[first] != n * n) return {};
-    if (order.emplace(sources[coords.front()].box, coords).first->second != coords) return {};
-    if (n > 1) out.push_back(std::move(group));
-  }
-  return out;
-}
 
-Flows flows(const std::vector<Coord>& sources, const std::vector<Coord>& destinations, int chunk, Reduce reduce, bool covers) {
-  Flows out;
+  void add(std::span<const Flow> flows) {
+    for (const Flow& f : flows) {
+      if (!groups_) return;
+      groups_ = source_volume_[f.src] == f.elements && destination_volume_[f.dst] == f.elements && holds(addend_, f.from, f.src) && holds(copy_, f.to, f.dst);
+      const int a = root(f.from), b = root(f.to);
+      parent_[std::max(a, b)] = std::min(a, b);
+      ++pieces_[f.from];
+    }
+  }
+
+  // Empty where they are none.
+  std::vector<ReduceGroup> found() {
+    if (!groups_) return {};
+    const size_t devices = parent_.size();
+    std::vector<size_t> pieces(devices);
+    for (size_t d = 0; d < devices; ++d) {
+      if (parent_[d] >= 0) pieces[root(static_cast<int>(d))] += pieces_[d];
+    }
+    std::vector<ReduceGroup> out;
+    std::map<Box, std::vector<int>> order;  // of the addends of a sum, by rank
+    for (size_t first = 0; first < devices; ++first) {
+      if (parent_[first] != static_cast<int>(first)) continue;
+      std::vector<int> coords;
+      ReduceGroup group;
+      for (size_t d = first; d < devices; ++d) {
+        if (parent_[d] < 0 || root(static_cast<int>(d)) != static_cast<int>(first)) continue;
+        if (addend_[d] < 0 || copy_[d] < 0) return {};
+        coords.push_back(addend_[d]);
+        group.ranks.push_back(static_cast<int>(d));
+      }
+      const size_t n = coords.size();
+      group.elements = source_volume_[coords.front()];
+      if (std::set<int>(coords.begin(), coords.end()).size() != n || pieces[first] != n * n) return {};
+      if (order.emplace(sources_[coords.front()].box, coords).first->second != coords) return {};
+      if (n > 1) out.push_back(std::move(group));
+    }
+    return out;
+  }
+
+ private:
+  bool holds(std::vector<int>& coords, int device, int coord) {
+    if (coords[device] < 0) coords[device] = coord;
+    if (parent_[device] < 0) parent_[device] = device;
+    return coords[device] == coord;
+  }
+  int root(int device) const {
+    if (parent_[device] < 0) return device;
+    while (parent_[device] != device) device = parent_[device];
+    return device;
+  }
+
+  const std::vector<Coord>& sources_;
+  std::vector<int64_t> source_volume_, destination_volume_;
+  std::vector<size_t> pieces_;  // by the device that they are from
+  std::vector<int> parent_, addend_, copy_;
+  bool groups_ = true;
+};
+
+Movement walk(const std::vector<Coord>& sources, const std::vector<Coord>& destinations, int chunk, Reduce reduce, bool covers, const VisitFlows& visit) {
+  Movement out;
   int last_device = 0;
   for (const auto* coords : {&sources, &destinations}) {
     for (const Coord& c : *coords) {
@@ -121,7 +157,10 @@ Flows flows(const std::vector<Coord>& sources, const std::vector<Coord>& destina
   }
   const std::vector<int64_t> elements = overlaps(sources, destinations);
   std::vector<std::pair<int, int64_t>> serving;
+  std::vector<Flow> flows;
   std::vector<char> takes_part(devices);
+  std::optional<ReduceGroups> groups;
+  if (reduce != Reduce::kNone) groups.emplace(sources, destinations, devices);
   for (size_t j = 0; j < destinations.size(); ++j) {
     const Coord& dst = destinations[j];
     const int64_t needed = volume(dst.box);
@@ -137,38 +176,56 @@ Flows flows(const std::vector<Coord>& sources, const std::vector<Coord>& destina
     SOAP_CHECK(!covers || covered == needed, "[reshard] copy {} {} is covered {} of {} times", j, to_string(dst.box), covered, needed);
     for (int r = 0; r < static_cast<int>(dst.devices.size()); ++r) {
       const int to = dst.devices[r];
+      flows.clear();
       for (const auto& [k, n] : serving) {
         const auto& replicas = sources[k].devices;
-        const int from = holds[k * devices + to] ? to : replicas[(held[to] < 0 ? r : held[to]) % replicas.size()];
-        out.list.push_back({.src = k, .from = from, .dst = static_cast<int>(j), .to = to, .elements = n});
+        const bool own = replicas.size() > 1 && holds[k * devices + to];
+        const int from = replicas.size() == 1 ? replicas[0] : own ? to : replicas[(held[to] < 0 ? r : held[to]) % replicas.size()];
+        flows.push_back({.src = k, .from = from, .dst = static_cast<int>(j), .to = to, .elements = n});
         if (from == to) continue;
         takes_part[from] = takes_part[to] = 1;
-        out.movement.elements += n;
+        out.elements += n;
       }
+      if (groups) groups->add(flows);
+      visit(flows);
     }
   }
   for (size_t d = 0; d < devices; ++d) {
-    if (takes_part[d]) out.movement.ranks.push_back(static_cast<int>(d));
+    if (takes_part[d]) out.ranks.push_back(static_cast<int>(d));
   }
-  if (out.movement.ranks.empty()) return out;
-  out.movement.pattern = Pattern::kExchange;
-  if (reduce == Reduce::kNone) return out;
-  out.movement.groups = reduce_groups(out.list, sources, destinations, devices);
-  if (out.movement.groups.empty()) return out;
-  out.movement.pattern = Pattern::kAllReduce;
-  out.movement.elements = 0;
-  for (const ReduceGroup& g : out.movement.groups) out.movement.elements += g.elements;
+  if (out.ranks.empty()) return out;
+  out.pattern = Pattern::kExchange;
+  if (!groups) return out;
+  out.groups = groups->found();
+  if (out.groups.empty()) return out;
+  out.pattern = Pattern::kAllReduce;
+  out.elements = 0;
+  for (const ReduceGroup& g : out.groups) out.elements += g.elements;
   return out;
 }
 
 }  // namespace
 
+Movement visit_fill_flows(const Sharding& tiles, const Sharding& copies, int chunk, const VisitFlows& visit, bool collectives) {
+  return walk(tiles.coords, copies.coords, chunk, collectives ? tiles.partial : Reduce::kNone, tiles.partial == Reduce::kNone, visit);
+}
+
+Movement visit_grad_flows(const Sharding& tiles, const Sharding& copies, int chunk, const VisitFlows& visit, bool collectives) {
+  return walk(copies.coords, tiles.coords, chunk, collectives ? Reduce::kSum : Reduce::kNone, false, visit);
+}
+
 Flows fill_flows(const Sharding& tiles, const Sharding& copies, int chunk, bool collectives) {
-  return flows(tiles.coords, copies.coords, chunk, collectives ? tiles.partial : Reduce::kNone, tiles.partial == Reduce::kNone);
+  Flows out;
+  out.movement =
+      visit_fill_flows(tiles, copies, chunk, [&](std::span<const Flow> flows) { out.list.insert(out.list.end(), flows.begin(), flows.end()); }, collectives);
+  return out;
 }
 
 Flows grad_flows(const Sharding& tiles, const Sharding& copies, int chunk, bool collectives) {
-  return flows(copies.coords, tiles.coords, chunk, collectives ? Reduce::kSum : Reduce::kNone, false);
+  Flows out;
+  out.movement =
+      visit_grad_flows(tiles, copies, chunk, [&](std::span<const Flow> flows) { out.list.insert(out.list.end(), flows.begin(), flows.end()); }, collectives);
+  return out;
 }
 
 }  // namespace soap

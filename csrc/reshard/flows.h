@@ -2,6 +2,9 @@
 // pieces in the same meaning (tests/cpp/algebra_test.cpp), but for n coords on either side it takes n^2 products of small integers.
 #pragma once
 
+#include <functional>
+#include <span>
+
 #include "reshard/reshard.h"
 
 namespace soap {
@@ -21,5 +24,10 @@ struct Flows {
 // InternalError as those do.
 Flows fill_flows(const Sharding& tiles, const Sharding& copies, int chunk, bool collectives = true);
 Flows grad_flows(const Sharding& tiles, const Sharding& copies, int chunk, bool collectives = true);
+
+// The same without a list: `visit` gets its stretches one after the other, of each copy (or tile) on each device.
+using VisitFlows = std::function<void(std::span<const Flow>)>;
+Movement visit_fill_flows(const Sharding& tiles, const Sharding& copies, int chunk, const VisitFlows& visit, bool collectives = true);
+Movement visit_grad_flows(const Sharding& tiles, const Sharding& copies, int chunk, const VisitFlows& visit, bool collectives = true);
 
 }  // namespace soap

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "search/hand_factors.h"
 #include "sharding/expand.h"
 #include "sharding/region.h"
 
@@ -13,36 +14,6 @@ namespace {
 
 bool has(const std::vector<DimExpr>& dims, int factor) {
   return std::any_of(dims.begin(), dims.end(), [&](const DimExpr& d) { return std::count(d.factors.begin(), d.factors.end(), factor) > 0; });
-}
-
-// Index of the first operand that is a parameter, -1 when none is.
-int first_parameter(const OpGraph& graph, const Node& node) {
-  for (size_t i = 0; i < node.inputs.size(); ++i) {
-    if (graph.nodes[graph.tensors[node.inputs[i]].producer].kind == NodeKind::kParam) return static_cast<int>(i);
-  }
-  return -1;
-}
-
-// A factor of the first parameter by what it is: output channels, input channels.
-std::string parameter_factor(const OpGraph& graph, const Node& node, const Rule& rule, FactorKind kind) {
-  const int at = first_parameter(graph, node);
-  if (at < 0) return "";
-  for (const DimExpr& d : rule.operands[at].dims) {
-    for (int f : d.factors) {
-      if (rule.factors[f].kind == kind) return rule.factors[f].name;
-    }
-  }
-  return "";
-}
-
-// A parameter factor that every operand has (heads): its parts never meet.
-std::string parallel_factor(const Rule& rule) {
-  for (size_t f = 0; f < rule.factors.size() && !rule.operands.empty(); ++f) {
-    if (rule.factors[f].kind != FactorKind::kParameter) continue;
-    const bool everywhere = std::all_of(rule.operands.begin(), rule.operands.end(), [&](const Operand& o) { return has(o.dims, static_cast<int>(f)); });
-    if (everywhere) return rule.factors[f].name;
-  }
-  return "";
 }
 
 // Statistics and recurrences couple all indices of a factor: nobody cuts those by hand.
@@ -100,6 +71,7 @@ struct Maker {
   const OpGraph& graph;
   const std::vector<std::shared_ptr<const Rule>>& rules;
   const std::vector<std::string>& sample;
+  const std::vector<HandFactors>& hand;  // per node, of operators
   const ManualOptions& o;
   const GroupConfigs& configs;
   const std::vector<int>& stage;
@@ -190,24 +162,26 @@ struct Maker {
   [[noreturn]] void refuse(const Node& n, const std::string& factor, const std::vector<int64_t>& legal) const {
     const Rule& rule = *rules[n.id];
     user_error("[manual_plan] tp={}: {} ({}) has {}={}, which can't be cut in {} {}parts; legal here: tp={}", o.tp, n.name, n.target, factor,
-               rule.factors[rule.factor(factor)].size, o.tp, parallel_factor(rule) == factor ? "equal " : "", fmt::join(legal, ", "));
+               rule.factors[rule.factor(factor)].size, o.tp, hand[n.id].parallel == factor ? "equal " : "", fmt::join(legal, ", "));
   }
 
   // The factor that the group cuts of an operator that reads parameters or has heads; "" when it is done alike.
   std::string tensor_factor(const Node& n, bool input_split) const {
     const Rule& rule = *rules[n.id];
-    if (first_parameter(graph, n) < 0) {
+    const HandFactors& own = hand[n.id];
+    if (own.first_parameter < 0) {
       if (n.target == "ce_rows" && input_split && can_cut(rule, "v", o.tp)) return "v";
-      const std::string heads = parallel_factor(rule);
+      const std::string& heads = own.parallel;
       if (heads.empty() || !by_hand(rule, heads)) return "";
       const int64_t size = rule.factors[rule.factor(heads)].size;
       if (o.strict && size % o.tp != 0) refuse(n, heads, divisors(size));
       return can_cut(rule, heads, o.tp) ? heads : "";
     }
-    std::string wanted = parameter_factor(graph, n, rule, FactorKind::kParameter), other = parameter_factor(graph, n, rule, FactorKind::kReduction);
+    const std::string *wanted = &own.outputs, *other = &own.inputs;
     if (input_split || n.target == "embedding") std::swap(wanted, other);
     std::string largest;
-    for (const std::string& factor : {wanted, other}) {
+    for (const std::string* candidate : {wanted, other}) {
+      const std::string& factor = *candidate;
       if (!by_hand(rule, factor)) continue;
       if (can_cut(rule, factor, o.tp)) return factor;
       if (largest.empty() || rule.factors[rule.factor(factor)].size > rule.factors[rule.factor(largest)].size) largest = factor;
@@ -255,7 +229,7 @@ struct Maker {
     const bool narrows = factor.empty() && input_parts > 1;  // takes one of the parts: its share lies where it is
     if (narrows) factor = fmt::format("d{}", graph.output(n, 0).shape.size() - 1);
     // A normalisation over channels needs them all; one that keeps channels apart (BatchNorm) follows.
-    const bool needs_whole = first_parameter(graph, n) >= 0 && factor.empty() && !parameter_factor(graph, n, *rules[n.id], FactorKind::kReduction).empty();
+    const bool needs_whole = hand[n.id].first_parameter >= 0 && factor.empty() && !hand[n.id].inputs.empty();
     const bool follows = factor.empty() && input_split && !needs_whole && stage[graph.tensors[main].producer] == stage[n.id];
     if (!follows) s.nodes[n.name] = grid(n, factor.empty() ? sequence_factor(n) : factor, parts);
     for (size_t r = 0; r < n.outputs.size(); ++r) {
@@ -367,6 +341,7 @@ ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size) : graph_(grap
     has_loss_ =
         has_loss_ || (n.kind == NodeKind::kReturn && n.target != "buffer_write" && graph.input(n, 0).requires_grad && numel(graph.input(n, 0).shape) == 1);
   }
+  hand_ = all_hand_factors();
   // Where the rows go: follow them through data parallelism. Two processes show it as well as thousands.
   const int probe = std::min(world_size, 2);
   FedRows rows(probe);
@@ -394,6 +369,14 @@ ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size) : graph_(grap
   }
 }
 
+std::shared_ptr<const std::vector<HandFactors>> ManualPlanner::all_hand_factors() const {
+  std::vector<HandFactors> out(graph_.nodes.size());
+  for (const Node& n : graph_.nodes) {
+    if (n.kind == NodeKind::kOp) out[n.id] = hand_factors(graph_, n, *rules_[n.id]);
+  }
+  return std::make_shared<const std::vector<HandFactors>>(std::move(out));
+}
+
 ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size, const ManualPlanner& like)
     : graph_(graph),
       world_(world_size),
@@ -408,6 +391,7 @@ ManualPlanner::ManualPlanner(const OpGraph& graph, int world_size, const ManualP
     const bool known = &graph == &like.graph_ && n.kind != NodeKind::kReturn;  // a return's rule depends on the world
     rules_.push_back(known ? like.rules_[n.id] : std::make_shared<Rule>(make_rule(graph, n, world_size)));
   }
+  hand_ = &graph == &like.graph_ ? like.hand_ : all_hand_factors();
   for (const Node& n : graph.nodes) {
     if (n.kind == NodeKind::kFeed && n.sample_dim >= 0) rows_ = graph.output(n, 0).shape[n.sample_dim];
   }
@@ -479,7 +463,7 @@ void ManualPlanner::check(const ManualOptions& o) const {
 Strategy ManualPlanner::make(const ManualOptions& options, const GroupConfigs& configs) const {
   check(options);
   const std::vector<int> stage = stages(options.pp);
-  Maker m{.graph = graph_, .rules = rules_, .sample = sample_, .o = options, .configs = configs, .stage = stage, .s = {.world_size = world_}};
+  Maker m{.graph = graph_, .rules = rules_, .sample = sample_, .hand = *hand_, .o = options, .configs = configs, .stage = stage, .s = {.world_size = world_}};
   m.split.resize(graph_.tensors.size());
   m.fused.assign(graph_.tensors.size(), 1);
   if (options.micro_batches > 1) m.s.order = options.order;

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "search/hand_factors.h"
 #include "sharding/rule.h"
 #include "sharding/strategy.h"
 
@@ -67,15 +68,17 @@ class ManualPlanner {
 
  private:
   void check(const ManualOptions& options) const;
+  std::shared_ptr<const std::vector<HandFactors>> all_hand_factors() const;
 
   const OpGraph& graph_;
   int world_ = 1;
   int64_t rows_ = 0;
   bool has_loss_ = false, loss_is_sum_ = false, couples_samples_ = false;
   std::vector<std::shared_ptr<const Rule>> rules_;
-  std::vector<std::string> sample_;  // per node: the factor that the processes' rows lie in, "" where they don't reach
-  std::vector<NodeId> layers_;       // where each begins: an operator with weights, or a normalisation before it
-  std::vector<double> work_;         // per node
+  std::shared_ptr<const std::vector<HandFactors>> hand_;  // per node, of operators
+  std::vector<std::string> sample_;                       // per node: the factor that the processes' rows lie in, "" where they don't reach
+  std::vector<NodeId> layers_;                            // where each begins: an operator with weights, or a normalisation before it
+  std::vector<double> work_;                              // per node
 };
 
 Strategy manual_strategy(const OpGraph& graph, int world_size, const ManualOptions& options);

@@ -3,6 +3,8 @@
 // "<name>/<sub>" and inherit the cuts by factor name unless the strategy names them.
 #pragma once
 
+#include <memory>
+
 #include "sharding/tiling.h"
 
 namespace soap {
@@ -78,17 +80,19 @@ struct Resolved {
 // needed.
 Resolved resolve(const OpGraph& graph, const Strategy& strategy, const FedRows& rows);
 
+using KnownTiling = std::shared_ptr<const TensorTiling>;  // null where there is none
+
 // What resolve does at one node, by itself: a graph of stand-ins for the producers of its distinct operands, then the node or the
 // sub-operators that it became.
 struct ResolvedNode {
   Resolved inner;
-  NodeId first = 0;                                         // nodes before it are stand-ins
-  std::vector<TensorId> operands;                           // of inner.graph, in the order of the node's inputs
-  std::vector<TensorId> results;                            // of inner.graph, in the order of its outputs
-  std::vector<std::optional<TensorTiling>> placed, shadow;  // of the results: where its tiling puts them; where the processes' rows are
+  NodeId first = 0;                         // nodes before it are stand-ins
+  std::vector<TensorId> operands;           // of inner.graph, in the order of the node's inputs
+  std::vector<TensorId> results;            // of inner.graph, in the order of its outputs
+  std::vector<KnownTiling> placed, shadow;  // of the results: where its tiling puts them; where the processes' rows are
 };
 // `placed` and `shadow` of each input, as its producer's resolution gave them.
-ResolvedNode resolve_node(const OpGraph& graph, const Node& node, const Strategy& strategy, const FedRows& rows,
-                          const std::vector<std::optional<TensorTiling>>& placed, const std::vector<std::optional<TensorTiling>>& shadow);
+ResolvedNode resolve_node(const OpGraph& graph, const Node& node, const Strategy& strategy, const FedRows& rows, const std::vector<KnownTiling>& placed,
+                          const std::vector<KnownTiling>& shadow);
 
 }  // namespace soap

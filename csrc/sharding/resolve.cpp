@@ -25,9 +25,9 @@ struct ExpandPass {
   const Strategy& strategy;
   const FedRows& rows;
   Resolved out;
-  std::vector<TensorId> now;                        // source tensor -> tensor in out.graph
-  std::vector<std::optional<TensorTiling>> shadow;  // per out tensor: where the processes' rows are
-  std::vector<std::optional<TensorTiling>> placed;  // per out tensor: its producer's tiling
+  std::vector<TensorId> now;        // source tensor -> tensor in out.graph
+  std::vector<KnownTiling> shadow;  // per out tensor: where the processes' rows are
+  std::vector<KnownTiling> placed;  // per out tensor: its producer's tiling
 
   int world() const { return strategy.world_size; }
 
@@ -138,10 +138,10 @@ struct ExpandPass {
     for (size_t r = 0; r < n.outputs.size(); ++r) {
       const TensorId t = n.outputs[r];
       const auto& shape = out.graph.tensors[t].shape;
-      placed[t] = tensor_tiling(rule, tiling, static_cast<int>(r), shape);
+      placed[t] = std::make_shared<TensorTiling>(tensor_tiling(rule, tiling, static_cast<int>(r), shape));
       if (fed.factor >= 0) {
         TensorTiling s = tensor_tiling(rule, fed_tiling(fed), static_cast<int>(r), shape);
-        if (!s.cuts.empty()) shadow[t] = std::move(s);
+        if (!s.cuts.empty()) shadow[t] = std::make_shared<TensorTiling>(std::move(s));
       }
     }
     out.rules.push_back(std::move(rule));
@@ -356,8 +356,8 @@ std::vector<IndexSet> Expander::part_sets(std::string_view factor) const {
   return {IndexSet::all(rule_.factors[f].size)};
 }
 
-ResolvedNode resolve_node(const OpGraph& graph, const Node& node, const Strategy& strategy, const FedRows& rows,
-                          const std::vector<std::optional<TensorTiling>>& placed, const std::vector<std::optional<TensorTiling>>& shadow) {
+ResolvedNode resolve_node(const OpGraph& graph, const Node& node, const Strategy& strategy, const FedRows& rows, const std::vector<KnownTiling>& placed,
+                          const std::vector<KnownTiling>& shadow) {
   ExpandPass pass{.source = graph, .strategy = strategy, .rows = rows};
   std::map<TensorId, TensorId> seen;
   Node own = node;

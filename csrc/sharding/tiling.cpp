@@ -53,6 +53,24 @@ std::vector<IndexSet> factor_sets(const Rule& rule, const Tiling& tiling, int ti
   return sets;
 }
 
+std::vector<std::vector<IndexSet>> all_factor_sets(const Rule& rule, const Tiling& tiling) {
+  std::vector<IndexSet> whole;
+  for (const Factor& f : rule.factors) whole.push_back(IndexSet::all(f.size));
+  const int tiles = tiling.tiles(), chunks = tiling.chunks();
+  std::vector<std::vector<IndexSet>> out(size_t(tiles) * chunks, whole);
+  for (int tile = 0; tile < tiles; ++tile) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      int t = tile, k = chunk;
+      for (auto c = tiling.cuts.rbegin(); c != tiling.cuts.rend(); ++c) {
+        out[size_t(tile) * chunks + chunk][c->factor] = c->parts[t % c->tiles()][k % c->chunks()];
+        t /= c->tiles();
+        k /= c->chunks();
+      }
+    }
+  }
+  return out;
+}
+
 IndexSet dim_set(const DimExpr& dim, const Rule& rule, int64_t size, const std::vector<IndexSet>& sets) {
   if (dim.factors.empty()) return IndexSet::all(size);
   if (dim.map) return apply(*dim.map, sets[dim.factors[0]], size);
@@ -76,15 +94,53 @@ Box box_of(const std::vector<DimExpr>& dims, const Rule& rule, const std::vector
   return box;
 }
 
+namespace {
+
+// Boxes of one operand or result in parts of an operator: dims that no cut reaches are made once.
+class Boxes {
+ public:
+  Boxes(const std::vector<DimExpr>& dims, const Rule& rule, const Tiling& tiling, const std::vector<int64_t>& shape) : dims_(dims), rule_(rule), shape_(shape) {
+    for (size_t d = 0; d < dims.size(); ++d) {
+      const bool cut = std::any_of(tiling.cuts.begin(), tiling.cuts.end(), [&](const FactorParts& c) {
+        return std::find(dims[d].factors.begin(), dims[d].factors.end(), c.factor) != dims[d].factors.end();
+      });
+      if (cut) cut_.push_back(d);
+    }
+  }
+
+  Box of(const std::vector<IndexSet>& sets) {
+    if (!known_) first_ = box_of(dims_, rule_, shape_, sets);
+    known_ = true;
+    Box box = first_;
+    for (size_t d : cut_) box[d] = dim_set(dims_[d], rule_, shape_[d], sets);
+    return box;
+  }
+
+ private:
+  const std::vector<DimExpr>& dims_;
+  const Rule& rule_;
+  const std::vector<int64_t>& shape_;
+  std::vector<size_t> cut_;
+  bool known_ = false;
+  Box first_;
+};
+
+}  // namespace
+
 Sharding result_sharding(const Rule& rule, const Tiling& tiling, int result, const std::vector<int64_t>& shape) {
+  return result_sharding(rule, tiling, result, shape, all_factor_sets(rule, tiling));
+}
+
+Sharding result_sharding(const Rule& rule, const Tiling& tiling, int result, const std::vector<int64_t>& shape,
+                         const std::vector<std::vector<IndexSet>>& sets) {
   const Result& r = rule.results[result];
   Sharding out{.partial = r.reduce};
-  for (int tile = 0; tile < tiling.tiles(); ++tile) {
-    const auto devices = tiling.devices_of(tile);
-    for (int chunk = 0; chunk < tiling.chunks(); ++chunk) {
-      out.coords.push_back(
-          {.box = box_of(r.dims, rule, shape, factor_sets(rule, tiling, tile, chunk)), .chunk = chunk, .devices = {devices.begin(), devices.end()}});
-    }
+  Boxes boxes(r.dims, rule, tiling, shape);
+  const int chunks = tiling.chunks();
+  out.coords.reserve(sets.size());
+  for (size_t i = 0; i < sets.size(); ++i) {
+    const auto devices = tiling.devices_of(static_cast<int>(i) / chunks);
+    out.coords.push_back({.box = boxes.of(sets[i]), .chunk = static_cast<int>(i) % chunks, .devices = {devices.begin(), devices.end()}});
   }
   // A result that no cut makes partial is complete whatever its rule could sum.
   const bool cut_missing = std::any_of(tiling.cuts.begin(), tiling.cuts.end(), [&](const FactorParts& c) {
@@ -96,21 +152,27 @@ Sharding result_sharding(const Rule& rule, const Tiling& tiling, int result, con
 }
 
 OperandCopies operand_copies(const Rule& rule, const Tiling& tiling, int operand, const std::vector<int64_t>& shape) {
+  return operand_copies(rule, tiling, operand, shape, all_factor_sets(rule, tiling));
+}
+
+OperandCopies operand_copies(const Rule& rule, const Tiling& tiling, int operand, const std::vector<int64_t>& shape,
+                             const std::vector<std::vector<IndexSet>>& all) {
   const Operand& o = rule.operands[operand];
   OperandCopies out;
+  Boxes boxes(o.dims, rule, tiling, shape);
   std::map<std::pair<Box, std::vector<int>>, int> seen;  // of several chunks
-  const int chunks = tiling.chunks();
+  const int chunks = tiling.chunks(), tiles = tiling.tiles();
   // Of one chunk: mostly each device reads one copy, so those that may be equal are few.
   std::vector<std::vector<int>> of_first_device;
-  out.coord_of.resize(size_t(tiling.tiles()) * chunks, -1);
+  out.coord_of.resize(size_t(tiles) * chunks, -1);
   for (int chunk = 0; chunk < chunks; ++chunk) {  // chunk-major, so that a shared copy is tagged with the first chunk that needs it
-    for (int tile = 0; tile < tiling.tiles(); ++tile) {
-      const std::vector<IndexSet> sets = factor_sets(rule, tiling, tile, chunk);
+    for (int tile = 0; tile < tiles; ++tile) {
+      const std::vector<IndexSet>& sets = all[size_t(tile) * chunks + chunk];
       const bool here = std::all_of(o.anchors.begin(), o.anchors.end(), [&](int f) { return sets[f].contains(0); });
       if (!here) continue;
       const auto devices = tiling.devices_of(tile);
       if (chunks == 1) {
-        Coord copy{.box = box_of(o.dims, rule, shape, sets), .devices = {devices.begin(), devices.end()}};
+        Coord copy{.box = boxes.of(sets), .devices = {devices.begin(), devices.end()}};
         of_first_device.resize(std::max<size_t>(of_first_device.size(), devices[0] + 1));
         std::vector<int>& near = of_first_device[devices[0]];
         const auto same = std::find_if(near.begin(), near.end(), [&](int c) { return out.sharding.coords[c] == copy; });
@@ -120,7 +182,7 @@ OperandCopies operand_copies(const Rule& rule, const Tiling& tiling, int operand
         out.sharding.coords.push_back(std::move(copy));
         continue;
       }
-      std::pair<Box, std::vector<int>> key{box_of(o.dims, rule, shape, sets), {devices.begin(), devices.end()}};
+      std::pair<Box, std::vector<int>> key{boxes.of(sets), {devices.begin(), devices.end()}};
       const auto [it, fresh] = seen.emplace(key, static_cast<int>(out.sharding.coords.size()));
       if (fresh) out.sharding.coords.push_back({.box = key.first, .chunk = chunk, .devices = key.second});
       out.coord_of[size_t(tile) * chunks + chunk] = it->second;

@@ -50,10 +50,13 @@ struct Sharding {
 
 // Index set of each factor for (tile, chunk), whole when not cut.
 std::vector<IndexSet> factor_sets(const Rule& rule, const Tiling& tiling, int tile, int chunk);
+// Of every (tile, chunk): [tile * chunks + chunk].
+std::vector<std::vector<IndexSet>> all_factor_sets(const Rule& rule, const Tiling& tiling);
 Box box_of(const std::vector<DimExpr>& dims, const Rule& rule, const std::vector<int64_t>& shape, const std::vector<IndexSet>& sets);
 
-// The layout a node gives its result: coord index is tile * chunks + chunk.
+// The layout a node gives its result: coord index is tile * chunks + chunk. `sets`: all_factor_sets, where they are known.
 Sharding result_sharding(const Rule& rule, const Tiling& tiling, int result, const std::vector<int64_t>& shape);
+Sharding result_sharding(const Rule& rule, const Tiling& tiling, int result, const std::vector<int64_t>& shape, const std::vector<std::vector<IndexSet>>& sets);
 
 // The copies that a node's tiles need of an operand: equal (box, devices) are one copy. coord_of[tile * chunks + chunk] is the copy's
 // index, -1 where the operand isn't read (anchored elsewhere).
@@ -62,6 +65,8 @@ struct OperandCopies {
   std::vector<int> coord_of;
 };
 OperandCopies operand_copies(const Rule& rule, const Tiling& tiling, int operand, const std::vector<int64_t>& shape);
+OperandCopies operand_copies(const Rule& rule, const Tiling& tiling, int operand, const std::vector<int64_t>& shape,
+                             const std::vector<std::vector<IndexSet>>& sets);
 
 // Rows that each process feeds of a batch of sum(rows), in rank order.
 using FedRows = std::vector<int64_t>;

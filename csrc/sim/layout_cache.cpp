@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "cost/work.h"
 #include "reshard/flows.h"
 #include "sharding/region.h"
 #include "sim/local_work.h"
@@ -102,7 +103,7 @@ LayoutCache::LayoutCache(const OpGraph& graph, const FedRows& rows, const CostMo
   }
 }
 
-int LayoutCache::intern_tiling(const std::optional<TensorTiling>& tiling) {
+int LayoutCache::intern_tiling(const KnownTiling& tiling) {
   if (!tiling) return -1;
   Key key(scratch_);
   for (const auto& cut : tiling->cuts) {
@@ -114,11 +115,11 @@ int LayoutCache::intern_tiling(const std::optional<TensorTiling>& tiling) {
   }
   key.add(int64_t{tiling->replicas}).list(tiling->devices);
   const auto [it, fresh] = tiling_ids_.try_emplace(key.bytes, static_cast<int>(tilings_.size()));
-  if (fresh) tilings_.push_back(std::make_shared<TensorTiling>(*tiling));
+  if (fresh) tilings_.push_back(tiling);
   return it->second;
 }
 
-LayoutId LayoutCache::intern(const Sharding& layout) {
+LayoutId LayoutCache::intern(Sharding layout) {
   Key key(scratch_);
   key.add(static_cast<int64_t>(layout.partial));
   for (const Coord& c : layout.coords) {
@@ -127,7 +128,7 @@ LayoutId LayoutCache::intern(const Sharding& layout) {
     key.add(int64_t{c.chunk}).list(c.devices);
   }
   const auto [it, fresh] = layout_ids_.try_emplace(key.bytes, static_cast<int>(layouts_.size()));
-  if (fresh) layouts_.push_back(std::make_shared<Sharding>(layout));
+  if (fresh) layouts_.push_back(std::make_shared<Sharding>(std::move(layout)));
   return it->second;
 }
 
@@ -220,13 +221,21 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   const auto [it, fresh] = edges_.try_emplace(Numbers{tiles, copies, (t.element_bytes << 1) | int64_t{gradient}, reduced});
   if (!fresh) return it->second.get();
   auto out = std::make_shared<EdgeMove>();
-  const Flows flows = gradient ? grad_flows(produced, read, 0) : fill_flows(produced, read, 0);
-  const Movement& m = flows.movement;
+  const Machine& machine = cost_.machine();
+  std::vector<char> from(rows_.size()), to(rows_.size()), takes_part(rows_.size());
+  std::vector<Flow> list;  // where local work is counted
+  Traffic traffic(machine);
+  const VisitFlows visit = [&](std::span<const Flow> flows) {
+    if (!machine.busy_speed.empty()) list.insert(list.end(), flows.begin(), flows.end());
+    for (const Flow& x : flows) {
+      from[x.from] = to[x.to] = 1;
+      traffic.add(x.from, x.to, x.elements * t.element_bytes);
+    }
+  };
+  const Movement m = gradient ? visit_grad_flows(produced, read, 0, visit) : visit_fill_flows(produced, read, 0, visit);
   out->pattern = m.pattern;
-  out->local_ns = local_work_ns(cost_.machine(), flows.list, m.pattern, gradient ? read : produced, gradient ? produced : read, t.element_bytes);
+  out->local_ns = local_work_ns(machine, list, m.pattern, gradient ? read : produced, gradient ? produced : read, t.element_bytes);
   if (m.pattern != Pattern::kLocal) {
-    std::vector<char> from(rows_.size()), to(rows_.size()), takes_part(rows_.size());
-    for (const Flow& x : flows.list) from[x.from] = to[x.to] = 1;
     for (int r : m.ranks) takes_part[r] = 1;
     const auto both = [&](const std::vector<char>& a, const std::vector<char>& b) {
       std::vector<int> devices;
@@ -252,11 +261,8 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
     for (const auto& [ranks, bytes] : out->reduced) out->price_ns = std::max(out->price_ns, reduce_price(ranks, bytes, at_once));
   }
   if (m.pattern == Pattern::kExchange) {
-    out->traffic.emplace(cost_.machine());
-    for (const Flow& x : flows.list) {
-      if (x.from != x.to) out->traffic->add(x.from, x.to, x.elements * t.element_bytes);
-    }
-    out->price_ns = exchange_ns(cost_.machine(), ranks(out->ranks), *out->traffic);
+    out->price_ns = exchange_ns(machine, ranks(out->ranks), traffic);
+    out->traffic.emplace(std::move(traffic));
   }
   it->second = std::move(out);
   return it->second.get();
@@ -266,10 +272,12 @@ const Fragment* LayoutCache::fragment(NodeId node, const Strategy& strategy, con
   const std::string& name = graph_.nodes[node].name;
   Key key(scratch_);
   key.add(int64_t{classes_[node]}).list(placed).list(shadow);
-  const auto own = strategy.nodes.find(name);
-  if (own != strategy.nodes.end()) key.add(own->second);
+  const auto end = strategy.nodes.end();
+  auto sub = strategy.nodes.lower_bound(name);
+  if (sub != end && sub->first == name) key.add((sub++)->second);
   inner_name_.assign(name).push_back('/');
-  for (auto sub = strategy.nodes.lower_bound(inner_name_); sub != strategy.nodes.end() && sub->first.starts_with(inner_name_); ++sub) {
+  if (sub != end && sub->first < inner_name_) sub = strategy.nodes.lower_bound(inner_name_);
+  for (; sub != end && sub->first.starts_with(inner_name_); ++sub) {
     key.add(std::string_view(sub->first).substr(name.size())).add(sub->second);
   }
   const auto it = fragments_.find(key.bytes);
@@ -281,10 +289,10 @@ const Fragment* LayoutCache::fragment(NodeId node, const Strategy& strategy, con
 std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow) {
   const Node& source = graph_.nodes[node];
   const auto of = [&](const std::vector<int>& ids) {
-    std::vector<std::optional<TensorTiling>> out;
+    std::vector<KnownTiling> out;
     for (TensorId t : source.inputs) {
       const size_t at = std::find(distinct_[node].begin(), distinct_[node].end(), t) - distinct_[node].begin();
-      out.push_back(ids[at] < 0 ? std::nullopt : std::optional(*tilings_[ids[at]]));
+      out.push_back(ids[at] < 0 ? nullptr : tilings_[ids[at]]);
     }
     return out;
   };
@@ -334,15 +342,16 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
     FragmentOp op{.computes = n.kind == NodeKind::kOp, .differentiable = p.differentiable[id] != 0};
     out->chunked = out->chunked || tiling.chunks() > 1;
     const bool writes = n.kind == NodeKind::kReturn && n.target == "buffer_write";
+    const std::vector<std::vector<IndexSet>> sets = all_factor_sets(rule, tiling);
     for (size_t i = 0; i < n.inputs.size(); ++i) {
-      const OperandCopies copies = operand_copies(rule, tiling, static_cast<int>(i), p.graph.input(n, static_cast<int>(i)).shape);
+      OperandCopies copies = operand_copies(rule, tiling, static_cast<int>(i), p.graph.input(n, static_cast<int>(i)).shape, sets);
       op.reads.push_back({.tensor = known.at(n.inputs[i]),
-                          .copies = intern(copies.sharding),
+                          .copies = intern(std::move(copies.sharding)),
                           .differentiable = rule.operands[i].differentiable && !writes && (n.kind == NodeKind::kReturn || op.differentiable)});
       if (op.reads.back().tensor.kind != FragmentTensor::Kind::kInner) out->operand_uses.emplace_back(index, static_cast<int>(i));
     }
     for (size_t k = 0; k < n.outputs.size(); ++k) {
-      const LayoutId tiles = intern(result_sharding(rule, tiling, static_cast<int>(k), p.graph.output(n, static_cast<int>(k)).shape));
+      const LayoutId tiles = intern(result_sharding(rule, tiling, static_cast<int>(k), p.graph.output(n, static_cast<int>(k)).shape, sets));
       const auto it = known.find(n.outputs[k]);
       if (it == known.end()) {
         known[n.outputs[k]] = {FragmentTensor::Kind::kInner, static_cast<int>(out->inner.size())};
@@ -356,8 +365,9 @@ std::unique_ptr<Fragment> LayoutCache::build(NodeId node, const Strategy& strate
     if (op.computes) {
       forward.assign(rows_.size(), 0);
       backward.assign(rows_.size(), 0);
+      OpTime time;
       for (int tile = 0; tile < tiling.tiles() && !out->chunked; ++tile) {
-        const OpTime time = cost_.time(p, id, tile, 0);
+        if (tile == 0 || !same_work(p, id, sets[tile - 1], sets[tile])) time = cost_.time(p, id, tile, 0);
         for (int d : tiling.devices_of(tile)) {
           forward[d] += cost_.machine().at_speed(d, time.forward_ns);
           backward[d] += cost_.machine().at_speed(d, time.backward_ns);

@@ -116,7 +116,7 @@ class LayoutCache {
   const EdgeMove* edge(const Tensor& tensor, LayoutId tiles, LayoutId copies, bool gradient);
   // Storage of a store that isn't configured, whose first reader needs these copies (-1: nobody reads it).
   LayoutId derived(NodeId store, LayoutId copies);
-  LayoutId intern(const Sharding& layout);
+  LayoutId intern(Sharding layout);
   const Sharding& layout(LayoutId id) const { return *layouts_[id]; }
   // Of a sorted list of devices.
   int intern_ranks(const std::vector<int>& ranks);
@@ -136,7 +136,7 @@ class LayoutCache {
 
  private:
   std::unique_ptr<Fragment> build(NodeId node, const Strategy& strategy, const std::vector<int>& placed, const std::vector<int>& shadow);
-  int intern_tiling(const std::optional<TensorTiling>& tiling);
+  int intern_tiling(const KnownTiling& tiling);
 
   const OpGraph& graph_;
   const FedRows rows_;
@@ -148,7 +148,7 @@ class LayoutCache {
   // Shared with copies: what is made once isn't changed.
   std::vector<std::shared_ptr<const Sharding>> layouts_;
   std::vector<std::shared_ptr<const DeviceSet>> sets_;
-  std::vector<std::shared_ptr<const TensorTiling>> tilings_;
+  std::vector<KnownTiling> tilings_;
   std::unordered_map<std::string, std::shared_ptr<const Fragment>> fragments_;
   template <class T>
   using ByNumbers = std::unordered_map<Numbers, T, NumbersHash>;

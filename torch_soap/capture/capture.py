@@ -44,6 +44,7 @@ class Trace:
     changed: list[str] = field(default_factory=list)  # Python attributes that the forward changed: the trace has baked them
     assigned: list[str] = field(default_factory=list)  # attributes to which the forward assigned tensors: the trace has dropped them
     folding: Folding | None = None  # of repeated modules
+    parameters: list[str] = field(default_factory=list)  # paths of all; the program may lack those of copies
 
 
 class Captured:
@@ -82,6 +83,7 @@ class Captured:
         self.last: Trace | None = None
         self.fold = fold
         self.folding: Folding | None = None
+        self.hides = True  # the parameters of copies, from the export
         self.before: Attributes | None = None
         # Tied tensors have one name, the first.
         self.parameters = dict(itertools.chain(module.named_parameters(), prefixed("loss.", self.objective.loss_parameters())))
@@ -171,6 +173,7 @@ class Captured:
         ops = OpaqueOps()
         watch = Watch(self.module)
         folding = None
+        parameters = [n for n, _ in flat.named_parameters(remove_duplicate=False)]
         if self.fold != "none":
             self.before = Attributes(self.module)
         stack = contextlib.ExitStack()
@@ -178,18 +181,24 @@ class Captured:
             stack.enter_context(context)
         with stack, ops.modules(self.module, self.recordings, self.train), watch:
             if self.fold != "none" and not self.recordings:
-                self.folding = folding = Folding(self.module, watch.running, attributes=self.fold == "equal")
+                self.folding = folding = Folding(self.module, watch.running, attributes=self.fold == "equal", hides=self.hides)
+                stack.enter_context(folding.concealed(lambda: flat.called))
                 stack.enter_context(folding.installed())
             try:
                 program = torch.export.export(flat, tuple(examples), strict=False, dynamic_shapes=shapes)
             except Exception as error:  # torch.export documents no exception type for untraceable code
                 if folding is not None and folding.leaders:
+                    folding.exposed |= bool(folding.hidden) and not folding.failed  # it may be for want of a hidden parameter
+                    if folding.exposed:
+                        raise CannotFold(folding.failed or "what follows can't be traced") from error
                     self.fold = self.fold if folding.failed else "equal"  # the last that is tried: it may be the code's own fault
                     raise CannotFold(folding.failed or "what follows can't be traced") from error
                 reason = f"{user_line(error)}: {first_line(error)}"
                 raise CaptureError(reason, watch.running[-1] if watch.running else None) from error
-        if folding is not None and folding.failed:
-            raise CannotFold(folding.failed)
+        if folding is not None:
+            if folding.failed:
+                raise CannotFold(folding.failed)
+            folding.check_hidden(program.constants.values())
         if dims is not None:
             values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"][-len(dims) :]
             if any(d is not None and not isinstance(v.shape[d], torch.SymInt) for v, d in zip(values, dims, strict=True)):
@@ -197,7 +206,7 @@ class Captured:
         if watch.drew:
             raise CaptureError("it draws from Python's or NumPy's random numbers, which a trace would bake", watch.drew[0])
         result = flat.result
-        return Trace(program, ops, result.constants, result.slots, result.spec, result.names, result.changed, result.assigned, folding)
+        return Trace(program, ops, result.constants, result.slots, result.spec, result.names, result.changed, result.assigned, folding, parameters)
 
     def instantiate(self, inputs: Any) -> Graph:
         """The graph at the global shapes of these inputs (tensors of any kind in the structure of a call, or a
@@ -254,9 +263,13 @@ class Captured:
         return self._import(signature)
 
     def unfold(self, constants: dict[str, torch.Tensor]) -> None:
-        """The next trace is made as if this one hadn't been, with less folding."""
+        """The next trace is made as if this one hadn't been, with less folding, or with the same where it may do with all parameters shown."""
         if self.before is not None:  # traced just now; the attributes of an older trace have moved on
             self.before.restore()
+        if self.folding is not None and self.folding.exposed:
+            self.hides = False
+            self.constants, self.folding = constants, None
+            return self.traces.clear()
         groups = self.folding.groups if self.folding is not None and self.fold == "alike" else []
         self.fold = "equal" if groups and repeated(self.module, attributes=True) not in (groups, []) else "none"
         self.constants, self.folding = constants, None
@@ -273,22 +286,22 @@ class Captured:
         self.last = trace
         importer.opaques = dict(trace.ops.calls)
         spec = trace.program.graph_signature
-        handles: list[Any] = []
         shared: dict[int, Any] = {}
         buffers = importer.buffers
         parameters: dict[str, Any] = {}
         feeds = iter(self._feeds(importer, signature))
-        for item in spec.input_specs:
-            kind = item.kind.name
+
+        def source(kind: str, target: str) -> Any:
             if kind == "USER_INPUT":
-                handles.append(next(feeds))
-                continue
-            tensor, group, name = self._stored(trace.program, item.target, kind)
+                return next(feeds)
+            tensor, group, name = self._stored(trace.program, target, kind)
             if id(tensor) not in shared:
                 shared[id(tensor)] = self._source(importer, group, name, tensor)
                 if group != "const":
                     (buffers if group == "buffer" else parameters)[name] = shared[id(tensor)]
-            handles.append(shared[id(tensor)])
+            return shared[id(tensor)]
+
+        handles = self._in_order(trace, [(item.kind.name, item.target) for item in spec.input_specs], source)
         if trace.folding is not None:
             importer.stored = trace.folding.by_path(buffers | parameters)
         with quiet(), uncollected():
@@ -299,6 +312,22 @@ class Captured:
                 importer.aliases.write(buffers[clean_path(item.target)], importer.aliases.read(handle))
         results = [importer.aliases.read(o) for o, item in made if item.kind.name in ("USER_OUTPUT", "LOSS_OUTPUT")]
         return self._finish(importer, results, {n: importer.aliases.read(h) for n, h in (buffers | parameters).items() if importer.aliases.read(h) is not h})
+
+    @staticmethod
+    def _in_order(trace: Trace, wanted: list[tuple[str, str]], source: Callable[[str, str], Any]) -> list[Any]:
+        """The sources of a program's inputs, (kind, path), parameters first. Those that it lacks, of copies, are made too, where they would stand."""
+        if trace.folding is None or not trace.folding.hidden:
+            return [source(kind, path) for kind, path in wanted]
+        present, handles, left = set(wanted), [], iter(wanted)
+        for path in trace.parameters:
+            made = source("PARAMETER", path)
+            if ("PARAMETER", path) not in present:
+                continue
+            if next(left, None) != ("PARAMETER", path):
+                trace.folding.exposed = True
+                raise CannotFold(f"the export has {path} at another place than the module")
+            handles.append(made)
+        return handles + [source(kind, path) for kind, path in left]
 
     def _import_whole(self, importer: Importer, signature: Signature) -> Graph:
         """The last rung: everything is one operator."""

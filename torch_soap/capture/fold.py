@@ -1,5 +1,5 @@
 """Repeated modules are traced once: the first of its kind as it is, its copies as one operator each, which the importer replaces by the first
-one's operators with the copy's inputs, parameters and path (`unfold.py`).
+one's operators with the copy's inputs, parameters and path (`unfold.py`). The export isn't shown the copies' parameters (`Folding.hidden`).
 
 Whether a module is a copy is told by running its code: each call of torch that it makes must be the first one's (`observe.py`). What differs, or
 can't be told to be alike, raises CannotFold, and the capture begins anew without folding: the graph is the same either way.
@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,14 +54,18 @@ class Folding:
         groups: paths of modules that may be alike, by group.
         folded: how many calls became one operator.
         failed: why the trace can't be used, "" if it can.
+        hidden: paths of the copies whose parameters the export isn't shown: all of a group but its first.
+        exposed: the trace can't be used because of that, or may be.
     """
 
-    def __init__(self, root: nn.Module, running: list[str], attributes: bool = False) -> None:
+    def __init__(self, root: nn.Module, running: list[str], attributes: bool = False, hides: bool = True) -> None:
         self.running = running
         self.groups = repeated(root, attributes)
         self.modules = dict(root.named_modules())
         self.folded = 0
         self.failed = ""
+        self.hidden = {path for paths in self.groups for path in paths[1:]} if hides else set[str]()
+        self.exposed = False
         self.inside = False
         self.leaders: dict[int, list[Leader]] = defaultdict(list)
         self.kinds: list[Leader] = []  # those that can be followed
@@ -95,6 +99,13 @@ class Folding:
                 out[inside[name]][name.removeprefix(inside[name])] = tensor
         return out
 
+    def check_hidden(self, constants: Iterable[Any]) -> None:
+        """Raises CannotFold where a parameter that was hidden was read, and so became a constant of the trace."""
+        hidden = [t for path in self.hidden for m in self.modules[path].modules() for t in m._parameters.values() if t is not None]
+        if storages(hidden) & storages([t for t in constants if isinstance(t, torch.Tensor)]):
+            self.exposed = True
+            raise CannotFold("parameters of a copy that are read elsewhere")
+
     def within(self, path: str) -> Callable[[], str]:
         """Asks which module in the one at `path` is running."""
         return lambda: self.running[-1].removeprefix(path)
@@ -102,6 +113,22 @@ class Folding:
     def results(self, kind: int) -> list[torch.Tensor]:
         metas = [self.kinds[kind].record.metas[n] for n in self.kinds[kind].made]
         return [torch.empty_strided(m.sizes, m.strides, dtype=m.dtype, device=m.device) for m in metas]
+
+    @contextlib.contextmanager
+    def concealed(self, called: Callable[[], bool]) -> Iterator[None]:
+        """Who walks over hidden parameters finds them only while the model is called: its own code does, and the export doesn't."""
+        modules = [m for path in self.hidden for m in self.modules[path].modules()]
+        before = [m._parameters for m in modules]
+        try:
+            for module in modules:
+                module.__dict__["_parameters"] = Concealed(module._parameters, called)
+            yield
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                if module._parameters != own:
+                    own.clear()
+                    own.update(module._parameters)
+                module.__dict__["_parameters"] = own
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -144,19 +171,26 @@ class Folding:
         try:
             signature = (spec, [about(leaf) for leaf in leaves], modes())
         except Unrecordable:
-            return run()
+            return self.trace(path, run)
         stored = {f"{p}.{n}": t for p, m in module.named_modules() for n, t in tensors_of(m)}
         leader = next((known for known in self.leaders[group] if known.signature == signature), None)
         if leader is None:
             leader = Leader(path, signature)
             self.leaders[group].append(leader)
-            return self.lead(leader, run, inputs, stored)
+            return self.trace(path, lambda: self.lead(leader, run, inputs, stored))
         if leader.left is None:
-            return run()
+            return self.trace(path, run)
         try:
             return self.follow(leader, path, run, inputs, stored)
         except Exception as error:  # of the module's code too: in a trace it wouldn't have met a stand-in
             raise CannotFold(str(error)) from error
+
+    def trace(self, path: str, run: Callable[[], Any]) -> Any:
+        """Runs what needs the module's own tensors in the trace."""
+        if path in self.hidden:
+            self.exposed = True
+            raise CannotFold("it isn't like the first of its kind")
+        return run()
 
     def lead(self, leader: Leader, run: Callable[[], Any], inputs: list[torch.Tensor], stored: dict[str, torch.Tensor]) -> Any:
         """Traced as it is, between two markers."""
@@ -214,6 +248,17 @@ class Folding:
         return output
 
 
+class Concealed(dict[str, Any]):
+    """A module's parameters, of which `items` gives none until `called` says yes."""
+
+    def __init__(self, own: dict[str, Any], called: Callable[[], bool]) -> None:
+        super().__init__(own)
+        self.called = called
+
+    def items(self) -> Any:
+        return super().items() if self.called() else {}.items()
+
+
 class Attributes:
     """What a trace may change, as it was before, so that the next one sees what that one saw: the modules' attributes, what is in their lists, dicts
     and sets, and the numbers and strings among the globals beside their classes. What code keeps elsewhere isn't put back."""
@@ -245,15 +290,20 @@ def repeated(root: nn.Module, attributes: bool) -> list[list[str]]:
     Args:
         attributes: all of them, also numbers that are in the module's path: places in a list, which the code may or may not use.
     """
-    if len(list(root.named_modules(remove_duplicate=False))) > len(list(root.modules())):  # modules with several paths
+    modules = list(root.named_modules())
+    if len(list(root.named_modules(remove_duplicate=False))) > len(modules):  # modules with several paths
         return []
-    owners = Counter(id(t) for m in root.modules() for _, t in tensors_of(m))
+    owners = Counter(id(t) for _, m in modules for _, t in tensors_of(m))
+    kinds = [(excluded(m, owners), kind_of(m), list(values_of(m))) for _, m in modules]
     alike: dict[Any, list[tuple[str, dict[Any, Any]]]] = defaultdict(list)
-    for path, module in root.named_modules():
-        inner = list(module.named_modules())
-        if path and len(inner) >= LEAST_MODULES and not any(excluded(m, owners) for _, m in inner):
-            values = {(p, n): v for p, m in inner for n, v in values_of(m)}
-            alike[tuple((p, *kind_of(m)) for p, m in inner)].append((path, values))
+    for first, (path, _) in enumerate(modules):
+        end = first + 1  # a module's own follow it
+        while end < len(modules) and modules[end][0].startswith(path + "."):
+            end += 1
+        if path and end - first >= LEAST_MODULES and not any(out for out, _, _ in kinds[first:end]):
+            inner = [(p.removeprefix(path).removeprefix("."), kind, own) for (p, _), (_, kind, own) in zip(modules[first:end], kinds[first:end], strict=True)]
+            values = {(p, n): v for p, _, own in inner for n, v in own}
+            alike[tuple((p, *kind) for p, kind, _ in inner)].append((path, values))
     groups: dict[Any, list[str]] = defaultdict(list)
     for key, members in alike.items():
         ignored = set() if attributes else places(members)

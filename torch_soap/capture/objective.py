@@ -90,7 +90,7 @@ class Result:
 
 
 class FlatCall(nn.Module):
-    """forward(*tensors) -> tuple of the output's tensors; everything else is as in the example."""
+    """forward(*tensors) -> tuple of the output's tensors; everything else is as in the example. `called`: while forward runs."""
 
     def __init__(self, objective: Objective, leaves: list[Any], slots: list[int], spec: pytree.TreeSpec) -> None:
         super().__init__()
@@ -99,6 +99,7 @@ class FlatCall(nn.Module):
         self.slots = slots
         self.spec = spec
         self.result = Result()
+        self.called = False
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaves = list(self.leaves)
@@ -107,7 +108,11 @@ class FlatCall(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         owned = [(m, n, b) for m in self.objective.modules() for n, b in m._buffers.items() if b is not None]
         before, tensors_before = python_attributes(self.objective), tensor_attributes(self.objective)
-        output = self.objective(*args, **kwargs)
+        self.called = True
+        try:
+            output = self.objective(*args, **kwargs)
+        finally:
+            self.called = False
         keep_buffers(owned)
         after = python_attributes(self.objective)
         self.result.changed = [name for name, value in after.items() if before.get(name, value) != value]

@@ -35,6 +35,10 @@ class Watch:
 
     def __enter__(self) -> Self:
         for path, module in self.module.named_modules():
+            if path and type(module).__module__.startswith("torch.nn.modules.") and not module._modules:  # torch's own code draws nothing there
+                self._hooks.append(module.register_forward_pre_hook(lambda _m, _a, path=path: self.running.append(path), prepend=True))
+                self._hooks.append(module.register_forward_hook(lambda _m, _a, _r: self._pop()))
+                continue
             self._hooks.append(module.register_forward_pre_hook(lambda _m, _a, path=path: self._enter(path), prepend=True))
             self._hooks.append(module.register_forward_hook(lambda _m, _a, _r: self._leave()))
         return self
@@ -46,6 +50,9 @@ class Watch:
     def _enter(self, path: str) -> None:
         self.running.append(path)
         self._states.append([python_random_state(), False])
+
+    def _pop(self) -> None:
+        self.running.pop()
 
     def _leave(self) -> None:
         path = self.running.pop()
