@@ -18,6 +18,7 @@ from torch import nn
 import torch_soap
 from tests.dist.launch import report
 from torch_soap import _C, calibrate
+from torch_soap.operator_times import measure_operators
 
 ROWS = 8  # of each process
 
@@ -98,7 +99,7 @@ def main(name: str, steps: int) -> None:
     for label, (model, _, _) in models.items():  # what the plans by hand need is measured too, on all ranks
         engine, graph = next(iter(model._soap.engines.values()))
         own = costs[0] or _C.CostModel(_C.Machine(world))
-        calibrate.measure_operators(own, engine.program, graph, model._soap.comm, known)
+        measure_operators(own, engine.program, graph, model._soap.comm, known)
         predicted[label] = _C.simulate(engine.program, own).step_ns / 1e6
     seconds: dict[str, list[float]] = {label: [] for label in models}
     for _ in range(steps):

@@ -6,7 +6,6 @@ that changes them.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -20,31 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from torch_soap import _C
-from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
 from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
+from torch_soap.operator_times import OTHER, RECENT
 from torch_soap.plan import as_plan
-from torch_soap.random import CounterState
-from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm, transport
 from torch_soap.runtime.heap import keep_freed_memory
 from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfer, execute
 from torch_soap.runtime.parallel import Parallel
 
-COLD_SIZES = (32 << 10, 256 << 10)  # of them, those that are measured after long computations too
+COLD_SIZES, COLD_MEETINGS = (32 << 10, 256 << 10), 30  # of movements after short and after long computations
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
-MEETINGS = (1, 16)  # a third of a millisecond and five, of what is computed between two meetings
+MEETINGS, BETWEEN = 60, 16  # of ranks, and products that each computes between two of them: five milliseconds
 MANY_PARAMETERS = 64  # of a model that computes nothing
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
-# Bytes that are used between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
-OTHER, RECENT = 8 << 20, 512 << 10
-FORMAT = 9  # of the cache
+FORMAT = 10  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -186,31 +181,22 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
 
 
 def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
-    """How much what a rank computes between two meetings differs from time to time (`Machine.jitter`): by what ranks that meet again and again come late."""
+    """How much what a rank computes between two meetings differs from time to time (`Machine.jitter`): by what the slowest of ranks that compute the same
+    between two meetings takes longer than their mean. One of ten meetings, which some other process made late, doesn't count."""
     if "jitter" not in known:
-        a, x, cycles = torch.randn(256, 256), torch.zeros((64 << 10) // 4), 8
+        a, x = torch.randn(256, 256), torch.zeros((64 << 10) // 4)
 
-        def loop(length: int, meeting: bool) -> int:
+        def between_meetings() -> int:
             barrier(comm)
             begin = time.perf_counter_ns()
-            for _ in range(cycles):
-                for _ in range(length):
-                    a @ a
-                    x.add_(1.0)
-                if meeting:
-                    barrier(comm)
-            return (time.perf_counter_ns() - begin) // cycles
+            for _ in range(BETWEEN):
+                a @ a
+                x.add_(1.0)
+            return time.perf_counter_ns() - begin
 
-        late = []
-        for length in MEETINGS:
-            loop(length, True)
-            pairs, _ = calm_samples(lambda n=length: (loop(n, True), loop(n, False)), 2 * REPEATS, agree=lambda pace: worst(comm, pace))  # type: ignore[misc]
-            together, alone = (int(statistics.median(v)) for v in zip(*pairs, strict=True))
-            everyone = comm.gather_ints([together, alone])
-            work = statistics.mean(v[1] for v in everyone)
-            late.append((statistics.mean(v[0] for v in everyone) - work, work))
-        (few, short), (many, long) = late
-        known["jitter"] = round(max(many - few, 0.0) / (long - short) / latest(comm.world_size), 4)
+        taken, _ = calm_samples(between_meetings, MEETINGS, agree=lambda pace: worst(comm, pace))
+        late = sorted(max(t) / statistics.mean(t) - 1 for t in zip(*comm.gather_ints(taken), strict=True))
+        known["jitter"] = round(statistics.mean(late[: len(late) * 9 // 10]) / latest(comm.world_size), 4)
         mark(known, "jitter")
     return float(known["jitter"])
 
@@ -312,18 +298,42 @@ def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) ->
 
 
 def measure_cold(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> float:
-    """How much longer small movements take after computations of some milliseconds (`Machine.cold_ns`)."""
+    """How much longer small movements take after computations of some milliseconds than after short ones (`Machine.cold_ns`): from when the last rank comes
+    until all have what they wait for."""
     if "cold_ns" not in known:
-        world, hosts = list(range(comm.world_size)), len(set(machine.host_of))
+        world = list(range(comm.world_size))
+        short = torch.randn(128, 128), torch.zeros((64 << 10) // 4)
+        long = torch.randn(512, 512), torch.zeros(OTHER // 4)
         more = []
         for kind in ("exchange", "all_reduce"):
-            table = dict(machine.tables[f"{kind}/{comm.world_size}/{hosts}"])
             for size in COLD_SIZES:
-                taken = time_movement(comm, kind, world, size, late=machine.jitter * latest(comm.world_size))
-                more.append(taken.ns - table[size])
-        known["cold_ns"] = float(max(statistics.mean(more), 0.0))
+                source = torch.zeros(size // 4)
+                step = movement(comm, kind, world, source)
+
+                def meet(before: tuple[torch.Tensor, torch.Tensor], step: PlannedStep = step, source: torch.Tensor = source) -> list[int]:
+                    product, written = before
+                    product @ product
+                    written.add_(1.0)
+                    begin = time.perf_counter_ns()
+                    execute(step, comm, lambda value, dtype: source)
+                    return [begin, time.perf_counter_ns()]
+
+                taken = [[meet(before) for _ in range(COLD_MEETINGS)] for before in (short, long)]
+                both = [after_the_last(comm.gather_ints([ns for meeting in meetings for ns in meeting]), machine.host_of) for meetings in taken]
+                more.append(both[1] - both[0])
+        known["cold_ns"] = float(max(statistics.median(more), 0.0))
         mark(known, "cold_ns")
     return float(known["cold_ns"])
+
+
+def after_the_last(everyone: Sequence[Sequence[int]], host_of: Sequence[int]) -> float:
+    """Median over meetings of how long they took once all ranks were there. `everyone`: of each rank, begin and end of each meeting, in turns. The clocks of
+    hosts differ: where the last rank came it took least."""
+    taken = []
+    for i in range(0, len(everyone[0]), 2):
+        hosts = [[times[i : i + 2] for times, h in zip(everyone, host_of, strict=True) if h == host] for host in sorted(set(host_of))]
+        taken.append(min(max(end for _, end in host) - max(begin for begin, _ in host) for host in hosts))
+    return statistics.median(taken)
 
 
 def latest(num_ranks: int) -> float:
@@ -346,17 +356,8 @@ def group_layouts(host_of: Sequence[int]) -> dict[tuple[int, int], list[list[int
     return layouts
 
 
-def time_movement(comm: Comm, kind: str, ranks: list[int], size: int, late: float | None = None) -> Timing:
-    """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
-    `size` bytes in all, each peer another part of a tensor, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody
-    has to be woken, and no rank comes late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits.
-    With `late` between long computations, of which that part, which ranks come late by, is taken off."""
-    small = size <= RECENT and late is None  # long computations differ between ranks by more than such a movement takes, and hide it
-    source, a, other = (
-        torch.zeros(max(size // 4, len(ranks))),
-        torch.randn(*(128, 128) if small else (256, 256) if late is None else (512, 512)),
-        torch.zeros((64 << 10 if small else OTHER) // 4),
-    )
+def movement(comm: Comm, kind: str, ranks: list[int], source: torch.Tensor) -> PlannedStep:
+    """An exchange in which every rank sends `source`, each peer another part of it, or an all-reduce of it, as the engine plans them."""
     moves, results = [], []
     if kind == "all_reduce":
         whole = list(source.shape)
@@ -370,7 +371,20 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int, late: floa
             moves.append(PlannedMove(peer, False, -1, 1, [], index, [part], part))
         results = [(1, [part * len(others)])]
     transfer = PlannedTransfer(kind == "all_reduce", False, kind == "all_reduce", source.dtype, ranks, moves, results, _C.Reduce.sum)
-    step = PlannedStep(ranks if kind == "exchange" else [], [transfer])
+    return PlannedStep(ranks if kind == "exchange" else [], [transfer])
+
+
+def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
+    """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
+    `size` bytes in all, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody has to be woken, and no rank comes
+    late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
+    small = size <= RECENT  # long computations differ between ranks by more than such a movement takes, and hide it
+    source, a, other = (
+        torch.zeros(max(size // 4, len(ranks))),
+        torch.randn(*(128, 128) if small else (256, 256)),
+        torch.zeros((64 << 10 if small else OTHER) // 4),
+    )
+    step = movement(comm, kind, ranks, source)
     cycles = 30 if size <= 256 << 10 else 10 if size <= 1 << 20 else 3  # one of a small tensor now and then takes ten times as long: the mean counts
 
     def loop(moving: bool) -> float:
@@ -389,104 +403,6 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int, late: floa
     wanted = REPEATS if size > 1 << 20 else 2 * REPEATS - 1
     pairs, pace = calm_samples(lambda: (loop(True), loop(False)), wanted, agree=lambda pace: worst(comm, pace))  # in turns: a machine gets slower and faster
     together, alone = zip(*pairs, strict=True)
-    mine = [int(quiet(together) - quiet(alone) * (1 + (late or 0.0))), int(max(together) - min(together)), int(statistics.median(together))]
+    mine = [int(quiet(together) - quiet(alone)), int(max(together) - min(together)), int(statistics.median(together))]
     taken, spread, total = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
     return Timing(max(taken, 1), max(spread / max(total, 1), pace - 1 if pace > CALM else 0.0))
-
-
-def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
-    """Times what the program needs and the cost model lacks, the same list in the same order on every rank; the mean over ranks counts. Returns how many."""
-    fresh: list[tuple[_C.OpSample, list[int]]] = []
-    for sample in cost.missing(program):
-        if sample.key in known["operators"]:
-            forward, backward = known["operators"][sample.key]
-            cost.measure(program, sample, forward, backward)
-            continue
-        if len(fresh) >= limit:
-            break
-        if any(len(part) == 0 for part in _C.compute_item(program, sample.node, sample.tile, sample.chunk).sets):
-            cost.measure(program, sample, 0, 0)  # nothing to compute: the engine fills in the identity
-            continue
-        timings = time_operator(program, graph, sample)
-        own = harness() if timings[1] is not NOTHING else (NOTHING, NOTHING)  # what has no backward is called by itself
-        fresh.append((sample, [max(t.ns - o.ns, 0) for t, o in zip(timings, own, strict=True)]))
-        mark(known, f"operators/{sample.key}", *timings)
-    mine = [taken for _, taken in fresh]
-    everyone = [mine] if comm is None or not fresh else comm.gather_objects(mine)
-    for (sample, _), taken in zip(fresh, zip(*everyone, strict=True), strict=True):
-        forward, backward = (int(statistics.mean(way)) for way in zip(*taken, strict=True))
-        known["operators"][sample.key] = [forward, backward]
-        cost.measure(program, sample, forward, backward)
-    return len(fresh)
-
-
-NOTHING = Timing(0, 0.0)
-
-
-@functools.cache
-def harness() -> tuple[Timing, Timing]:
-    """What `time_operator` takes by itself, forward and backward: of an operator that only makes a view."""
-    fx_graph = fx.Graph()
-    fx_graph.output((fx_graph.call_method("view_as", (fx_graph.placeholder("x"),) * 2),))
-    module, x, clock = fx.GraphModule(nn.Module(), fx_graph), torch.ones(1, requires_grad=True), own_clock()
-    grads = [torch.ones(1)]
-
-    def forward() -> Any:
-        with torch.set_grad_enabled(True):
-            return module(x)
-
-    def backward(results: Any) -> None:
-        torch.autograd.grad(results, [x], grads, allow_unused=True)
-
-    return calmest(lambda: timed(forward, 20, clock)), calmest(lambda: timed(backward, 20, clock, before=forward))
-
-
-def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tuple[Timing, Timing]:
-    """Of one tile of one operator: forward and backward, each as a step finds it: what was computed just before it, a small operand or gradient, is in the
-    cache; parameters, and what forward has kept for backward, are not."""
-    module, shapes, dtypes, needs = build_item(program, sample.node, sample.tile, sample.chunk, graph)
-    node = program.graph.nodes[sample.node]
-    inputs = []
-    for shape, dtype, need in zip(shapes, dtypes, needs, strict=True):
-        if DTYPES[dtype].is_floating_point:
-            inputs.append(torch.rand(shape, dtype=DTYPES[dtype]).requires_grad_(need))
-        else:
-            inputs.append(torch.zeros(shape, dtype=DTYPES[dtype]))
-    random = CounterState(0, 1)
-    differentiable = any(program.graph.tensors[t].requires_grad for t in node.outputs)
-    present = [t for t, box in zip(node.inputs, _C.compute_item(program, sample.node, sample.tile, sample.chunk).operand_boxes, strict=True) if box is not None]
-    stored = [program.graph.nodes[program.graph.tensors[t].producer].kind == _C.NodeKind.param for t in present]
-    computed = [x.detach() for x, is_stored in zip(inputs, stored, strict=True) if not is_stored]
-    other = torch.zeros(OTHER // 4)
-
-    def cool(warm: Sequence[torch.Tensor]) -> None:
-        other.add_(1.0)
-        for tensor in warm:
-            if tensor.numel() * tensor.element_size() <= RECENT:
-                tensor.clone()
-
-    def run() -> Any:
-        with torch.set_grad_enabled(differentiable):
-            return module(*inputs, random)
-
-    begin = time.perf_counter_ns()
-    first = run()
-    repeats = 1 if time.perf_counter_ns() - begin > 100_000_000 else REPEATS
-    clock = own_clock()
-    forward = calmest(lambda: timed(run, repeats, clock, before=lambda: cool(computed)))
-    outputs = [i for i, r in enumerate(first) if r.requires_grad]
-    leaves = [x for x in inputs if x.requires_grad]
-    if not outputs or not leaves:
-        return forward, NOTHING
-    grads = [torch.ones_like(first[i]) for i in outputs]
-    del first
-
-    def results() -> Any:
-        out = run()
-        cool(grads)
-        return [out[i] for i in outputs]
-
-    def back(outs: Any) -> None:
-        torch.autograd.grad(outs, leaves, grads, allow_unused=True)
-
-    return forward, calmest(lambda: timed(back, repeats, clock, before=results))

@@ -15,6 +15,7 @@ from torch_soap import _C, calibrate
 from torch_soap.capture import capture
 from torch_soap.machine import Machine
 from torch_soap.measuring import mark
+from torch_soap.operator_times import time_operator
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
 
@@ -54,7 +55,7 @@ def measure_families(machine: Machine, comm: Comm | None, known: dict[str, Any])
         work = _C.work_of(program, sample.node, sample.tile, sample.chunk)
         if work.num_bytes == 0:
             continue
-        timings.append(calibrate.time_operator(program, graph, sample)[0])
+        timings.append(time_operator(program, graph, sample)[0])
         taken = timings[-1].ns
         ideal = max(work.flops / machine.flops_per_s, work.num_bytes / machine.memory_bytes_per_s) * 1e9
         parts[work.family].append(ideal / max(taken - machine.op_overhead_ns, 0.1 * taken))

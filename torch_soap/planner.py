@@ -14,6 +14,7 @@ from torch_soap.compare import Context, figures
 from torch_soap.constraints import Forbid, Pin, constraints
 from torch_soap.grids import is_large, plan_grids
 from torch_soap.measuring import known_error
+from torch_soap.operator_times import measure_operators
 from torch_soap.plan import Plan, make_plan
 from torch_soap.progress import SearchProgress
 from torch_soap.rewrite.graph_import import to_op_graph
@@ -239,7 +240,7 @@ def measure(
         calibrate.barrier(comm)
     elif progress.agreed():
         return 0
-    return calibrate.measure_operators(cost, program, captured, comm, known)
+    return measure_operators(cost, program, captured, comm, known)
 
 
 def searched(

@@ -1,0 +1,148 @@
+"""Times of operators' tiles on this machine, forward and backward, as a step finds them."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torch_soap import _C
+from torch_soap.capture.graph import Graph
+from torch_soap.measuring import REPEATS, Timing, calmest, mark, own_clock, timed
+from torch_soap.random import CounterState
+from torch_soap.rewrite.segment import DTYPES, build_item
+from torch_soap.runtime.comm import Comm
+
+# Bytes that are written between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
+OTHER, RECENT = 8 << 20, 512 << 10
+PRODUCT = 512  # rows and columns of the product that comes before a forward
+
+
+def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
+    """Times what the program needs and the cost model lacks, the same list in the same order on every rank; the mean over ranks counts. Returns how many."""
+    fresh: list[tuple[_C.OpSample, list[int]]] = []
+    for sample in cost.missing(program):
+        if sample.key in known["operators"]:
+            forward, backward = known["operators"][sample.key]
+            cost.measure(program, sample, forward, backward)
+            continue
+        if len(fresh) >= limit:
+            break
+        if any(len(part) == 0 for part in _C.compute_item(program, sample.node, sample.tile, sample.chunk).sets):
+            cost.measure(program, sample, 0, 0)  # nothing to compute: the engine fills in the identity
+            continue
+        timings = time_operator(program, graph, sample)
+        own = harness() if timings[1] is not NOTHING else (NOTHING, NOTHING)  # what has no backward is called by itself
+        fresh.append((sample, [max(t.ns - o.ns, 0) for t, o in zip(timings, own, strict=True)]))
+        mark(known, f"operators/{sample.key}", *timings)
+    mine = [taken for _, taken in fresh]
+    everyone = [mine] if comm is None or not fresh else comm.gather_objects(mine)
+    for (sample, _), taken in zip(fresh, zip(*everyone, strict=True), strict=True):
+        forward, backward = (int(statistics.mean(way)) for way in zip(*taken, strict=True))
+        known["operators"][sample.key] = [forward, backward]
+        cost.measure(program, sample, forward, backward)
+    return len(fresh)
+
+
+NOTHING = Timing(0, 0.0)
+
+
+class Surroundings:
+    """What ran just before an operator of a step, and has taken the core's caches."""
+
+    def __init__(self) -> None:
+        self.written, self.factor = torch.zeros(OTHER // 4), torch.ones(PRODUCT, PRODUCT)
+
+    def before_forward(self, recent: Sequence[torch.Tensor]) -> None:
+        """A matrix product too: its code and pages are what forward finds. Without it operators of one pass take a half to four fifths of what they take in
+        a step. Backward finds memory that was freed just now, and takes the same with and without. `recent`: tensors made last, in the cache nevertheless
+        where they are small."""
+        self.written.add_(1.0)
+        torch.mm(self.factor, self.factor)
+        self.touch(recent)
+
+    def before_backward(self, recent: Sequence[torch.Tensor]) -> None:
+        self.written.add_(1.0)
+        self.touch(recent)
+
+    def touch(self, recent: Sequence[torch.Tensor]) -> None:
+        for tensor in recent:
+            if tensor.numel() * tensor.element_size() <= RECENT:
+                tensor.clone()
+        for tensor in recent:
+            if tensor.numel() * tensor.element_size() <= RECENT:
+                tensor.clone()
+
+
+@functools.cache
+def harness() -> tuple[Timing, Timing]:
+    """What `time_operator` takes by itself, forward and backward: of an operator that only makes a view."""
+    fx_graph = fx.Graph()
+    fx_graph.output((fx_graph.call_method("view_as", (fx_graph.placeholder("x"),) * 2),))
+    module, x, clock = fx.GraphModule(nn.Module(), fx_graph), torch.ones(1, requires_grad=True), own_clock()
+    grads, surroundings = [torch.ones(1)], Surroundings()
+
+    def forward() -> Any:
+        with torch.set_grad_enabled(True):
+            return module(x)
+
+    def results() -> Any:
+        out = forward()
+        surroundings.before_backward(grads)
+        return out
+
+    def backward(outs: Any) -> None:
+        torch.autograd.grad(outs, [x], grads, allow_unused=True)
+
+    own = calmest(lambda: timed(forward, 20, clock, before=lambda: surroundings.before_forward([x.detach()])))
+    return own, calmest(lambda: timed(backward, 20, clock, before=results))
+
+
+def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tuple[Timing, Timing]:
+    """Of one tile of one operator: forward and backward, each as a step finds it: what was computed just before it, a small operand or gradient, is in the
+    cache; parameters, and what forward has kept for backward, are not."""
+    module, shapes, dtypes, needs = build_item(program, sample.node, sample.tile, sample.chunk, graph)
+    node = program.graph.nodes[sample.node]
+    inputs = []
+    for shape, dtype, need in zip(shapes, dtypes, needs, strict=True):
+        if DTYPES[dtype].is_floating_point:
+            inputs.append(torch.rand(shape, dtype=DTYPES[dtype]).requires_grad_(need))
+        else:
+            inputs.append(torch.zeros(shape, dtype=DTYPES[dtype]))
+    random = CounterState(0, 1)
+    differentiable = any(program.graph.tensors[t].requires_grad for t in node.outputs)
+    present = [t for t, box in zip(node.inputs, _C.compute_item(program, sample.node, sample.tile, sample.chunk).operand_boxes, strict=True) if box is not None]
+    stored = [program.graph.nodes[program.graph.tensors[t].producer].kind == _C.NodeKind.param for t in present]
+    computed = [x.detach() for x, is_stored in zip(inputs, stored, strict=True) if not is_stored]
+    surroundings = Surroundings()
+
+    def run() -> Any:
+        with torch.set_grad_enabled(differentiable):
+            return module(*inputs, random)
+
+    begin = time.perf_counter_ns()
+    first = run()
+    repeats = 1 if time.perf_counter_ns() - begin > 100_000_000 else REPEATS
+    clock = own_clock()
+    forward = calmest(lambda: timed(run, repeats, clock, before=lambda: surroundings.before_forward(computed)))
+    outputs = [i for i, r in enumerate(first) if r.requires_grad]
+    leaves = [x for x in inputs if x.requires_grad]
+    if not outputs or not leaves:
+        return forward, NOTHING
+    grads = [torch.ones_like(first[i]) for i in outputs]
+    del first
+
+    def results() -> Any:
+        out = run()
+        surroundings.before_backward(grads)
+        return [out[i] for i in outputs]
+
+    def back(outs: Any) -> None:
+        torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+
+    return forward, calmest(lambda: timed(back, repeats, clock, before=results))
