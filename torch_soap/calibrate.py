@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 
 from torch_soap import _C
+from torch_soap.backend import host
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import Machine
 from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
@@ -48,10 +49,10 @@ FORMAT = 9  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
-    """Host of each rank, hosts counted in the order of ranks."""
+    """Host of each rank, hosts counted in the order of ranks. A launcher's nodes are apart, and those that the user names."""
     if comm is None:
         return []
-    hosts = comm.gather_objects(socket.gethostname() + os.environ.get("GROUP_RANK", ""))
+    hosts = comm.gather_objects(socket.gethostname() + host() + os.environ.get("GROUP_RANK", ""))
     names = list(dict.fromkeys(hosts))
     return [names.index(h) for h in hosts]
 

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,20 +94,37 @@ def reductions() -> None:
         raise AssertionError("a maximum with NaN")
 
 
+def added(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """One after another, in float32, rounded once."""
+    total, dtype = None, torch.float32
+    for part in parts:
+        total, dtype = part.float() if total is None else total + part.float(), part.dtype
+    assert total is not None
+    return total.to(dtype)
+
+
+def host_ranks() -> list[list[int]]:
+    """Ranks of each host, as SOAP_TEST_HOSTS says: "2,1" is ranks 0 and 1 on one, 2 on another. Without it there is one."""
+    counts = [int(c) for c in os.environ.get("SOAP_TEST_HOSTS", os.environ["WORLD_SIZE"]).split(",")]
+    return [list(range(sum(counts[:i]), sum(counts[: i + 1]))) for i in range(len(counts))]
+
+
 def sums_in_rank_order() -> None:
-    """16-bit numbers are summed in float32 and rounded once; the bits are the same on all ranks, and again."""
+    """16-bit numbers are summed in float32 and rounded once, or once within a host and once over hosts; the bits are the same on all ranks, and again."""
     torch.manual_seed(rank())
     for dtype, count in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1000, 700_001)):
         mine = torch.randn(count).to(dtype)
         parts = [torch.empty_like(mine) for _ in range(size())]
         dist.all_gather(parts, mine)
-        wanted = parts[0].float()
-        for part in parts[1:]:
-            wanted = wanted + part.float()
+        wanted = added(added(parts[r] for r in ranks) for ranks in host_ranks())
         for _ in range(2):
             out = mine.clone()
             dist.all_reduce(out)
-            expect(f"sum of {dtype}", out, wanted.to(dtype))
+            expect(f"sum of {dtype}", out, wanted)
+            shares = [part[: count // size() * size()].clone() for part in parts]
+            share = torch.empty(count // size(), dtype=dtype)
+            dist.reduce_scatter_tensor(share, shares[rank()])
+            expect(f"share of a sum of {dtype}", share, wanted[: len(share) * size()].chunk(size())[rank()])
 
 
 def movements() -> None:
@@ -299,6 +316,35 @@ def mistakes() -> None:
     expect("afterwards", fine, torch.full((5,), float(n)))
 
 
+def mistakes_between_hosts() -> None:
+    """An error on every rank, and the group has ended."""
+    n, me = size(), rank()
+    last = n - 1
+    for part, call in (
+        ("bytes on rank", lambda g: dist.all_reduce(torch.ones(3 if me == last else 4), group=g)),
+        ("calls", lambda g: dist.all_reduce(torch.ones(3), group=g) if me == last else dist.barrier(g)),
+        ("of Float", lambda g: dist.all_reduce(torch.ones(3, dtype=torch.int32 if me == last else torch.float32), group=g)),
+        ("sends 12 bytes to rank", lambda g: dist.all_to_all_single(torch.empty(2 * n), torch.ones(3 * n if me == last else 2 * n), [2] * n, group=g)),
+    ):
+        group = dist.new_group(timeout=datetime.timedelta(seconds=10))
+        texts = []
+        for _ in range(2):
+            try:
+                call(group)  # type: ignore[no-untyped-call]
+            except (RuntimeError, ValueError) as error:
+                texts.append(str(error))
+        assert len(texts) == 2 and "the group has ended" in texts[1], (part, texts)
+        told = everything(texts[0])
+        assert any(part in text for text in told), (part, told)
+        assert all(part in text or "failed" in text or "has ended" in text for text in told), (part, told)
+
+
+def everything(mine: str) -> list[str]:
+    out: list[Any] = [None] * size()
+    dist.all_gather_object(out, mine)
+    return out
+
+
 def monitored() -> None:
     dist.monitored_barrier(timeout=datetime.timedelta(seconds=10))
     group = dist.new_group(timeout=datetime.timedelta(seconds=20))
@@ -424,7 +470,7 @@ def hosts() -> None:
         if rank() not in ranks:
             continue
         backend = group._get_backend(torch.device("cpu"))
-        assert backend.shares_memory == shared, (ranks, backend.why_not)
+        assert backend.shares_memory == shared and backend.spans_hosts != shared, (ranks, backend.why_not)
         tensor = torch.full((1000,), float(rank()))
         dist.all_reduce(tensor, group=group)
         expect(f"group {ranks}", tensor, torch.full((1000,), float(sum(ranks))))
@@ -438,7 +484,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "messages": messages,
     "asynchronous": asynchronous,
     "subgroups": subgroups,
-    "mistakes": mistakes,
+    "mistakes": mistakes_between_hosts if "SOAP_TEST_HOSTS" in os.environ else mistakes,
     "monitored": monitored,
     "with_delays": with_delays,
     "late_rank": late_rank,
@@ -454,6 +500,9 @@ CHECKS: dict[str, Callable[[], None]] = {
 def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
+    if "SOAP_TEST_HOSTS" in os.environ:
+        me = int(os.environ["RANK"])
+        os.environ["TORCH_SOAP_HOST"] = next(f"host{h}" for h, ranks in enumerate(host_ranks()) if me in ranks)
     dist.init_process_group("soap", timeout=datetime.timedelta(seconds=30))
     results: dict[str, str] = {}
     for name in sys.argv[1:] or CHECKS:
