@@ -328,12 +328,12 @@ def mistakes_between_hosts() -> None:
     ):
         group = dist.new_group(timeout=datetime.timedelta(seconds=10))
         texts = []
-        for _ in range(2):
+        for _ in range(3):  # who sent too much may see it only afterwards
             try:
                 call(group)  # type: ignore[no-untyped-call]
             except (RuntimeError, ValueError) as error:
                 texts.append(str(error))
-        assert len(texts) == 2 and "the group has ended" in texts[1], (part, texts)
+        assert len(texts) >= 2 and "the group has ended" in texts[-1], (part, texts)
         told = everything(texts[0])
         assert any(part in text for text in told), (part, told)
         assert all(part in text or "failed" in text or "has ended" in text for text in told), (part, told)
