@@ -83,7 +83,9 @@ SoapBackend::SoapBackend(const c10::intrusive_ptr<c10d::Store>& store, int rank,
     cores.insert(meeting.processes[r].cores.begin(), meeting.processes[r].cores.end());
   }
   options.timeout = timeout;
-  options.patience = transport::Patience::of(most_ranks(static_cast<int>(here.size())), static_cast<int>(cores.size()));
+  // Between hosts each rank has another thread at work, gloo's, which must not wait for a core.
+  const int num_local = static_cast<int>(here.size()), num_threads = std::max(most_ranks(num_local), one_host_ ? 0 : 2 * num_local);
+  options.patience = transport::Patience::of(num_threads, static_cast<int>(cores.size()));
   if (!one_host_) options.labels = here;
   group_ = std::make_shared<transport::Group>(std::move(meeting.segment), hosts_.place[rank], std::move(options));
   if (one_host_) take(group_);

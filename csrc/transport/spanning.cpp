@@ -17,7 +17,6 @@ struct Label {  // begins an envelope
   char call[96] = {};
   uint64_t num_bytes = 0;      // of the operation
   uint64_t message_bytes = 0;  // of this message
-  uint64_t sequence = 0;
 };
 
 constexpr uint64_t kInside = kEnvelopeBytes - sizeof(Label);  // bytes of the message that travel in its envelope
@@ -302,21 +301,7 @@ std::size_t Relay::post(int peer, const Memory& memory, bool sends) {
   message->peer = peer;
   message->memory = memory;
   const int index = (sends ? num_sent_ : num_received_)[peer]++;
-  uint64_t inside = 0;
-  if (index == 0) {
-    inside = std::min(kInside, memory.num_bytes());
-    message->envelope.resize(kEnvelopeBytes);
-    if (sends) {
-      Label label;
-      operation_.call.copy(label.call, sizeof(label.call) - 1);
-      label.num_bytes = operation_.num_bytes;
-      label.message_bytes = memory.num_bytes();
-      label.sequence = operation_.sequence;
-      std::memcpy(message->envelope.data(), &label, sizeof(label));
-      memory.read(0, inside, message->envelope.data() + sizeof(label));
-    }
-    message->first = begin(*message, index, message->envelope.data(), kEnvelopeBytes);
-  }
+  const uint64_t inside = index == 0 ? std::min(kInside, memory.num_bytes()) : 0;
   const Memory beyond = memory.cut(inside, memory.num_bytes() - inside);
   if (beyond.num_bytes() > 0) {
     std::byte* data = in_one(beyond);
@@ -325,8 +310,20 @@ std::size_t Relay::post(int peer, const Memory& memory, bool sends) {
       data = message->staging.data();
       if (sends) beyond.read(0, beyond.num_bytes(), data);
     }
-    // Apart from an envelope's, whatever its number of bytes.
+    // Apart from an envelope's, whatever its number of bytes. Before it: who has waited for the envelope then has this too, and sleeps once.
     message->rest = begin(*message, 2 * index + 1, data, beyond.num_bytes());
+  }
+  if (index == 0) {
+    message->envelope.resize(kEnvelopeBytes);
+    if (sends) {
+      Label label;
+      operation_.call.copy(label.call, sizeof(label.call) - 1);
+      label.num_bytes = operation_.num_bytes;
+      label.message_bytes = memory.num_bytes();
+      std::memcpy(message->envelope.data(), &label, sizeof(label));
+      memory.read(0, inside, message->envelope.data() + sizeof(label));
+    }
+    message->first = begin(*message, 0, message->envelope.data(), kEnvelopeBytes);
   }
   messages_.push_back(std::move(message));
   return messages_.size() - 1;
