@@ -162,8 +162,8 @@ class SpanningOn : public testing::TestWithParam<std::vector<std::string>> {};
 TEST_P(SpanningOn, Collectives) {
   const Hosts hosts = Hosts::of(GetParam());
   const int num_ranks = hosts.num_ranks();
-  on_ranks(hosts, std::chrono::seconds(30), std::chrono::microseconds(100), [&](SpanningGroup& group, int me) {
-    for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{1000}, std::size_t{70'003}, std::size_t{1'200'001}}) {
+  on_ranks(hosts, std::chrono::seconds(30), std::chrono::microseconds(20), [&](SpanningGroup& group, int me) {
+    for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{1000}, std::size_t{70'003}, std::size_t{600'003}}) {
       Floats mine = values(me, count);
       EXPECT_EQ(error_of(*begin<SpanningAllReduce>(group, true, "all_reduce", memory_of(mine), reducers())), "");
       EXPECT_EQ(mine, folded(hosts, count));
@@ -214,7 +214,8 @@ TEST(SpanningErrors, OtherCallsAreSeenByAll) {
     EXPECT_NE(error_of(*begin<SpanningBarrier>(group, true, "barrier")).find("the group has ended"), std::string::npos);
   });
   EXPECT_NE(errors[2].find("28 bytes on rank 3, 32 on rank 2"), std::string::npos) << errors[2];
-  for (const int r : {0, 1}) EXPECT_TRUE(errors[r].find("has ended or failed") != std::string::npos || errors[r].find("has failed") != std::string::npos) << errors[r];
+  for (const int r : {0, 1})
+    EXPECT_TRUE(errors[r].find("has ended or failed") != std::string::npos || errors[r].find("has failed") != std::string::npos) << errors[r];
 }
 
 TEST(SpanningErrors, WhoDoesNotComeIsNamed) {

@@ -18,6 +18,8 @@ from torch import nn
 
 import torch_soap  # registers the backend
 from tests.dist.launch import report
+from torch_soap import calibrate
+from torch_soap.runtime.comm import TorchComm, transport
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
@@ -66,7 +68,7 @@ def folded(op: Any, parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def reductions() -> None:
-    for dtype, count in itertools.product(DTYPES, SIZES):
+    for dtype, count in itertools.product(DTYPES, SIZES if len(host_ranks()) == 1 else (7, 600_003)):
         ops = [Op.SUM] + ([] if dtype.is_complex else [Op.PRODUCT, Op.MIN, Op.MAX])
         ops += [] if dtype.is_floating_point or dtype.is_complex else [Op.BAND, Op.BOR, Op.BXOR]
         for op in ops if count in (7, 600_003) else ops[:1]:
@@ -463,6 +465,19 @@ def parallelized() -> None:
             raise AssertionError(f"{name} differs by {(state[name] - wanted).abs().max()}")
 
 
+def calibrated() -> None:
+    """What is measured goes the way that the runtime's tensors go, and is kept for these hosts alone."""
+    comm = TorchComm()
+    ends = (0, size() - 1)
+    comm.join([ends])
+    assert transport() == "soap" and (rank() not in ends or transport(comm.group(ends)) == "soap")
+    placed = calibrate.placement(comm)
+    assert placed == [h for h, ranks in enumerate(host_ranks()) for _ in ranks], placed
+    here = calibrate.cache_file(size(), placed)
+    assert (here == calibrate.cache_file(size())) == (len(host_ranks()) == 1), here
+    assert everything(here.name) == [here.name] * size()
+
+
 def hosts() -> None:
     """Ranks 0 and 1 are on one host, 2 and 3 on another."""
     for ranks, shared in (([0, 1], True), ([2, 3], True), ([1, 2], False), ([0, 1, 2, 3], False)):
@@ -494,6 +509,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "fsdp": lambda: as_on_gloo("fsdp"),
     "dtensor": lambda: as_on_gloo("dtensor"),
     "parallelized": parallelized,
+    "calibrated": calibrated,
 }
 
 
