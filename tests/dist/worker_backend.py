@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,54 +17,15 @@ import torch.distributed as dist
 from torch import nn
 
 import torch_soap  # registers the backend
+from tests.dist.backend_hosts import calibrated, hosts, mistakes_between_hosts
+from tests.dist.backend_values import Op, added, everyone, expect, folded, host_ranks, rank, size, values
 from tests.dist.launch import report
-from torch_soap import calibrate
-from torch_soap.runtime.comm import TorchComm, transport
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
     torch.complex128,
 ]  # fmt: skip
 SIZES = [0, 1, 7, 1000, 70_001, 600_003]  # in one slot, in one chunk, in several
-Op = dist.ReduceOp
-
-
-def rank() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
-
-
-def values(of: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What rank `of` brings: every rank can compute it. Small, so that products and 16-bit sums are exact where they must be."""
-    generator = torch.Generator().manual_seed(1000 * of + count)
-    drawn = torch.randint(0, 3, (count,), generator=generator)
-    return (drawn > 0) if dtype == torch.bool else drawn.to(dtype)
-
-
-def everyone(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [values(r, count, dtype) for r in range(size())]
-
-
-def expect(what: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
-    if got.dtype != wanted.dtype or got.shape != wanted.shape or not torch.equal(got, wanted):
-        raise AssertionError(f"{what}: {got.dtype} {tuple(got.shape)} {got.flatten()[:5].tolist()} instead of {wanted.flatten()[:5].tolist()}")
-
-
-def folded(op: Any, parts: list[torch.Tensor]) -> torch.Tensor:
-    out = parts[0].clone()
-    for part in parts[1:]:
-        if op == Op.SUM:
-            out = out | part if out.dtype == torch.bool else out + part
-        elif op == Op.PRODUCT:
-            out = out & part if out.dtype == torch.bool else out * part
-        elif op in (Op.MIN, Op.MAX):
-            out = (torch.minimum if op == Op.MIN else torch.maximum)(out, part)
-        else:
-            out = {Op.BAND: torch.bitwise_and, Op.BOR: torch.bitwise_or, Op.BXOR: torch.bitwise_xor}[op](out, part)
-    return out
 
 
 def reductions() -> None:
@@ -94,21 +55,6 @@ def reductions() -> None:
     dist.all_reduce(nan, Op.MAX)
     if not nan.isnan():
         raise AssertionError("a maximum with NaN")
-
-
-def added(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """One after another, in float32, rounded once."""
-    total, dtype = None, torch.float32
-    for part in parts:
-        total, dtype = part.float() if total is None else total + part.float(), part.dtype
-    assert total is not None
-    return total.to(dtype)
-
-
-def host_ranks() -> list[list[int]]:
-    """Ranks of each host, as SOAP_TEST_HOSTS says: "2,1" is ranks 0 and 1 on one, 2 on another. Without it there is one."""
-    counts = [int(c) for c in os.environ.get("SOAP_TEST_HOSTS", os.environ["WORLD_SIZE"]).split(",")]
-    return [list(range(sum(counts[:i]), sum(counts[: i + 1]))) for i in range(len(counts))]
 
 
 def sums_in_rank_order() -> None:
@@ -318,35 +264,6 @@ def mistakes() -> None:
     expect("afterwards", fine, torch.full((5,), float(n)))
 
 
-def mistakes_between_hosts() -> None:
-    """An error on every rank, and the group has ended."""
-    n, me = size(), rank()
-    last = n - 1
-    for part, call in (
-        ("bytes on rank", lambda g: dist.all_reduce(torch.ones(3 if me == last else 4), group=g)),
-        ("calls", lambda g: dist.all_reduce(torch.ones(3), group=g) if me == last else dist.barrier(g)),
-        ("of Float", lambda g: dist.all_reduce(torch.ones(3, dtype=torch.int32 if me == last else torch.float32), group=g)),
-        ("sends 12 bytes to rank", lambda g: dist.all_to_all_single(torch.empty(2 * n), torch.ones(3 * n if me == last else 2 * n), [2] * n, group=g)),
-    ):
-        group = dist.new_group(timeout=datetime.timedelta(seconds=10))
-        texts = []
-        for _ in range(3):  # who sent too much may see it only afterwards
-            try:
-                call(group)  # type: ignore[no-untyped-call]
-            except (RuntimeError, ValueError) as error:
-                texts.append(str(error))
-        assert len(texts) >= 2 and "the group has ended" in texts[-1], (part, texts)
-        told = everything(texts[0])
-        assert any(part in text for text in told), (part, told)
-        assert all(part in text or "failed" in text or "has ended" in text for text in told), (part, told)
-
-
-def everything(mine: str) -> list[str]:
-    out: list[Any] = [None] * size()
-    dist.all_gather_object(out, mine)
-    return out
-
-
 def monitored() -> None:
     dist.monitored_barrier(timeout=datetime.timedelta(seconds=10))
     group = dist.new_group(timeout=datetime.timedelta(seconds=20))
@@ -463,32 +380,6 @@ def parallelized() -> None:
     for name, wanted in plain.state_dict().items():
         if not torch.allclose(state[name], wanted, rtol=1e-11, atol=1e-13):
             raise AssertionError(f"{name} differs by {(state[name] - wanted).abs().max()}")
-
-
-def calibrated() -> None:
-    """What is measured goes the way that the runtime's tensors go, and is kept for these hosts alone."""
-    comm = TorchComm()
-    ends = (0, size() - 1)
-    comm.join([ends])
-    assert transport() == "soap" and (rank() not in ends or transport(comm.group(ends)) == "soap")
-    placed = calibrate.placement(comm)
-    assert placed == [h for h, ranks in enumerate(host_ranks()) for _ in ranks], placed
-    here = calibrate.cache_file(size(), placed)
-    assert (here == calibrate.cache_file(size())) == (len(host_ranks()) == 1), here
-    assert everything(here.name) == [here.name] * size()
-
-
-def hosts() -> None:
-    """Ranks 0 and 1 are on one host, 2 and 3 on another."""
-    for ranks, shared in (([0, 1], True), ([2, 3], True), ([1, 2], False), ([0, 1, 2, 3], False)):
-        group = dist.new_group(ranks)
-        if rank() not in ranks:
-            continue
-        backend = group._get_backend(torch.device("cpu"))
-        assert backend.shares_memory == shared and backend.spans_hosts != shared, (ranks, backend.why_not)
-        tensor = torch.full((1000,), float(rank()))
-        dist.all_reduce(tensor, group=group)
-        expect(f"group {ranks}", tensor, torch.full((1000,), float(sum(ranks))))
 
 
 CHECKS: dict[str, Callable[[], None]] = {
