@@ -21,12 +21,20 @@ def create(options: Any, backend_options: Any = None) -> _backend.SoapBackend:
         timeout = backend_options._timeout
     if not isinstance(timeout, timedelta):
         timeout = timedelta(seconds=timeout)
-    backend = _backend.SoapBackend(dist.PrefixStore("soap", store), rank, size, timeout, os.environ.get("TORCH_SOAP_HOST", ""))
-    if not backend.shares_memory:
-        if backend.one_host and rank == 0:
-            warnings.warn(f"the process group uses gloo, not shared memory: {backend.why_not}", stacklevel=2)
-        backend.set_fallback(dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout))
+    backend = _backend.SoapBackend(dist.PrefixStore("soap", store), rank, size, timeout, host())
+    if backend.shares_memory:
+        return backend
+    if backend.spans_hosts:
+        backend.set_wire(dist.ProcessGroupGloo(dist.PrefixStore("wire", store), rank, size, timeout))
+    elif rank == 0:
+        warnings.warn(f"the process group uses gloo, not shared memory: {backend.why_not}", stacklevel=2)
+    backend.set_fallback(dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout))
     return backend
+
+
+def host() -> str:
+    """What the user says this host is; empty: it is found out."""
+    return os.environ.get("TORCH_SOAP_HOST", "")
 
 
 def register() -> None:

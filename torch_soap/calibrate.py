@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from torch_soap import _C
+from torch_soap.backend import host
 from torch_soap.machine import Machine
 from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
 from torch_soap.operator_times import OTHER, RECENT
@@ -43,10 +44,10 @@ FORMAT = 10  # of the cache
 
 
 def placement(comm: Comm | None) -> list[int]:
-    """Host of each rank, hosts counted in the order of ranks."""
+    """Host of each rank, hosts counted in the order of ranks. A launcher's nodes are apart, and those that the user names."""
     if comm is None:
         return []
-    hosts = comm.gather_objects(socket.gethostname() + os.environ.get("GROUP_RANK", ""))
+    hosts = comm.gather_objects(socket.gethostname() + host() + os.environ.get("GROUP_RANK", ""))
     names = list(dict.fromkeys(hosts))
     return [names.index(h) for h in hosts]
 

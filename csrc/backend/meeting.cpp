@@ -6,9 +6,11 @@
 #include <chrono>
 #include <random>
 #include <set>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
 #include "fmt/format.h"
 #include "fmt/ranges.h"
+#include "transport/spanning.h"
 
 namespace soap::backend {
 namespace {
@@ -17,7 +19,7 @@ using transport::Layout;
 using transport::ProcessIdentity;
 using transport::Segment;
 
-constexpr const char* kVersion = "1";  // of the segment's layout: ranks that differ don't share memory
+constexpr const char* kVersion = "2";  // of the segment's layout and of messages between hosts: ranks that differ use gloo
 
 std::string text(const std::vector<uint8_t>& value) {
   return std::string(value.begin(), value.end());
@@ -54,41 +56,19 @@ std::string random_name() {
 }
 
 // What was left in the store is taken away by the last rank that has read it, so that a later group with this name and store doesn't find it.
-void clear(c10d::Store& store, int num_ranks) {
+void clear(c10d::Store& store, const std::vector<const char*>& kinds, int num_ranks) {
   if (store.add("read", 1) != num_ranks) return;
-  std::vector<std::string> keys = keys_of("process", num_ranks);
-  for (const std::string& key : keys_of("attached", num_ranks)) keys.push_back(key);
-  keys.push_back("segment");
-  keys.push_back("read");
-  for (const std::string& key : keys) store.deleteKey(key);
+  for (const char* kind : kinds) {
+    for (const std::string& key : keys_of(kind, num_ranks)) store.deleteKey(key);
+  }
+  store.deleteKey("segment");
+  store.deleteKey("read");
 }
 
-}  // namespace
-
-Meeting meet(c10d::Store& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host) {
-  Meeting out;
-  const ProcessIdentity self = transport::this_process(host);
-  if (num_ranks == 1) {
-    out.segment = Segment::anonymous(transport::layout_for(1));
-    out.processes = {self};
-    out.one_host = true;
-    return out;
-  }
-  store.set(fmt::format("process/{}", rank), fmt::format("{} {}", kVersion, to_text(self)));
-  std::set<std::string> hosts;
-  for (const std::string& line : gather(store, "process", num_ranks, timeout)) {
-    const std::size_t space = line.find(' ');
-    out.processes.push_back(transport::process_from_text(line.substr(space + 1)));
-    hosts.insert(line.substr(0, space) + " " + out.processes.back().host);
-  }
-  out.one_host = hosts.size() == 1;
-  if (!out.one_host) {
-    out.why_not = fmt::format("its ranks are on {} hosts", hosts.size());
-    clear(store, num_ranks);
-    return out;
-  }
-
+// Collective over ranks of one host: a segment of their own, or why there is none.
+std::unique_ptr<Segment> share_segment(c10d::Store& store, int rank, int num_ranks, std::chrono::milliseconds timeout, std::string& why_not) {
   const Layout layout = transport::layout_for(num_ranks);
+  if (num_ranks == 1) return Segment::anonymous(layout);
   std::string name, mine;  // `mine`: what this rank could not do
   std::unique_ptr<Segment> segment;
   try {
@@ -113,18 +93,61 @@ Meeting meet(c10d::Store& store, int rank, int num_ranks, std::chrono::milliseco
     if (segment != nullptr && segment->num_attached().fetch_add(1) + 1 == static_cast<uint64_t>(num_ranks)) Segment::unlink(name);
     store.set(fmt::format("attached/{}", rank), mine);
     for (const std::string& reason : gather(store, "attached", num_ranks, timeout)) {
-      if (out.why_not.empty()) out.why_not = reason;
+      if (why_not.empty()) why_not = reason;
     }
   } catch (...) {
     if (rank == 0 && !name.empty()) Segment::unlink(name);
     throw;
   }
-  if (out.why_not.empty()) {
-    out.segment = std::move(segment);
-  } else if (rank == 0 && !name.empty()) {
-    Segment::unlink(name);
+  if (why_not.empty()) return segment;
+  if (rank == 0 && !name.empty()) Segment::unlink(name);
+  return nullptr;
+}
+
+}  // namespace
+
+Meeting meet(const c10::intrusive_ptr<c10d::Store>& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host) {
+  Meeting out;
+  const ProcessIdentity self = transport::this_process(host);
+  if (num_ranks == 1) {
+    out.segment = Segment::anonymous(transport::layout_for(1));
+    out.processes = {self};
+    out.hosts = {self.host};
+    out.one_host = true;
+    return out;
   }
-  clear(store, num_ranks);
+  store->set(fmt::format("process/{}", rank), fmt::format("{} {}", kVersion, to_text(self)));
+  std::set<std::string> versions;
+  for (const std::string& line : gather(*store, "process", num_ranks, timeout)) {
+    const std::size_t space = line.find(' ');
+    versions.insert(line.substr(0, space));
+    out.processes.push_back(transport::process_from_text(line.substr(space + 1)));
+    out.hosts.push_back(out.processes.back().host);
+  }
+  const std::vector<const char*> kinds{"process", "attached", "ready"};
+  if (versions.size() > 1) {
+    out.why_not = "its ranks have different versions of torch_soap";
+    clear(*store, kinds, num_ranks);
+    return out;
+  }
+  const transport::Hosts hosts = transport::Hosts::of(out.hosts);
+  out.one_host = hosts.num_hosts() == 1;
+  if (out.one_host) {
+    out.segment = share_segment(*store, rank, num_ranks, timeout, out.why_not);
+    clear(*store, kinds, num_ranks);
+    return out;
+  }
+  const int own = hosts.host[rank], num_local = static_cast<int>(hosts.ranks[own].size());
+  const auto of_host = c10::make_intrusive<c10d::PrefixStore>(fmt::format("host/{}", own), store);
+  std::string mine;
+  out.segment = share_segment(*of_host, hosts.place[rank], num_local, timeout, mine);
+  clear(*of_host, {"attached"}, num_local);
+  store->set(fmt::format("ready/{}", rank), mine);
+  for (const std::string& reason : gather(*store, "ready", num_ranks, timeout)) {
+    if (out.why_not.empty()) out.why_not = reason;
+  }
+  if (!out.why_not.empty()) out.segment = nullptr;
+  clear(*store, kinds, num_ranks);
   return out;
 }
 

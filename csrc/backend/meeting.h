@@ -13,14 +13,15 @@
 namespace soap::backend {
 
 struct Meeting {
-  std::shared_ptr<transport::Segment> segment;        // null: the ranks don't share memory
+  std::shared_ptr<transport::Segment> segment;        // of the ranks of this host; null: they don't share memory
   std::vector<transport::ProcessIdentity> processes;  // by rank
+  std::vector<std::string> hosts;                     // by rank
   std::string why_not;                                // there is no segment
   bool one_host = false;
 };
 
-// Collective over the ranks of a group: all get a segment, or none does. `host` as in transport::this_process. The name of the shared memory is gone on
-// return. Throws DistBackendError that names the ranks that did not come within the timeout.
-Meeting meet(c10d::Store& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host);
+// Collective over the ranks of a group: all get a segment, one for each host, or none does. `host` as in transport::this_process. The name of the shared memory
+// is gone on return. Throws DistBackendError that names the ranks that did not come within the timeout.
+Meeting meet(const c10::intrusive_ptr<c10d::Store>& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host);
 
 }  // namespace soap::backend

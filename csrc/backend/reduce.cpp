@@ -226,4 +226,12 @@ transport::Reducer make_reducer(at::ScalarType dtype, const ReduceOp& reduce, in
   }
 }
 
+transport::Reducers make_reducers(at::ScalarType dtype, const ReduceOp& reduce, int num_ranks) {
+  switch (reduce.op_) {
+    case ReduceOp::AVG: return {make_reducer(dtype, ReduceOp::SUM, num_ranks), make_reducer(dtype, reduce, num_ranks), true};
+    case ReduceOp::PREMUL_SUM: return {make_reducer(dtype, reduce, num_ranks), make_reducer(dtype, ReduceOp::SUM, num_ranks), false};
+    default: return {make_reducer(dtype, reduce, num_ranks), make_reducer(dtype, reduce, num_ranks), true};
+  }
+}
+
 }  // namespace soap::backend

@@ -11,9 +11,12 @@
 #include <set>
 #include <torch/csrc/distributed/c10d/Utils.hpp>
 
+#include "backend/checks.h"
+#include "backend/gloo_wire.h"
 #include "backend/meeting.h"
 #include "backend/reduce.h"
 #include "fmt/format.h"
+#include "transport/spanning_collectives.h"
 
 namespace soap::backend {
 namespace {
@@ -27,7 +30,7 @@ using TensorList = std::vector<at::Tensor>;
 // Of this process, for leave_all_groups.
 struct Groups {
   std::mutex mutex;
-  std::vector<std::weak_ptr<transport::Group>> alive;
+  std::vector<std::weak_ptr<transport::Runner>> alive;
 };
 
 Groups& groups() {
@@ -44,53 +47,12 @@ int most_ranks(int num_ranks) {
   return std::max(seen, num_ranks);
 }
 
-// c10d's checks call this with what is wrong.
-auto invalid(const char* call) {
-  return [call](const std::string& what) { C10_THROW_ERROR(ValueError, fmt::format("[soap] {}: {}", call, what)); };
-}
-
-void check_tensor(const char* call, const at::Tensor& tensor) {
-  if (tensor.layout() != at::kStrided) invalid(call)(fmt::format("only dense tensors, got layout {}", c10::str(tensor.layout())));
-  if (!tensor.device().is_cpu()) {
-    invalid(call)(
-        fmt::format("a tensor on {}: this backend serves CPU tensors; init_process_group(\"cpu:soap,cuda:nccl\") serves both", tensor.device().str()));
-  }
-}
-
-void check_tensors(const char* call, const TensorList& tensors) {
-  if (tensors.empty()) invalid(call)("requires a non-empty tensor list");
-  for (const at::Tensor& tensor : tensors) check_tensor(call, tensor);
-}
-
-const at::Tensor& only(const char* call, const TensorList& tensors) {
-  if (tensors.size() != 1) invalid(call)(fmt::format("requires a single-element tensor list, got {} tensors", tensors.size()));
-  check_tensor(call, tensors[0]);
-  return tensors[0];
-}
-
-void check_parts(const char* call, const TensorList& parts, int num_ranks, const at::Tensor& like) {
-  if (static_cast<int>(parts.size()) != num_ranks) {
-    invalid(call)(fmt::format("a list of {} tensors for {} ranks", parts.size(), num_ranks));
-  }
-  for (std::size_t i = 0; i < parts.size(); ++i) {
-    check_tensor(call, parts[i]);
-    if (parts[i].scalar_type() != like.scalar_type()) {
-      invalid(call)(
-          fmt::format("invalid tensor type at index {} (expected {}, got {})", i, c10::toString(like.scalar_type()), c10::toString(parts[i].scalar_type())));
-    }
-  }
-}
-
-void check_root(const char* call, int64_t root, int num_ranks) {
-  if (root < 0 || root >= num_ranks) invalid(call)(fmt::format("invalid root rank: {}", root));
-}
-
 std::string of_dtype(const c10d::ReduceOp& reduce, const at::Tensor& tensor) {
   return fmt::format("({} of {})", name_of(reduce), c10::toString(tensor.scalar_type()));
 }
 
 // Waits for the group's thread, which may be in a callback that waits for Python's lock.
-void leave(transport::Group& group) {
+void leave(transport::Runner& group) {
   if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) {
     group.leave();
     return;
@@ -108,28 +70,46 @@ int64_t row_elements(const at::Tensor& tensor) {
 
 SoapBackend::SoapBackend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host)
     : Backend(rank, num_ranks), options_(c10::make_intrusive<Options>("soap", timeout)) {
-  Meeting meeting = meet(*store, rank, num_ranks, timeout, host);
+  Meeting meeting = meet(store, rank, num_ranks, timeout, host);
   why_not_ = meeting.why_not;
   one_host_ = meeting.one_host;
+  hosts_ = transport::Hosts::of(meeting.hosts);
   if (meeting.segment == nullptr) return;
-  std::set<int> cores;
-  for (const auto& process : meeting.processes) cores.insert(process.cores.begin(), process.cores.end());
+  const std::vector<int>& here = hosts_.ranks[hosts_.host[rank]];
   transport::GroupOptions options;
+  std::set<int> cores;
+  for (const int r : here) {
+    options.processes.push_back(meeting.processes[r]);
+    cores.insert(meeting.processes[r].cores.begin(), meeting.processes[r].cores.end());
+  }
   options.timeout = timeout;
-  options.patience = transport::Patience::of(most_ranks(num_ranks), static_cast<int>(cores.size()));
-  options.processes = std::move(meeting.processes);
-  group_ = std::make_shared<transport::Group>(std::move(meeting.segment), rank, std::move(options));
+  // Between hosts each rank has another thread at work, gloo's, which must not wait for a core.
+  const int num_local = static_cast<int>(here.size()), num_threads = std::max(most_ranks(num_local), one_host_ ? 0 : 2 * num_local);
+  options.patience = transport::Patience::of(num_threads, static_cast<int>(cores.size()));
+  if (!one_host_) options.labels = here;
+  group_ = std::make_shared<transport::Group>(std::move(meeting.segment), hosts_.place[rank], std::move(options));
+  if (one_host_) take(group_);
+}
+
+void SoapBackend::set_wire(c10::intrusive_ptr<c10d::Backend> gloo) {
+  if (group_ == nullptr || one_host_) C10_THROW_ERROR(ValueError, "[soap] a wire is for ranks on several hosts that share memory on each");
+  spanning_ = std::make_shared<transport::SpanningGroup>(hosts_, rank_, group_, make_wire(std::move(gloo)), options_->timeout);
+  take(spanning_);
+}
+
+void SoapBackend::take(std::shared_ptr<transport::Runner> runner) {
+  runner_ = std::move(runner);
   const std::lock_guard lock(groups().mutex);
   std::erase_if(groups().alive, [](const auto& group) { return group.expired(); });
-  groups().alive.push_back(group_);
+  groups().alive.push_back(runner_);
 }
 
 SoapBackend::~SoapBackend() {
-  if (group_ != nullptr) leave(*group_);
+  if (runner_ != nullptr) leave(*runner_);
 }
 
 void leave_all_groups() {
-  std::vector<std::weak_ptr<transport::Group>> alive;
+  std::vector<std::weak_ptr<transport::Runner>> alive;
   {
     const std::lock_guard lock(groups().mutex);
     alive = groups().alive;
@@ -140,48 +120,68 @@ void leave_all_groups() {
 }
 
 void SoapBackend::set_random_delay(std::chrono::microseconds most) {
-  if (group_ != nullptr) group_->set_random_delay(most);
+  if (runner_ != nullptr) runner_->set_random_delay(most);
 }
 
 void SoapBackend::setTimeout(std::chrono::milliseconds timeout) {
   options_->timeout = timeout;
-  if (group_ != nullptr) group_->set_timeout(timeout);
+  if (runner_ != nullptr) runner_->set_timeout(timeout);
   if (fallback_ != nullptr) fallback_->setTimeout(timeout);
 }
 
 uint64_t SoapBackend::getSequenceNumberForGroup() {
-  return group_ == nullptr ? fallback_->getSequenceNumberForGroup() : group_->num_collectives();
+  return runner_ == nullptr ? fallback_->getSequenceNumberForGroup() : runner_->num_collectives();
 }
 
 void SoapBackend::abort() {
-  if (group_ != nullptr) group_->abort("the process group was aborted");
+  if (runner_ != nullptr) runner_->abort("the process group was aborted");
   if (fallback_ != nullptr) fallback_->abort();
 }
 
 void SoapBackend::shutdown() {
-  if (group_ != nullptr) leave(*group_);
+  if (runner_ != nullptr) leave(*runner_);
   if (fallback_ != nullptr) fallback_->shutdown();
 }
 
-WorkPtr SoapBackend::run(const Call& call, std::shared_ptr<transport::Collective> operation, TensorList inputs, TensorList outputs, Tensors tensors) {
+WorkPtr SoapBackend::run(const Call& call, std::shared_ptr<transport::Operation> operation, TensorList inputs, TensorList outputs, Tensors tensors) {
   operation->call = call.text;
   const std::string title = profiler_name_ + call.title;
-  auto work = c10::make_intrusive<SoapWork>(group_, rank_, call.type, group_->num_collectives() + 1, title.c_str(), std::move(inputs), std::move(outputs),
+  auto work = c10::make_intrusive<SoapWork>(runner_, rank_, call.type, runner_->num_collectives() + 1, title.c_str(), std::move(inputs), std::move(outputs),
                                             std::move(tensors));
   work->attach(operation);
   const auto timeout = call.timeout == c10d::kUnsetTimeout ? std::chrono::milliseconds::zero() : call.timeout;
-  group_->submit(std::move(operation), timeout, call.blocking);
+  if (spanning_ != nullptr) {
+    spanning_->submit(std::static_pointer_cast<transport::Spanning>(operation), timeout, call.blocking);
+  } else {
+    group_->submit(std::static_pointer_cast<transport::Collective>(operation), timeout, call.blocking);
+  }
   return work;
 }
 
 WorkPtr SoapBackend::exchange(const Call& call, std::vector<Memory> outgoing, std::vector<Memory> incoming, std::vector<bool> wanted, TensorList inputs,
                               TensorList outputs, Tensors tensors) {
-  auto operation = std::make_shared<transport::Exchange>(rank_, size_, std::move(outgoing), std::move(incoming), std::move(wanted));
+  std::shared_ptr<transport::Operation> operation;
+  if (spanning_ != nullptr) {
+    operation = spanning_exchange(call, std::move(outgoing), std::move(incoming), std::move(wanted));
+  } else {
+    operation = std::make_shared<transport::Exchange>(rank_, size_, std::move(outgoing), std::move(incoming), std::move(wanted));
+  }
+  return run(call, std::move(operation), std::move(inputs), std::move(outputs), std::move(tensors));
+}
+
+WorkPtr SoapBackend::reduce_scatter(const Call& call, std::vector<Memory> parts, const Memory& result, at::ScalarType dtype, const c10d::ReduceOp& reduce,
+                                    TensorList inputs, TensorList outputs, Tensors tensors) {
+  std::shared_ptr<transport::Operation> operation;
+  if (spanning_ != nullptr) {
+    operation = std::make_shared<transport::SpanningReduceScatter>(std::move(parts), result, make_reducers(dtype, reduce, size_));
+  } else {
+    operation = std::make_shared<transport::ReduceScatter>(rank_, size_, std::move(parts), result, make_reducer(dtype, reduce, size_));
+  }
   return run(call, std::move(operation), std::move(inputs), std::move(outputs), std::move(tensors));
 }
 
 WorkPtr SoapBackend::broadcast(TensorList& tensors, const c10d::BroadcastOptions& options) {
-  if (group_ == nullptr) return fallback_->broadcast(tensors, options);
+  if (runner_ == nullptr) return fallback_->broadcast(tensors, options);
   const at::Tensor& tensor = only("broadcast", tensors);
   check_root("broadcast", options.rootRank, size_);
   const int root = static_cast<int>(options.rootRank);
@@ -195,7 +195,7 @@ WorkPtr SoapBackend::broadcast(TensorList& tensors, const c10d::BroadcastOptions
     incoming[root] = held.output(tensor);
     wanted[root] = true;
   }
-  const Call call{OpType::BROADCAST, "broadcast", fmt::format("broadcast(from rank {})", root), options.timeout, !options.asyncOp};
+  const Call call{OpType::BROADCAST, "broadcast", fmt::format("broadcast(from rank {})", root), options.timeout, !options.asyncOp, root};
   return exchange(call, {outgoing}, std::move(incoming), std::move(wanted), tensors, tensors, std::move(held));
 }
 
@@ -205,12 +205,18 @@ WorkPtr SoapBackend::all_reduce(const Call& call, TensorList& tensors, const c10
   for (const at::Tensor& tensor : tensors) {
     held.in_place(tensor).for_each(0, tensor.nbytes(), [&](std::byte* data, uint64_t, uint64_t bytes) { memory.add(data, bytes); });
   }
-  auto operation = std::make_shared<transport::AllReduce>(rank_, size_, memory, make_reducer(tensors[0].scalar_type(), reduce, size_));
+  const at::ScalarType dtype = tensors[0].scalar_type();
+  std::shared_ptr<transport::Operation> operation;
+  if (spanning_ != nullptr) {
+    operation = std::make_shared<transport::SpanningAllReduce>(memory, make_reducers(dtype, reduce, size_));
+  } else {
+    operation = std::make_shared<transport::AllReduce>(rank_, size_, memory, make_reducer(dtype, reduce, size_));
+  }
   return run(call, std::move(operation), tensors, tensors, std::move(held));
 }
 
 WorkPtr SoapBackend::allreduce(TensorList& tensors, const c10d::AllreduceOptions& options) {
-  if (group_ == nullptr) return fallback_->allreduce(tensors, options);
+  if (runner_ == nullptr) return fallback_->allreduce(tensors, options);
   if (tensors.size() == 1 && tensors[0].is_sparse()) return allreduce_sparse(tensors, options);
   const at::Tensor& tensor = only("all_reduce", tensors);
   const Call call{OpType::ALLREDUCE, "all_reduce", "all_reduce" + of_dtype(options.reduceOp, tensor), options.timeout, !options.asyncOp};
@@ -218,7 +224,7 @@ WorkPtr SoapBackend::allreduce(TensorList& tensors, const c10d::AllreduceOptions
 }
 
 WorkPtr SoapBackend::allreduce_coalesced(TensorList& tensors, const c10d::AllreduceCoalescedOptions& options) {
-  if (group_ == nullptr) return fallback_->allreduce_coalesced(tensors, options);
+  if (runner_ == nullptr) return fallback_->allreduce_coalesced(tensors, options);
   check_tensors("all_reduce_coalesced", tensors);
   for (const at::Tensor& tensor : tensors) {
     if (tensor.scalar_type() != tensors[0].scalar_type()) invalid("all_reduce_coalesced")("tensors must all have the same type");
@@ -229,19 +235,25 @@ WorkPtr SoapBackend::allreduce_coalesced(TensorList& tensors, const c10d::Allred
 }
 
 WorkPtr SoapBackend::reduce(TensorList& tensors, const c10d::ReduceOptions& options) {
-  if (group_ == nullptr) return fallback_->reduce(tensors, options);
+  if (runner_ == nullptr) return fallback_->reduce(tensors, options);
   const at::Tensor& tensor = only("reduce", tensors);
   check_root("reduce", options.rootRank, size_);
   const int root = static_cast<int>(options.rootRank);
   Tensors held;
-  const Memory memory = rank_ == root ? held.in_place(tensor) : held.input(tensor);
-  auto operation = std::make_shared<transport::Reduce>(rank_, size_, root, memory, make_reducer(tensor.scalar_type(), options.reduceOp, size_));
+  std::shared_ptr<transport::Operation> operation;
+  if (spanning_ != nullptr) {  // everyone's sum costs between hosts what the root's does
+    const Memory memory = rank_ == root ? held.in_place(tensor) : held.copy(tensor);
+    operation = std::make_shared<transport::SpanningAllReduce>(memory, make_reducers(tensor.scalar_type(), options.reduceOp, size_));
+  } else {
+    const Memory memory = rank_ == root ? held.in_place(tensor) : held.input(tensor);
+    operation = std::make_shared<transport::Reduce>(rank_, size_, root, memory, make_reducer(tensor.scalar_type(), options.reduceOp, size_));
+  }
   const Call call{OpType::REDUCE, "reduce", fmt::format("reduce{} to rank {}", of_dtype(options.reduceOp, tensor), root), options.timeout, !options.asyncOp};
   return run(call, std::move(operation), tensors, tensors, std::move(held));
 }
 
 WorkPtr SoapBackend::allgather(std::vector<TensorList>& outputs, TensorList& inputs, const c10d::AllgatherOptions& options) {
-  if (group_ == nullptr) return fallback_->allgather(outputs, inputs, options);
+  if (runner_ == nullptr) return fallback_->allgather(outputs, inputs, options);
   const at::Tensor& input = only("all_gather", inputs);
   if (outputs.size() != 1) invalid("all_gather")(fmt::format("requires input/output tensor lists to have the same length, got 1 and {}", outputs.size()));
   check_parts("all_gather", outputs[0], size_, input);
@@ -253,7 +265,7 @@ WorkPtr SoapBackend::allgather(std::vector<TensorList>& outputs, TensorList& inp
 }
 
 WorkPtr SoapBackend::_allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) {
-  if (group_ == nullptr) return fallback_->_allgather_base(output, input, options);
+  if (runner_ == nullptr) return fallback_->_allgather_base(output, input, options);
   TensorList outputs{output}, inputs{input};
   check_tensors("all_gather_into_tensor", {output, input});
   if (output.scalar_type() != input.scalar_type()) invalid("all_gather_into_tensor")("output tensor must have the same type as input tensor");
@@ -270,7 +282,7 @@ WorkPtr SoapBackend::_allgather_base(at::Tensor& output, at::Tensor& input, cons
 }
 
 WorkPtr SoapBackend::allgather_coalesced(std::vector<TensorList>& outputs, TensorList& inputs, const c10d::AllgatherOptions& options) {
-  if (group_ == nullptr) return fallback_->allgather_coalesced(outputs, inputs, options);
+  if (runner_ == nullptr) return fallback_->allgather_coalesced(outputs, inputs, options);
   check_tensors("all_gather_coalesced", inputs);
   c10d::assertAllgatherCoalescedOutputTensorLists(invalid("all_gather_coalesced"), outputs, inputs.size(), size_);
   Tensors held;
@@ -293,7 +305,7 @@ WorkPtr SoapBackend::allgather_coalesced(std::vector<TensorList>& outputs, Tenso
 }
 
 WorkPtr SoapBackend::allgather_into_tensor_coalesced(TensorList& outputs, TensorList& inputs, const c10d::AllgatherOptions& options) {
-  if (group_ == nullptr) return fallback_->allgather_into_tensor_coalesced(outputs, inputs, options);
+  if (runner_ == nullptr) return fallback_->allgather_into_tensor_coalesced(outputs, inputs, options);
   constexpr const char* kCall = "all_gather_into_tensor_coalesced";
   check_tensors(kCall, inputs);
   check_tensors(kCall, outputs);
@@ -317,7 +329,7 @@ WorkPtr SoapBackend::allgather_into_tensor_coalesced(TensorList& outputs, Tensor
 }
 
 WorkPtr SoapBackend::gather(std::vector<TensorList>& outputs, TensorList& inputs, const c10d::GatherOptions& options) {
-  if (group_ == nullptr) return fallback_->gather(outputs, inputs, options);
+  if (runner_ == nullptr) return fallback_->gather(outputs, inputs, options);
   const at::Tensor& input = only("gather", inputs);
   check_root("gather", options.rootRank, size_);
   const int root = static_cast<int>(options.rootRank);
@@ -332,12 +344,12 @@ WorkPtr SoapBackend::gather(std::vector<TensorList>& outputs, TensorList& inputs
   } else if (!outputs.empty()) {
     invalid("gather")("requires empty output on non-root");
   }
-  const Call call{OpType::GATHER, "gather", fmt::format("gather(to rank {})", root), options.timeout, !options.asyncOp};
+  const Call call{OpType::GATHER, "gather", fmt::format("gather(to rank {})", root), options.timeout, !options.asyncOp, root};
   return exchange(call, {held.input(input)}, std::move(incoming), std::vector<bool>(size_, rank_ == root), inputs, std::move(results), std::move(held));
 }
 
 WorkPtr SoapBackend::scatter(TensorList& outputs, std::vector<TensorList>& inputs, const c10d::ScatterOptions& options) {
-  if (group_ == nullptr) return fallback_->scatter(outputs, inputs, options);
+  if (runner_ == nullptr) return fallback_->scatter(outputs, inputs, options);
   const at::Tensor& output = only("scatter", outputs);
   check_root("scatter", options.rootRank, size_);
   const int root = static_cast<int>(options.rootRank);
@@ -356,12 +368,12 @@ WorkPtr SoapBackend::scatter(TensorList& outputs, std::vector<TensorList>& input
   incoming[root] = held.output(output);
   wanted[root] = true;
   if (size_ == 1) outgoing.resize(1);
-  const Call call{OpType::SCATTER, "scatter", fmt::format("scatter(from rank {})", root), options.timeout, !options.asyncOp};
+  const Call call{OpType::SCATTER, "scatter", fmt::format("scatter(from rank {})", root), options.timeout, !options.asyncOp, root};
   return exchange(call, std::move(outgoing), std::move(incoming), std::move(wanted), std::move(sources), outputs, std::move(held));
 }
 
 WorkPtr SoapBackend::reduce_scatter(TensorList& outputs, std::vector<TensorList>& inputs, const c10d::ReduceScatterOptions& options) {
-  if (group_ == nullptr) return fallback_->reduce_scatter(outputs, inputs, options);
+  if (runner_ == nullptr) return fallback_->reduce_scatter(outputs, inputs, options);
   const at::Tensor& output = only("reduce_scatter", outputs);
   if (inputs.size() != 1) invalid("reduce_scatter")("requires a single-element input list containing a list with <size> tensors");
   check_parts("reduce_scatter", inputs[0], size_, output);
@@ -371,20 +383,19 @@ WorkPtr SoapBackend::reduce_scatter(TensorList& outputs, std::vector<TensorList>
   Tensors held;
   std::vector<Memory> parts;
   for (const at::Tensor& input : inputs[0]) parts.push_back(held.input(input));
-  auto operation = std::make_shared<transport::ReduceScatter>(rank_, size_, std::move(parts), held.output(output),
-                                                              make_reducer(output.scalar_type(), options.reduceOp, size_));
+  const Memory result = held.output(output);
   const Call call{OpType::REDUCE_SCATTER, "reduce_scatter", "reduce_scatter" + of_dtype(options.reduceOp, output), options.timeout, !options.asyncOp};
-  return run(call, std::move(operation), inputs[0], outputs, std::move(held));
+  return reduce_scatter(call, std::move(parts), result, output.scalar_type(), options.reduceOp, inputs[0], outputs, std::move(held));
 }
 
 WorkPtr SoapBackend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input, const c10d::ReduceScatterOptions& options) {
   TensorList outputs{output}, inputs{input};
-  if (group_ == nullptr) return fallback_->_reduce_scatter_base(output, input, options);
+  if (runner_ == nullptr) return fallback_->_reduce_scatter_base(output, input, options);
   return reduce_scatter_tensor_coalesced(outputs, inputs, options);
 }
 
 WorkPtr SoapBackend::reduce_scatter_tensor_coalesced(TensorList& outputs, TensorList& inputs, const c10d::ReduceScatterOptions& options) {
-  if (group_ == nullptr) return fallback_->reduce_scatter_tensor_coalesced(outputs, inputs, options);
+  if (runner_ == nullptr) return fallback_->reduce_scatter_tensor_coalesced(outputs, inputs, options);
   constexpr const char* kCall = "reduce_scatter_tensor";
   check_tensors(kCall, outputs);
   check_tensors(kCall, inputs);
@@ -407,15 +418,13 @@ WorkPtr SoapBackend::reduce_scatter_tensor_coalesced(TensorList& outputs, Tensor
       part.for_each(0, part.num_bytes(), [&](std::byte* data, uint64_t, uint64_t bytes) { parts[r].add(data, bytes); });
     }
   }
-  auto operation =
-      std::make_shared<transport::ReduceScatter>(rank_, size_, std::move(parts), result, make_reducer(outputs[0].scalar_type(), options.reduceOp, size_));
   const Call call{OpType::_REDUCE_SCATTER_BASE, "reduce_scatter", kCall + of_dtype(options.reduceOp, outputs[0]), options.timeout, !options.asyncOp};
-  return run(call, std::move(operation), inputs, outputs, std::move(held));
+  return reduce_scatter(call, std::move(parts), result, outputs[0].scalar_type(), options.reduceOp, inputs, outputs, std::move(held));
 }
 
 WorkPtr SoapBackend::alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_splits, std::vector<int64_t>& input_splits,
                                    const c10d::AllToAllOptions& options) {
-  if (group_ == nullptr) return fallback_->alltoall_base(output, input, output_splits, input_splits, options);
+  if (runner_ == nullptr) return fallback_->alltoall_base(output, input, output_splits, input_splits, options);
   check_tensors("all_to_all_single", {output, input});
   if (output.scalar_type() != input.scalar_type()) invalid("all_to_all_single")("input and output tensors must have the same type");
   c10d::checkSplitSizes(input_splits, input, size_);
@@ -439,7 +448,7 @@ WorkPtr SoapBackend::alltoall_base(at::Tensor& output, at::Tensor& input, std::v
 }
 
 WorkPtr SoapBackend::alltoall(TensorList& outputs, TensorList& inputs, const c10d::AllToAllOptions& options) {
-  if (group_ == nullptr) return fallback_->alltoall(outputs, inputs, options);
+  if (runner_ == nullptr) return fallback_->alltoall(outputs, inputs, options);
   c10d::assertAllToAllTensorListSizes(invalid("all_to_all"), outputs.size(), inputs.size(), size_);
   check_tensors("all_to_all", outputs);
   check_tensors("all_to_all", inputs);
@@ -452,47 +461,9 @@ WorkPtr SoapBackend::alltoall(TensorList& outputs, TensorList& inputs, const c10
 }
 
 WorkPtr SoapBackend::barrier(const c10d::BarrierOptions& options) {
-  if (group_ == nullptr) return fallback_->barrier(options);
+  if (runner_ == nullptr) return fallback_->barrier(options);
   const Call call{OpType::BARRIER, "barrier", "barrier", options.timeout, !options.asyncOp};
   return exchange(call, {Memory()}, std::vector<Memory>(size_), std::vector<bool>(size_), {}, {}, {});
-}
-
-WorkPtr SoapBackend::message(TensorList& tensors, int peer, int tag, OpType type) {
-  const bool sends = type == OpType::SEND;
-  const char* name = sends ? "send" : "recv";
-  const at::Tensor& tensor = only(name, tensors);
-  if (type != OpType::RECVANYSOURCE && (peer < 0 || peer >= size_)) invalid(name)(fmt::format("rank {} is not one of {}", peer, size_));
-  Tensors held;
-  auto operation = std::make_shared<transport::Message>();
-  operation->memory = sends ? held.input(tensor) : held.output(tensor);
-  operation->peer = type == OpType::RECVANYSOURCE ? -1 : peer;
-  operation->tag = tag;
-  operation->call = type == OpType::RECVANYSOURCE ? fmt::format("recv(from any rank, tag {})", tag)
-                                                  : fmt::format("{}({} rank {}, tag {})", name, sends ? "to" : "from", peer, tag);
-  const std::string title = profiler_name_ + (type == OpType::RECVANYSOURCE ? "recvAnySource" : name);
-  auto work = c10::make_intrusive<SoapWork>(group_, rank_, type, 0, title.c_str(), tensors, sends ? TensorList{} : tensors, std::move(held));
-  work->attach(operation);
-  if (sends) {
-    group_->send(std::move(operation), {});
-  } else {
-    group_->receive(std::move(operation), {});
-  }
-  return work;
-}
-
-WorkPtr SoapBackend::send(TensorList& tensors, int destination, int tag) {
-  if (group_ == nullptr) return fallback_->send(tensors, destination, tag);
-  return message(tensors, destination, tag, OpType::SEND);
-}
-
-WorkPtr SoapBackend::recv(TensorList& tensors, int source, int tag) {
-  if (group_ == nullptr) return fallback_->recv(tensors, source, tag);
-  return message(tensors, source, tag, OpType::RECV);
-}
-
-WorkPtr SoapBackend::recvAnysource(TensorList& tensors, int tag) {
-  if (group_ == nullptr) return fallback_->recvAnysource(tensors, tag);
-  return message(tensors, -1, tag, OpType::RECVANYSOURCE);
 }
 
 }  // namespace soap::backend

@@ -1,6 +1,7 @@
 // The c10d backend "soap": collectives and messages of CPU tensors over memory that the ranks of a host share.
 //
-// A group whose ranks are on several hosts, or that can't have shared memory, hands everything to another backend (gloo), given with `set_fallback`.
+// Where ranks are on several hosts, those of each share memory, and messages between hosts go through another backend (gloo), given with `set_wire`. What
+// isn't a collective then, and everything where a host can't have shared memory, is handed to a third one, given with `set_fallback`.
 //
 // Differences from gloo, on purpose: results are summed in the order of the ranks, so they are the same bits on all ranks and in
 // every run; 16-bit numbers are summed in float32; ranks that call different things get an error, not a hang; a rank
@@ -16,6 +17,7 @@
 #include "backend/work.h"
 #include "transport/collectives.h"
 #include "transport/group.h"
+#include "transport/spanning.h"
 
 namespace soap::backend {
 
@@ -25,10 +27,14 @@ class SoapBackend final : public c10d::Backend {
   SoapBackend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host);
   ~SoapBackend() override;
 
-  // Whether there is shared memory; otherwise why not.
-  bool shares_memory() const { return group_ != nullptr; }
+  // Whether all ranks share memory.
+  bool shares_memory() const { return group_ != nullptr && one_host_; }
+  // Whether the ranks of each of several hosts do; then `set_wire` must be called before anything else, on all ranks.
+  bool spans_hosts() const { return group_ != nullptr && !one_host_; }
+  // Neither: why not.
   const std::string& why_not() const { return why_not_; }
-  bool one_host() const { return one_host_; }
+  int num_hosts() const { return hosts_.num_hosts(); }
+  void set_wire(c10::intrusive_ptr<c10d::Backend> gloo);
   void set_fallback(c10::intrusive_ptr<c10d::Backend> fallback) { fallback_ = std::move(fallback); }
   // What the profiler shows before ":all_reduce"; torch's own tests look for "gloo".
   void set_profiler_name(const std::string& name) { profiler_name_ = name + ":"; }
@@ -80,17 +86,26 @@ class SoapBackend final : public c10d::Backend {
     std::string text;             // for errors
     std::chrono::milliseconds timeout{};
     bool blocking = false;
+    int root = -1;  // of one that has a root
   };
 
-  c10::intrusive_ptr<c10d::Work> run(const Call& call, std::shared_ptr<transport::Collective> operation, std::vector<at::Tensor> inputs,
+  c10::intrusive_ptr<c10d::Work> run(const Call& call, std::shared_ptr<transport::Operation> operation, std::vector<at::Tensor> inputs,
                                      std::vector<at::Tensor> outputs, Tensors tensors);
   c10::intrusive_ptr<c10d::Work> exchange(const Call& call, std::vector<transport::Memory> outgoing, std::vector<transport::Memory> incoming,
                                           std::vector<bool> wanted, std::vector<at::Tensor> inputs, std::vector<at::Tensor> outputs, Tensors tensors);
+  std::shared_ptr<transport::Operation> spanning_exchange(const Call& call, std::vector<transport::Memory> outgoing, std::vector<transport::Memory> incoming,
+                                                          std::vector<bool> wanted) const;
+  c10::intrusive_ptr<c10d::Work> reduce_scatter(const Call& call, std::vector<transport::Memory> parts, const transport::Memory& result, at::ScalarType dtype,
+                                                const c10d::ReduceOp& reduce, std::vector<at::Tensor> inputs, std::vector<at::Tensor> outputs, Tensors tensors);
+  void take(std::shared_ptr<transport::Runner> runner);
   c10::intrusive_ptr<c10d::Work> all_reduce(const Call& call, std::vector<at::Tensor>& tensors, const c10d::ReduceOp& reduce);
   c10::intrusive_ptr<c10d::Work> message(std::vector<at::Tensor>& tensors, int peer, int tag, c10d::OpType type);
   std::vector<at::Tensor> gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows);
 
-  std::shared_ptr<transport::Group> group_;
+  std::shared_ptr<transport::Group> group_;  // of the ranks of this host
+  std::shared_ptr<transport::SpanningGroup> spanning_;
+  std::shared_ptr<transport::Runner> runner_;  // what collectives are given to, one of the two; null: the fallback
+  transport::Hosts hosts_;
   std::string why_not_;
   bool one_host_ = false;
   c10::intrusive_ptr<Options> options_;

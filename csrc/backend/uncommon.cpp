@@ -12,6 +12,7 @@
 #include "backend/soap_backend.h"
 #include "fmt/format.h"
 #include "fmt/ranges.h"
+#include "transport/spanning_collectives.h"
 
 namespace soap::backend {
 namespace {
@@ -21,6 +22,28 @@ using transport::Memory;
 using Milliseconds = std::chrono::milliseconds;
 
 }  // namespace
+
+// The exchanges of ranks on several hosts: who sends to whom follows from the call.
+std::shared_ptr<transport::Operation> SoapBackend::spanning_exchange(const Call& call, std::vector<Memory> outgoing, std::vector<Memory> incoming,
+                                                                     std::vector<bool> wanted) const {
+  std::vector<bool> sends(size_);
+  switch (call.type) {
+    case OpType::BARRIER: return std::make_shared<transport::SpanningBarrier>();
+    case OpType::BROADCAST: return std::make_shared<transport::SpanningBroadcast>(call.root, rank_ == call.root ? outgoing[0] : incoming[call.root]);
+    case OpType::GATHER: {
+      std::vector<Memory> to(size_);
+      to[call.root] = outgoing[0];
+      sends[call.root] = true;
+      return std::make_shared<transport::SpanningExchange>(std::move(to), std::move(sends), std::move(incoming), std::move(wanted));
+    }
+    case OpType::SCATTER:
+    case OpType::ALLTOALL:
+    case OpType::ALLTOALL_BASE:
+      sends.assign(size_, call.type != OpType::SCATTER || rank_ == call.root);
+      return std::make_shared<transport::SpanningExchange>(std::move(outgoing), std::move(sends), std::move(incoming), std::move(wanted));
+    default: return std::make_shared<transport::SpanningAllGather>(outgoing[0], std::move(incoming));
+  }
+}
 
 // The tensors of all ranks, `rows[r]` rows from rank r.
 std::vector<at::Tensor> SoapBackend::gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows) {
@@ -40,7 +63,7 @@ std::vector<at::Tensor> SoapBackend::gather_uneven(const at::Tensor& input, cons
 
 // Gathers the entries of all ranks and adds them up: blocks until all have come, also where it was called without blocking.
 c10::intrusive_ptr<c10d::Work> SoapBackend::allreduce_sparse(std::vector<at::Tensor>& tensors, const c10d::AllreduceOptions& options) {
-  if (group_ == nullptr) return fallback_->allreduce(tensors, options);
+  if (runner_ == nullptr) return fallback_->allreduce(tensors, options);
   TORCH_CHECK_VALUE(tensors.size() == 1 && tensors[0].is_sparse() && tensors[0].device().is_cpu(), "[soap] all_reduce: requires one sparse CPU tensor");
   TORCH_CHECK_VALUE(options.reduceOp == c10d::ReduceOp::SUM, "[soap] all_reduce: sparse tensors can only be summed, not ", name_of(options.reduceOp));
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -67,7 +90,7 @@ c10::intrusive_ptr<c10d::Work> SoapBackend::allreduce_sparse(std::vector<at::Ten
 }
 
 void SoapBackend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
-  if (group_ == nullptr) {
+  if (!shares_memory()) {
     fallback_->monitoredBarrier(options, wait_all_ranks);
     return;
   }

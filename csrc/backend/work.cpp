@@ -35,6 +35,12 @@ Memory Tensors::output(const at::Tensor& tensor) {
   return memory_of(copies_.back().second);
 }
 
+Memory Tensors::copy(const at::Tensor& tensor) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  held_.push_back(tensor.resolve_conj().resolve_neg().clone(at::MemoryFormat::Contiguous));
+  return memory_of(held_.back());
+}
+
 Memory Tensors::in_place(const at::Tensor& tensor) {
   return output(tensor);
 }
@@ -45,13 +51,11 @@ void Tensors::write_back() {
 }
 
 Memory part_of(const Memory& memory, int index, int count) {
-  Memory out;
   const uint64_t num_bytes = memory.num_bytes() / count;
-  memory.for_each(index * num_bytes, num_bytes, [&](std::byte* data, uint64_t, uint64_t bytes) { out.add(data, bytes); });
-  return out;
+  return memory.cut(index * num_bytes, num_bytes);
 }
 
-SoapWork::SoapWork(std::shared_ptr<transport::Group> group, int rank, c10d::OpType type, uint64_t sequence, const char* title, std::vector<at::Tensor> inputs,
+SoapWork::SoapWork(std::shared_ptr<transport::Runner> group, int rank, c10d::OpType type, uint64_t sequence, const char* title, std::vector<at::Tensor> inputs,
                    std::vector<at::Tensor> outputs, Tensors tensors)
     : Work(rank, type, title, std::move(inputs)), group_(std::move(group)), sequence_(sequence), outputs_(std::move(outputs)), tensors_(std::move(tensors)) {}
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "transport/group.h"
+#include "transport/runner.h"
 
 namespace soap::backend {
 
@@ -18,6 +18,8 @@ class Tensors {
  public:
   transport::Memory input(const at::Tensor& tensor);
   transport::Memory output(const at::Tensor& tensor);
+  // What it holds now, in memory of its own.
+  transport::Memory copy(const at::Tensor& tensor);
   // Read and written.
   transport::Memory in_place(const at::Tensor& tensor);
   void write_back();
@@ -32,7 +34,7 @@ transport::Memory part_of(const transport::Memory& memory, int index, int count)
 
 class SoapWork final : public c10d::Work {
  public:
-  SoapWork(std::shared_ptr<transport::Group> group, int rank, c10d::OpType type, uint64_t sequence, const char* title, std::vector<at::Tensor> inputs,
+  SoapWork(std::shared_ptr<transport::Runner> group, int rank, c10d::OpType type, uint64_t sequence, const char* title, std::vector<at::Tensor> inputs,
            std::vector<at::Tensor> outputs, Tensors tensors);
 
   // Links both ways until the operation has ended.
@@ -54,7 +56,7 @@ class SoapWork final : public c10d::Work {
   void ended(std::exception_ptr error);
   void complete_future();
 
-  const std::shared_ptr<transport::Group> group_;
+  const std::shared_ptr<transport::Runner> group_;
   std::shared_ptr<transport::Operation> operation_;
   const uint64_t sequence_;
   std::vector<at::Tensor> outputs_;

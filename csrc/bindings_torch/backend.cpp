@@ -16,10 +16,14 @@ PYBIND11_MODULE(_backend, m) {
       .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, std::chrono::milliseconds, const std::string&>(), py::arg("store"), py::arg("rank"),
            py::arg("size"), py::arg("timeout"), py::arg("host") = "", py::call_guard<py::gil_scoped_release>(),
            "Collective over the ranks of the group. `host` stands for this host's identity unless it is empty.")
-      .def_property_readonly("shares_memory", &SoapBackend::shares_memory)
-      .def_property_readonly("one_host", &SoapBackend::one_host)
-      .def_property_readonly("why_not", &SoapBackend::why_not, "Why there is no shared memory.")
-      .def("set_fallback", &SoapBackend::set_fallback, py::arg("fallback"), "The backend that serves this group where there is no shared memory.")
+      .def_property_readonly("shares_memory", &SoapBackend::shares_memory, "Whether all ranks do.")
+      .def_property_readonly("spans_hosts", &SoapBackend::spans_hosts, "Whether the ranks of each of several hosts share memory.")
+      .def_property_readonly("num_hosts", &SoapBackend::num_hosts)
+      .def_property_readonly("why_not", &SoapBackend::why_not, "Why there is no shared memory, on one host or on each.")
+      .def("set_wire", &SoapBackend::set_wire, py::arg("gloo"), py::call_guard<py::gil_scoped_release>(),
+           "The backend that carries messages between hosts; it may have no other user.")
+      .def("set_fallback", &SoapBackend::set_fallback, py::arg("fallback"),
+           "The backend that serves this group where there is no shared memory, and what isn't a collective where ranks are on several hosts.")
       .def("set_profiler_name", &SoapBackend::set_profiler_name, py::arg("name"), "What the profiler shows before ':all_reduce'.")
       .def("set_random_delay", &SoapBackend::set_random_delay, py::arg("most"), "For tests: delays every step by a random time up to this.");
   m.def("leave_all_groups", &soap::backend::leave_all_groups, py::call_guard<py::gil_scoped_release>(), "To be called before the interpreter ends.");

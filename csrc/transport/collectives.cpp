@@ -64,7 +64,7 @@ void Exchange::describe(const Layout& layout, Header& header) const {
 std::string Exchange::check(const std::vector<const Header*>& headers) {
   for (int r = 0; r < num_ranks; ++r) {
     if (wanted_[r] && headers[r]->counts[rank] != incoming_[r].num_bytes()) {
-      return fmt::format("rank {} sends {} bytes to rank {}, which expects {}", r, headers[r]->counts[rank], rank, incoming_[r].num_bytes());
+      return fmt::format("rank {} sends {} bytes to rank {}, which expects {}", label(r), headers[r]->counts[rank], label(rank), incoming_[r].num_bytes());
     }
   }
   alone();
@@ -187,7 +187,7 @@ void ReduceScatter::describe(const Layout& layout, Header& header) const {
 std::string ReduceScatter::check(const std::vector<const Header*>& headers) {
   for (int r = 0; r < num_ranks; ++r) {
     if (headers[r]->counts[rank] != output_.num_bytes()) {
-      return fmt::format("rank {} has {} bytes for rank {}, which expects {}", r, headers[r]->counts[rank], rank, output_.num_bytes());
+      return fmt::format("rank {} has {} bytes for rank {}, which expects {}", label(r), headers[r]->counts[rank], label(rank), output_.num_bytes());
     }
   }
   return {};

@@ -70,7 +70,7 @@ void Group::leave() {
   Ended ended;
   {
     const std::lock_guard lock(mutex_);
-    if (pending()) break_group("the process group was destroyed while operations were pending", rank_, ended);
+    if (pending()) break_group("the process group was destroyed while operations were pending", label(rank_), ended);
     RankState here = RankState::kHere;
     self_.state.compare_exchange_strong(here, RankState::kLeft, std::memory_order_acq_rel);
     broken_ = "the process group was destroyed";
@@ -80,12 +80,12 @@ void Group::leave() {
   release_retired();
 }
 
-void Group::abort(const std::string& why) {
+void Group::fail(const std::string& why, int blamed) {
   check_fork();
   Ended ended;
   {
     const std::lock_guard lock(mutex_);
-    break_group(why, rank_, ended);
+    break_group(why, blamed, ended);
   }
   end_operations(ended);
 }
@@ -97,12 +97,12 @@ void Group::break_group(const std::string& why, int blamed, Ended& ended) {
     self_.state.store(RankState::kFailed, std::memory_order_release);
   }
   for (const auto& operation : collectives_) {
-    operation->error = std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", operation->call, rank_, why)));
+    operation->error = std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", operation->call, label(rank_), why)));
     ended.push_back(operation);
   }
   collectives_.clear();
   messages_.fail(
-      [&](const Message& message) { return std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", message.call, rank_, why))); },
+      [&](const Message& message) { return std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", message.call, label(rank_), why))); },
       ended);
   ring_others();
 }
@@ -111,12 +111,14 @@ bool Group::refuse(Operation& operation, Clock::duration timeout) {
   operation.timeout = timeout > Clock::duration::zero() ? timeout : options_.timeout;
   operation.deadline = Clock::now() + operation.timeout;
   if (broken_.empty()) return false;
-  operation.error = std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: the group has ended: {}", operation.call, rank_, broken_)));
+  operation.error =
+      std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: the group has ended: {}", operation.call, label(rank_), broken_)));
   return true;
 }
 
 void Group::submit(std::shared_ptr<Collective> operation, Clock::duration timeout, bool blocking) {
   check_fork();
+  operation->labels = &options_.labels;
   sequence_.fetch_add(1, std::memory_order_relaxed);
   bool refused = false;
   {
@@ -309,7 +311,7 @@ bool Group::advance_collective(Ended& ended) {
       try {
         segment_->reserve_slots(rank_);
       } catch (const std::exception& error) {
-        break_group(error.what(), rank_, ended);
+        break_group(error.what(), label(rank_), ended);
         return true;
       }
       reserved_ = true;
@@ -329,6 +331,7 @@ bool Group::advance_collective(Ended& ended) {
       operation->call.copy(header.call, sizeof(header.call) - 1);
       std::fill_n(header.counts, num_ranks_, 0);
       operation->describe(layout_, header);
+      if (operation->num_bytes_of_whole != 0) header.num_bytes = operation->num_bytes_of_whole;
     }
     operation->publish(layout_, operation->num_published, slot + layout_.header_bytes);
     ++operation->num_published;
@@ -365,9 +368,9 @@ void Group::read_headers(Collective& operation) {
   bool differ = false;
   for (int r = 1; r < num_ranks_ && wrong.empty(); ++r) {
     if (std::string_view(headers[r]->call) != headers[0]->call) {
-      wrong = fmt::format("rank {} calls {}, rank 0 {}", r, headers[r]->call, headers[0]->call);
+      wrong = fmt::format("rank {} calls {}, rank {} {}", label(r), headers[r]->call, label(0), headers[0]->call);
     } else if (headers[r]->num_bytes != headers[0]->num_bytes) {
-      wrong = fmt::format("{} has {} bytes on rank {}, {} on rank 0", headers[r]->call, headers[r]->num_bytes, r, headers[0]->num_bytes);
+      wrong = fmt::format("{} has {} bytes on rank {}, {} on rank {}", headers[r]->call, headers[r]->num_bytes, label(r), headers[0]->num_bytes, label(0));
     }
     differ = !wrong.empty();
   }
@@ -376,8 +379,13 @@ void Group::read_headers(Collective& operation) {
   operation.num_steps = differ ? 1 : num_steps;
   if (!wrong.empty()) {
     operation.skipped = true;
-    operation.error = std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", operation.call, rank_, wrong)));
+    operation.error = std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", operation.call, label(rank_), wrong)));
   }
+}
+
+std::vector<int> Group::labels(std::vector<int> ranks) const {
+  for (int& r : ranks) r = label(r);
+  return ranks;
 }
 
 std::vector<int> Group::blocking_ranks(const Collective& operation) const {
@@ -402,12 +410,13 @@ std::string Group::failure_of(const std::vector<int>& ranks) {
     const RankControl& control = segment_->control(r);
     const RankState state = control.state.load(std::memory_order_acquire);
     const int blamed = control.blamed.load(std::memory_order_relaxed);
-    if (state == RankState::kLeft) return fmt::format("rank {} has left: it destroyed its process group", r);
+    if (state == RankState::kLeft) return fmt::format("rank {} has left: it destroyed its process group", label(r));
     if (state == RankState::kFailed) {
-      return blamed == r ? fmt::format("rank {} has failed or aborted", r) : fmt::format("rank {} has failed, because of rank {}", r, blamed);
+      return blamed == label(r) ? fmt::format("rank {} has failed or aborted", blamed)
+                                : fmt::format("rank {} has failed, because of rank {}", label(r), blamed);
     }
     if (look && !options_.processes.empty() && has_ended(options_.processes[r], options_.processes[rank_])) {
-      return fmt::format("rank {} has ended (process {})", r, options_.processes[r].pid);
+      return fmt::format("rank {} has ended (process {})", label(r), options_.processes[r].pid);
     }
   }
   return {};
@@ -420,15 +429,15 @@ void Group::watch() {
     const std::lock_guard lock(mutex_);
     const Clock::time_point now = Clock::now();
     std::string why;
-    int blamed = rank_;
+    int blamed = label(rank_);
     if (!collectives_.empty()) {
       const Collective& operation = *collectives_.front();
       const std::vector<int> late = blocking_ranks(operation);
       why = failure_of(late);
       if (why.empty() && now >= operation.deadline) {
-        why = fmt::format("the timeout of {:.3g} s passed: {} did not come", std::chrono::duration<double>(operation.timeout).count(), list(late));
+        why = fmt::format("the timeout of {:.3g} s passed: {} did not come", std::chrono::duration<double>(operation.timeout).count(), list(labels(late)));
       }
-      if (!late.empty()) blamed = late.front();
+      if (!late.empty()) blamed = label(late.front());
     }
     if (!why.empty()) break_group(why, blamed, ended);
     std::vector<std::string> gone(num_ranks_);
@@ -447,7 +456,7 @@ void Group::watch() {
                                        ? fmt::format("the timeout of {:.3g} s passed", std::chrono::duration<double>(message.timeout).count())
                                        : "";
           if (what.empty()) return nullptr;
-          return std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", message.call, rank_, what)));
+          return std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", message.call, label(rank_), what)));
         },
         ended);
   }

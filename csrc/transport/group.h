@@ -17,6 +17,7 @@
 #include "transport/messages.h"
 #include "transport/operation.h"
 #include "transport/process.h"
+#include "transport/runner.h"
 
 namespace soap::transport {
 
@@ -25,42 +26,45 @@ struct GroupOptions {
   Patience patience;
   // Of the ranks of the group, in order; empty: not watched.
   std::vector<ProcessIdentity> processes;
+  // What errors call the ranks; empty: their numbers. Of a host's ranks in a larger group (spanning.h): those of that group.
+  std::vector<int> labels;
   // For tests: each publishing and reading is delayed by a random time up to this.
   std::chrono::microseconds random_delay{0};
 };
 
-class Group {
+class Group final : public Runner {
  public:
   // All ranks attach to one segment.
   Group(std::shared_ptr<Segment> segment, int rank, GroupOptions options);
-  ~Group();
+  ~Group() override;
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
   int rank() const { return rank_; }
   int num_ranks() const { return num_ranks_; }
-  // For operations from now on.
-  void set_timeout(Clock::duration timeout);
-  void set_random_delay(std::chrono::microseconds most);
-  uint64_t num_collectives() const { return sequence_.load(std::memory_order_relaxed); }
+  void set_timeout(Clock::duration timeout) override;
+  void set_random_delay(std::chrono::microseconds most) override;
+  uint64_t num_collectives() const override { return sequence_.load(std::memory_order_relaxed); }
 
   // Thread-safe. An error is the operation's (`error`, `completed`). `timeout` zero: the group's. With `blocking` the operation has ended on return.
   void submit(std::shared_ptr<Collective> operation, Clock::duration timeout, bool blocking);
   void send(MessagePtr message, Clock::duration timeout);
   void receive(MessagePtr message, Clock::duration timeout);
-  // Until the operation has ended, at most `limit` (none: its own timeout ends it). Returns whether it has.
-  bool wait(Operation& operation, std::optional<Clock::duration> limit = std::nullopt);
+  bool wait(Operation& operation, std::optional<Clock::duration> limit = std::nullopt) override;
   // Takes back a receive that nothing has come for.
   bool withdraw(const MessagePtr& message);
 
-  // Ends all pending operations with an error, here and, as they depend on this rank, on the others.
-  void abort(const std::string& why);
-  // Leaves the group: others that still need this rank get an error. Idempotent; the destructor calls it.
-  void leave();
+  void abort(const std::string& why) override { fail(why, label(rank_)); }
+  // As abort, because of a rank (its label).
+  void fail(const std::string& why, int blamed);
+  // The destructor calls it.
+  void leave() override;
 
  private:
   using Ended = std::vector<std::shared_ptr<Operation>>;
 
+  int label(int rank) const { return options_.labels.empty() ? rank : options_.labels[rank]; }
+  std::vector<int> labels(std::vector<int> ranks) const;
   bool refuse(Operation& operation, Clock::duration timeout);
   bool step();
   void end_operations(Ended& ended);

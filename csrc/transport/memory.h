@@ -42,6 +42,17 @@ class Memory {
     }
   }
 
+  // What of [begin, begin + num_bytes) there is.
+  Memory cut(uint64_t begin, uint64_t num_bytes) const {
+    Memory out;
+    for_each(begin, num_bytes, [&](std::byte* data, uint64_t, uint64_t bytes) { out.add(data, bytes); });
+    return out;
+  }
+
+  void add(const Memory& other) {
+    for (const Piece& piece : other.pieces_) add(piece.data, piece.num_bytes);
+  }
+
   void read(uint64_t begin, uint64_t num_bytes, std::byte* to) const {
     for_each(begin, num_bytes, [&](const std::byte* data, uint64_t offset, uint64_t bytes) { std::memcpy(to + offset, data, bytes); });
   }

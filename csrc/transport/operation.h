@@ -73,6 +73,12 @@ class Collective : public Operation {
   const int rank;
   const int num_ranks;
 
+  // Of a part of a larger operation: its num_bytes for the header.
+  uint64_t num_bytes_of_whole = 0;
+  // What errors call the ranks, where it isn't their numbers; the group's.
+  const std::vector<int>* labels = nullptr;
+  int label(int of) const { return labels == nullptr || labels->empty() ? of : (*labels)[of]; }
+
   // How far it is; the group's alone to change.
   bool begun = false;
   uint64_t first_stage = 0;  // that of step 0

@@ -83,11 +83,12 @@ def test_too_little_shared_memory(tmp_path: Path) -> None:
 
 
 def test_between_hosts() -> None:
-    """A group across hosts is gloo's, one inside a host has shared memory."""
+    """Ranks of each host share memory, and those of two talk over a network."""
+    checks = ("late_rank", "hosts", "asynchronous", "sums_in_rank_order", "movements")
     try:
         with two_hosts() as hosts:
-            done = torchrun_on(hosts, 2, "tests.dist.worker_backend", "late_rank", "hosts", timeout_s=120)
+            done = torchrun_on(hosts, 2, "tests.dist.worker_backend", *checks, timeout_s=120, env={"SOAP_TEST_HOSTS": "2,2"})
     except NoHosts as error:
         pytest.skip(str(error))
     assert done.returncode == 0, done.output
-    assert [r["hosts"] for r in done.results] == [""] * 4, done.results
+    assert done.results == [dict.fromkeys(checks, "")] * 4, done.results

@@ -2,6 +2,8 @@
 
     python -m tests.dist.torch_suite soap results.json [part of a test's name ...]
 
+With `soap-on-hosts` instead of `soap` ranks 0 and 1 are on one host, 2 on another.
+
 The tests ask for "gloo" and skip for other names what gloo alone has: so in the processes of a test the name gloo makes our backend. Needs `pip install
 expecttest`. One JSON line for each test: its name and ok, skipped, or what failed. `docs/backend.md` has the counts.
 """
@@ -42,6 +44,12 @@ def as_gloo(options: Any, backend_options: Any = None) -> Any:
     return made
 
 
+def as_gloo_on_hosts(options: Any, backend_options: Any = None) -> Any:
+    ranks = options.global_ranks_in_group or range(options.group_size)
+    os.environ["TORCH_SOAP_HOST"] = f"host{ranks[options.group_rank] // 2}"
+    return as_gloo(options, backend_options)
+
+
 class Kept(unittest.TestResult):
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -69,10 +77,10 @@ class Kept(unittest.TestResult):
 
 def main() -> None:
     backend, path, parts = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    if backend == "soap":
+    if backend in ("soap", "soap-on-hosts"):
         dist.Backend._ensure_backend_registered("gloo")
         gloo = dist.Backend._plugins["GLOO"]
-        dist.Backend._plugins["GLOO"] = gloo._replace(creator_fn=as_gloo, extended_api=True)
+        dist.Backend._plugins["GLOO"] = gloo._replace(creator_fn=as_gloo if backend == "soap" else as_gloo_on_hosts, extended_api=True)
     torch.set_num_threads(1)
     done = {json.loads(line)["test"] for line in path.read_text().splitlines()} if path.exists() else set()
     names = [n for n in unittest.TestLoader().getTestCaseNames(Suite) if n not in done and (not parts or any(p in n for p in parts))]

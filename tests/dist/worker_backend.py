@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 import torch_soap  # registers the backend
+from tests.dist.backend_hosts import calibrated, hosts, mistakes_between_hosts
+from tests.dist.backend_values import Op, added, everyone, expect, folded, host_ranks, rank, size, values
 from tests.dist.launch import report
 
 DTYPES = [
@@ -24,49 +26,10 @@ DTYPES = [
     torch.complex128,
 ]  # fmt: skip
 SIZES = [0, 1, 7, 1000, 70_001, 600_003]  # in one slot, in one chunk, in several
-Op = dist.ReduceOp
-
-
-def rank() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
-
-
-def values(of: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What rank `of` brings: every rank can compute it. Small, so that products and 16-bit sums are exact where they must be."""
-    generator = torch.Generator().manual_seed(1000 * of + count)
-    drawn = torch.randint(0, 3, (count,), generator=generator)
-    return (drawn > 0) if dtype == torch.bool else drawn.to(dtype)
-
-
-def everyone(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [values(r, count, dtype) for r in range(size())]
-
-
-def expect(what: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
-    if got.dtype != wanted.dtype or got.shape != wanted.shape or not torch.equal(got, wanted):
-        raise AssertionError(f"{what}: {got.dtype} {tuple(got.shape)} {got.flatten()[:5].tolist()} instead of {wanted.flatten()[:5].tolist()}")
-
-
-def folded(op: Any, parts: list[torch.Tensor]) -> torch.Tensor:
-    out = parts[0].clone()
-    for part in parts[1:]:
-        if op == Op.SUM:
-            out = out | part if out.dtype == torch.bool else out + part
-        elif op == Op.PRODUCT:
-            out = out & part if out.dtype == torch.bool else out * part
-        elif op in (Op.MIN, Op.MAX):
-            out = (torch.minimum if op == Op.MIN else torch.maximum)(out, part)
-        else:
-            out = {Op.BAND: torch.bitwise_and, Op.BOR: torch.bitwise_or, Op.BXOR: torch.bitwise_xor}[op](out, part)
-    return out
 
 
 def reductions() -> None:
-    for dtype, count in itertools.product(DTYPES, SIZES):
+    for dtype, count in itertools.product(DTYPES, SIZES if len(host_ranks()) == 1 else (7, 600_003)):
         ops = [Op.SUM] + ([] if dtype.is_complex else [Op.PRODUCT, Op.MIN, Op.MAX])
         ops += [] if dtype.is_floating_point or dtype.is_complex else [Op.BAND, Op.BOR, Op.BXOR]
         for op in ops if count in (7, 600_003) else ops[:1]:
@@ -95,19 +58,21 @@ def reductions() -> None:
 
 
 def sums_in_rank_order() -> None:
-    """16-bit numbers are summed in float32 and rounded once; the bits are the same on all ranks, and again."""
+    """16-bit numbers are summed in float32 and rounded once, or once within a host and once over hosts; the bits are the same on all ranks, and again."""
     torch.manual_seed(rank())
     for dtype, count in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1000, 700_001)):
         mine = torch.randn(count).to(dtype)
         parts = [torch.empty_like(mine) for _ in range(size())]
         dist.all_gather(parts, mine)
-        wanted = parts[0].float()
-        for part in parts[1:]:
-            wanted = wanted + part.float()
+        wanted = added(added(parts[r] for r in ranks) for ranks in host_ranks())
         for _ in range(2):
             out = mine.clone()
             dist.all_reduce(out)
-            expect(f"sum of {dtype}", out, wanted.to(dtype))
+            expect(f"sum of {dtype}", out, wanted)
+            shares = [part[: count // size() * size()].clone() for part in parts]
+            share = torch.empty(count // size(), dtype=dtype)
+            dist.reduce_scatter_tensor(share, shares[rank()])
+            expect(f"share of a sum of {dtype}", share, wanted[: len(share) * size()].chunk(size())[rank()])
 
 
 def movements() -> None:
@@ -417,19 +382,6 @@ def parallelized() -> None:
             raise AssertionError(f"{name} differs by {(state[name] - wanted).abs().max()}")
 
 
-def hosts() -> None:
-    """Ranks 0 and 1 are on one host, 2 and 3 on another."""
-    for ranks, shared in (([0, 1], True), ([2, 3], True), ([1, 2], False), ([0, 1, 2, 3], False)):
-        group = dist.new_group(ranks)
-        if rank() not in ranks:
-            continue
-        backend = group._get_backend(torch.device("cpu"))
-        assert backend.shares_memory == shared, (ranks, backend.why_not)
-        tensor = torch.full((1000,), float(rank()))
-        dist.all_reduce(tensor, group=group)
-        expect(f"group {ranks}", tensor, torch.full((1000,), float(sum(ranks))))
-
-
 CHECKS: dict[str, Callable[[], None]] = {
     "reductions": reductions,
     "sums_in_rank_order": sums_in_rank_order,
@@ -438,7 +390,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "messages": messages,
     "asynchronous": asynchronous,
     "subgroups": subgroups,
-    "mistakes": mistakes,
+    "mistakes": mistakes_between_hosts if "SOAP_TEST_HOSTS" in os.environ else mistakes,
     "monitored": monitored,
     "with_delays": with_delays,
     "late_rank": late_rank,
@@ -448,12 +400,16 @@ CHECKS: dict[str, Callable[[], None]] = {
     "fsdp": lambda: as_on_gloo("fsdp"),
     "dtensor": lambda: as_on_gloo("dtensor"),
     "parallelized": parallelized,
+    "calibrated": calibrated,
 }
 
 
 def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
+    if "SOAP_TEST_HOSTS" in os.environ:
+        me = int(os.environ["RANK"])
+        os.environ["TORCH_SOAP_HOST"] = next(f"host{h}" for h, ranks in enumerate(host_ranks()) if me in ranks)
     dist.init_process_group("soap", timeout=datetime.timedelta(seconds=30))
     results: dict[str, str] = {}
     for name in sys.argv[1:] or CHECKS:

@@ -223,13 +223,13 @@ def joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def transport(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> str:
-    """What carries a group's tensors of a device (default: all ranks', on the CPU): c10d's name of the backend, "" without processes. `soap` over several
-    hosts is gloo."""
+    """What carries a group's tensors of a device (default: all ranks', on the CPU): c10d's name of the backend, "" without processes. `soap` without shared
+    memory is gloo."""
     if group is None and not dist.is_initialized():
         return ""
     backend: Any = (beside(dist.group.WORLD) if group is None else group)._get_backend(device or torch.device("cpu"))
     name = str(backend.name())
-    return name if getattr(backend, "shares_memory", True) else "gloo"
+    return name if name != "soap" or backend.shares_memory or backend.spans_hosts else "gloo"
 
 
 def all_reduce_at_once(tensor: torch.Tensor, num_ranks: int, group: dist.ProcessGroup, maximum: bool) -> torch.Tensor:

@@ -1,0 +1,251 @@
+// Collectives over several hosts, with threads as ranks and a wire of this process: every layout of ranks on hosts, under random delays.
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <map>
+#include <thread>
+
+#include "transport/spanning_collectives.h"
+
+namespace soap::transport {
+namespace {
+
+using Floats = std::vector<float>;
+
+Memory memory_of(Floats& values) {
+  return Memory(values.data(), values.size() * sizeof(float));
+}
+
+// Not commutative in its bits: the order shows.
+float fold(float a, float b) {
+  return a * 0.75F + b;
+}
+
+Reducer reducer() {
+  return {sizeof(float), [](std::byte* out, const std::vector<const std::byte*>& sources, uint64_t num_elements) {
+            Floats sum(num_elements);
+            for (std::size_t s = 0; s < sources.size(); ++s) {
+              const float* source = reinterpret_cast<const float*>(sources[s]);
+              for (uint64_t i = 0; i < num_elements; ++i) sum[i] = s == 0 ? source[i] : fold(sum[i], source[i]);
+            }
+            std::memcpy(out, sum.data(), num_elements * sizeof(float));
+          }};
+}
+
+Reducers reducers() {
+  return {reducer(), reducer(), true};
+}
+
+Floats values(int rank, std::size_t count) {
+  Floats out(count);
+  for (std::size_t i = 0; i < count; ++i) out[i] = static_cast<float>((i * 7 + rank * 13) % 101);
+  return out;
+}
+
+Floats folded(const std::vector<Floats>& parts) {
+  Floats out = parts[0];
+  for (std::size_t p = 1; p < parts.size(); ++p) {
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = fold(out[i], parts[p][i]);
+  }
+  return out;
+}
+
+// Over the ranks of each host, then over hosts.
+Floats folded(const Hosts& hosts, std::size_t count) {
+  std::vector<Floats> of_hosts;
+  for (const auto& ranks : hosts.ranks) {
+    std::vector<Floats> parts;
+    for (const int r : ranks) parts.push_back(values(r, count));
+    of_hosts.push_back(folded(parts));
+  }
+  return folded(of_hosts);
+}
+
+// Messages by sender, receiver and tag.
+struct Post {
+  std::mutex mutex;
+  std::condition_variable came;
+  std::map<std::array<int, 3>, std::deque<std::vector<std::byte>>> waiting;
+  std::set<int> gone;  // ranks whose wire has ended
+};
+
+class ThreadWire final : public Wire {
+ public:
+  ThreadWire(Post& post, int rank) : post_(post), rank_(rank) {}
+  ~ThreadWire() override {
+    const std::lock_guard lock(post_.mutex);
+    post_.gone.insert(rank_);
+    post_.came.notify_all();
+  }
+
+  struct Sent final : Transfer {
+    void wait(Clock::duration) override {}
+    void abort() override {}
+  };
+  struct Received final : Transfer {
+    Received(Post& post, std::array<int, 3> key, std::byte* data, uint64_t num_bytes) : post(post), key(key), data(data), num_bytes(num_bytes) {}
+    void wait(Clock::duration limit) override {
+      std::unique_lock lock(post.mutex);
+      auto& queue = post.waiting[key];
+      post.came.wait_for(lock, limit, [&] { return aborted || !queue.empty() || post.gone.count(key[0]) == 1; });
+      if (aborted || queue.empty()) throw std::runtime_error("nothing came");
+      ASSERT_EQ(queue.front().size(), num_bytes);
+      std::memcpy(data, queue.front().data(), num_bytes);
+      queue.pop_front();
+    }
+    void abort() override {
+      const std::lock_guard lock(post.mutex);
+      aborted = true;
+      post.came.notify_all();
+    }
+    Post& post;
+    std::array<int, 3> key;
+    std::byte* data;
+    uint64_t num_bytes;
+    bool aborted = false;
+  };
+
+  std::unique_ptr<Transfer> send(int rank, int tag, std::byte* data, uint64_t num_bytes) override {
+    const std::lock_guard lock(post_.mutex);
+    post_.waiting[{rank_, rank, tag}].emplace_back(data, data + num_bytes);
+    post_.came.notify_all();
+    return std::make_unique<Sent>();
+  }
+  std::unique_ptr<Transfer> receive(int rank, int tag, std::byte* data, uint64_t num_bytes) override {
+    return std::make_unique<Received>(post_, std::array<int, 3>{rank, rank_, tag}, data, num_bytes);
+  }
+
+ private:
+  Post& post_;
+  const int rank_;
+};
+
+std::string error_of(const Operation& operation) {
+  if (operation.error == nullptr) return "";
+  try {
+    std::rethrow_exception(operation.error);
+  } catch (const TransportError& error) {
+    return error.what();
+  }
+}
+
+template <class Op, class... Args>
+std::shared_ptr<Op> begin(SpanningGroup& group, bool blocking, const char* call, Args&&... args) {
+  auto operation = std::make_shared<Op>(std::forward<Args>(args)...);
+  operation->call = call;
+  group.submit(operation, {}, blocking);
+  return operation;
+}
+
+void on_ranks(const Hosts& hosts, Clock::duration timeout, std::chrono::microseconds delay, const std::function<void(SpanningGroup&, int)>& run) {
+  Post post;
+  std::vector<std::shared_ptr<Segment>> segments;
+  for (const auto& ranks : hosts.ranks) segments.push_back(Segment::anonymous(layout_for(static_cast<int>(ranks.size()))));
+  std::vector<std::thread> threads;
+  for (int r = 0; r < hosts.num_ranks(); ++r) {
+    threads.emplace_back([&, r] {
+      GroupOptions options;
+      options.timeout = timeout;
+      options.patience = Patience::of(hosts.num_ranks(), 2);
+      options.random_delay = delay;
+      options.labels = hosts.ranks[hosts.host[r]];
+      auto local = std::make_shared<Group>(segments[hosts.host[r]], hosts.place[r], options);
+      SpanningGroup group(hosts, r, local, std::make_unique<ThreadWire>(post, r), timeout);
+      run(group, r);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+class SpanningOn : public testing::TestWithParam<std::vector<std::string>> {};
+
+TEST_P(SpanningOn, Collectives) {
+  const Hosts hosts = Hosts::of(GetParam());
+  const int num_ranks = hosts.num_ranks();
+  on_ranks(hosts, std::chrono::seconds(30), std::chrono::microseconds(20), [&](SpanningGroup& group, int me) {
+    for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{1000}, std::size_t{70'003}, std::size_t{600'003}}) {
+      Floats mine = values(me, count);
+      EXPECT_EQ(error_of(*begin<SpanningAllReduce>(group, true, "all_reduce", memory_of(mine), reducers())), "");
+      EXPECT_EQ(mine, folded(hosts, count));
+
+      // Every rank's part for rank s is `count + s` long.
+      std::vector<Floats> parts, gathered;
+      std::vector<Memory> input, output;
+      for (int s = 0; s < num_ranks; ++s) parts.push_back(values(me, count + s)), gathered.emplace_back(count + s);
+      for (Floats& part : parts) input.push_back(memory_of(part));
+      for (Floats& part : gathered) output.push_back(memory_of(part));
+      Floats out(count + me), brought = values(me, count + me);
+      const auto scattered = begin<SpanningReduceScatter>(group, false, "reduce_scatter", input, memory_of(out), reducers());
+      const auto all = begin<SpanningAllGather>(group, false, "all_gather", memory_of(brought), output);
+      const int root = static_cast<int>(count % num_ranks);
+      Floats from_root = me == root ? values(root, count) : Floats(count);
+      begin<SpanningBroadcast>(group, true, "broadcast", root, memory_of(from_root));
+      group.wait(*all, std::nullopt);
+      EXPECT_EQ(error_of(*scattered) + error_of(*all), "");
+      EXPECT_EQ(out, folded(hosts, count + me));
+      for (int r = 0; r < num_ranks; ++r) EXPECT_EQ(gathered[r], values(r, count + r));
+      EXPECT_EQ(from_root, values(root, count));
+
+      const auto length = [&](int from, int to) { return (from * 31 + to * 17) % 5 * (count / 4) + to; };
+      std::vector<Floats> sent, received;
+      std::vector<Memory> outgoing, incoming;
+      for (int r = 0; r < num_ranks; ++r) sent.push_back(values(me * 100 + r, length(me, r))), received.emplace_back(length(r, me));
+      for (int r = 0; r < num_ranks; ++r) outgoing.push_back(memory_of(sent[r])), incoming.push_back(memory_of(received[r]));
+      const std::vector<bool> everyone(num_ranks, true);
+      EXPECT_EQ(error_of(*begin<SpanningExchange>(group, true, "all_to_all", outgoing, everyone, incoming, everyone)), "");
+      for (int r = 0; r < num_ranks; ++r) EXPECT_EQ(received[r], values(r * 100 + me, length(r, me)));
+    }
+    EXPECT_EQ(error_of(*begin<SpanningBarrier>(group, true, "barrier")), "");
+  });
+}
+
+// Ranks of one host next to each other and not; hosts with different numbers of ranks.
+INSTANTIATE_TEST_SUITE_P(Layouts, SpanningOn,
+                         testing::Values(std::vector<std::string>{"a", "b"}, std::vector<std::string>{"a", "a", "b", "b"},
+                                         std::vector<std::string>{"a", "b", "a"}, std::vector<std::string>{"a", "b", "c", "a", "b", "c"},
+                                         std::vector<std::string>{"a", "b", "b", "c", "b"}));
+
+TEST(SpanningErrors, OtherCallsAreSeenByAll) {
+  const Hosts hosts = Hosts::of({"a", "a", "b", "b"});
+  std::array<std::string, 4> errors;
+  on_ranks(hosts, std::chrono::seconds(20), std::chrono::microseconds(0), [&](SpanningGroup& group, int me) {
+    Floats mine(me == 3 ? 7 : 8);
+    errors[me] = error_of(*begin<SpanningAllReduce>(group, true, "all_reduce", memory_of(mine), reducers()));
+    EXPECT_NE(error_of(*begin<SpanningBarrier>(group, true, "barrier")).find("the group has ended"), std::string::npos);
+  });
+  EXPECT_NE(errors[2].find("28 bytes on rank 3, 32 on rank 2"), std::string::npos) << errors[2];
+  for (const int r : {0, 1})
+    EXPECT_TRUE(errors[r].find("has ended or failed") != std::string::npos || errors[r].find("has failed") != std::string::npos) << errors[r];
+}
+
+TEST(SpanningErrors, WhoDoesNotComeIsNamed) {
+  const Hosts hosts = Hosts::of({"a", "a", "b"});
+  std::array<std::string, 3> errors;
+  on_ranks(hosts, std::chrono::milliseconds(300), std::chrono::microseconds(0), [&](SpanningGroup& group, int me) {
+    if (me == 2) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+      return;
+    }
+    Floats mine(4);
+    errors[me] = error_of(*begin<SpanningAllReduce>(group, me == 0, "all_reduce", memory_of(mine), reducers()));
+    if (me == 1) errors[1] = error_of(*begin<SpanningBarrier>(group, true, "barrier"));
+  });
+  EXPECT_NE(errors[0].find("the timeout of 0.3 s passed: rank 2, on another host, did not come"), std::string::npos) << errors[0];
+  EXPECT_NE(errors[1].find("because of rank 2"), std::string::npos) << errors[1];
+}
+
+TEST(SpanningErrors, LeavingEndsWhatIsPending) {
+  const Hosts hosts = Hosts::of({"a", "b"});
+  const auto begin_at = Clock::now();
+  on_ranks(hosts, std::chrono::seconds(30), std::chrono::microseconds(0), [&](SpanningGroup& group, int me) {
+    Floats mine(4);
+    const auto pending = me == 0 ? begin<SpanningAllReduce>(group, false, "all_reduce", memory_of(mine), reducers()) : nullptr;
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    group.leave();
+    if (me == 0) EXPECT_NE(error_of(*pending), "");
+  });
+  EXPECT_LT(Clock::now() - begin_at, std::chrono::seconds(5));
+}
+
+}  // namespace
+}  // namespace soap::transport
