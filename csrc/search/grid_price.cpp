@@ -85,7 +85,9 @@ struct Pricing {
     const GridStages::Stage& plain = grid.stages[index];
     const WalkTimes first = first_forward(index, links), last = backward(index, links, o.micro_batches == 1, true);
     const WalkTimes again = o.micro_batches > 1 ? backward(index, links, true, false) : WalkTimes{};
-    s.times = {.forward = plain.forward.end, .first_forward = first.end, .gathers = first.moved - plain.forward.moved};
+    s.times.forward = plain.forward.end;
+    s.times.first_forward = first.end;
+    s.times.gathers = first.moved - plain.forward.moved;
     s.times.backward = plain.backward.end;
     s.times.first_backward = again.end;
     s.times.last_backward = last.end;
@@ -130,7 +132,9 @@ struct Pricing {
       if (p.home == index && brings) scattered += p.gradient;
       if (p.other == index && gathers && o.zero == 3 && grid.parameters[p.home][p.parameter].group > 1) w.move(p.fill_ns, false, true);
     }
+    int64_t first_bucket = 0;
     const auto flush = [&] {
+      if (first_bucket == 0) first_bucket = std::max<int64_t>(w.now(), 1);
       w.move(links.exchange(scattered), true, false);
       const bool both = reduced > 0 && reduced_alike > 0;
       w.move(links.all_reduce(reduced, false, both), true, false);
@@ -166,12 +170,17 @@ struct Pricing {
         if (bucket >= bucket_bytes) flush();
       }
     }
-    if (brings) {
-      const int64_t left = bucket;
-      flush();
-      carried = left;
-    }
-    return w.times();
+    const WalkTimes out = w.times();
+    if (!brings) return out;
+    // What fills no bucket comes behind everything (search/grid_schedule.h).
+    StageTimes& t = stages[index].times;
+    t.first_bucket = first_bucket;
+    t.left_exchange_ns = links.exchange(scattered);
+    t.left_reduce_ns = links.all_reduce(reduced, false, reduced_alike > 0) + links.all_reduce(reduced_alike, true, reduced > 0);
+    carried = bucket;
+    stages[index].moved += t.left_exchange_ns + t.left_reduce_ns;
+    stages[index].movements += (t.left_exchange_ns > 0 ? 1 : 0) + (reduced > 0 && o.dp > 1 ? 1 : 0) + (reduced_alike > 0 ? 1 : 0);
+    return out;
   }
 
   void remember(int index) {

@@ -8,8 +8,6 @@
 namespace soap {
 namespace {
 
-constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
-
 struct Schedule {
   const GridStages& grid;
   const std::vector<StageTimes>& times;
@@ -45,7 +43,37 @@ struct Schedule {
     return number + 1 == count ? t.last_backward : number == 0 ? t.first_backward : t.backward;
   }
 
-  void ended(int stage, int64_t begin) { ends[stage] = std::max({compute[stage], movement[stage], begin + times[stage].synchronised}); }
+  void ended(int stage, int64_t begin) {
+    ends[stage] = std::max({compute[stage], movement[stage], begin + times[stage].synchronised});
+    first_buckets[stage] = begin + times[stage].first_bucket;
+  }
+  std::vector<int64_t> first_buckets = compute;
+
+  // Gradients that fill no bucket travel with the first that an earlier stage fills, or at the very end: sums over the ranks of each stage by themselves, what is
+  // exchanged by all of them together.
+  void finish() {
+    int64_t exchanged = 0;  // of the stages that wait
+    std::vector<int> waiting;
+    for (int s = depth; s-- > 0;) {
+      const StageTimes& t = times[s];
+      if (t.first_bucket > 0 && exchanged > 0) deliver(waiting, std::max(first_buckets[s], latest(waiting)) + exchanged);
+      if (t.first_bucket > 0) waiting.clear(), exchanged = 0;
+      if (t.left_exchange_ns > 0) {
+        waiting.push_back(s);
+        exchanged = std::max(exchanged, t.left_exchange_ns);
+      }
+      ends[s] += t.left_reduce_ns;
+    }
+    if (exchanged > 0) deliver(waiting, latest(waiting) + exchanged);
+  }
+  int64_t latest(const std::vector<int>& stages) const {
+    int64_t out = 0;
+    for (int s : stages) out = std::max(out, ends[s]);
+    return out;
+  }
+  void deliver(const std::vector<int>& stages, int64_t at) {
+    for (int s : stages) ends[s] = at;
+  }
 
   void run_in_order() {
     together(grid.ahead_ns, 0);
@@ -75,105 +103,125 @@ struct Schedule {
         if (c == 0) ended(s, begin);
       }
     }
+    finish();
   }
 
+  // A forward or backward under way: what is left of it, by lowering's estimate of work, what of that was done since its time was last counted, and time that is
+  // left to count.
+  struct Task {
+    double left = -1, uncounted = 0;  // left below 0: not begun
+    int64_t ns = 0;
+  };
   // Of a stage while micro-batches take turns.
   struct Turn {
     int forward = 0, backward = 0;  // the next micro-batch of each
-    int64_t forward_left = kNever, backward_left = kNever;
+    Task forth, back;
     bool backwards = false, busy = false;  // what it does now
+    int64_t last_begin = 0;                // of the last backward
   };
   std::vector<Turn> turns = std::vector<Turn>(depth);
-  std::vector<std::vector<int64_t>> input = std::vector<std::vector<int64_t>>(depth, std::vector<int64_t>(count, kNever)), gradient = input;  // there from then on
+  std::vector<std::vector<int>> inputs_missing, gradients_missing;  // by stage and micro-batch
+  std::vector<std::vector<int64_t>> input, gradient;                // when they are there
 
-  // When the next forward or backward may begin, as far as is known.
-  int64_t forward_at(int s) const {
+  bool may_go_forward(int s) const {
     const int c = turns[s].forward, most = o.early_backward ? depth : count;
-    return c == count || turns[s].backward + most <= c ? kNever : input[s][c];
+    return c < count && c < turns[s].backward + most && inputs_missing[s][c] == 0;
   }
-  int64_t backward_at(int s) const {
+  bool may_go_back(int s) const {
     const int c = turns[s].backward;
-    const bool may = o.early_backward || turns[s].forward == count;
-    return c == count || turns[s].forward <= c || !may ? kNever : gradient[s][c];
+    return c < count && c < turns[s].forward && (o.early_backward || turns[s].forward == count) && gradients_missing[s][c] == 0;
+  }
+
+  // Counts the time of what the stage has done so far.
+  void settle(int s) {
+    Turn& t = turns[s];
+    Task& task = t.backwards ? t.back : t.forth;
+    if (!t.busy || (task.uncounted == 0 && task.left > 0)) return;
+    const int64_t share = task.left <= 0 ? task.ns : static_cast<int64_t>(static_cast<double>(task.ns) * task.uncounted / (task.left + task.uncounted));
+    compute[s] = std::max(compute[s], t.backwards ? gradient[s][t.backward] : input[s][t.forward]) + share;
+    task.ns -= share;
+    task.uncounted = 0;
+  }
+
+  void begin(int s) {
+    Turn& t = turns[s];
+    Task& task = t.backwards ? t.back : t.forth;
+    if (task.left >= 0) return;
+    task.left = grid.stages[s].work * (t.backwards ? 2 : 1);
+    const int64_t at = std::max(compute[s], t.backwards ? gradient[s][t.backward] : input[s][t.forward]);
+    task.ns = t.backwards ? backward(s, t.backward) : forward(s, t.forward, at);
+    if (t.backwards) t.last_begin = at;
+  }
+
+  int64_t forward(int s, int number, int64_t at) const {
+    const StageTimes& t = times[s];
+    if (number > 0) return t.forward;
+    return o.overlap ? std::max(t.forward, t.first_forward - at) : t.first_forward - t.gathers;
+  }
+
+  // What a stage has made goes to another, which is interrupted for it.
+  void send(int from, int to, int64_t ns, std::vector<int>& missing, std::vector<int64_t>& there, int micro_batch) {
+    settle(to);
+    there[micro_batch] = std::max(there[micro_batch], move(from, to, ns, compute[from]));
+    --missing[micro_batch];
   }
 
   void run_in_turns() {
     together(grid.return_gradient_ns * count, 0);
     together(grid.ahead_ns, 0);
-    std::vector<int> needed(depth);
+    input.assign(depth, std::vector<int64_t>(count));
+    gradient = input;
     for (int s = 0; s < depth; ++s) {
       if (!o.overlap) compute[s] += times[s].gathers;
-      needed[s] = static_cast<int>(std::count_if(outgoing[s].begin(), outgoing[s].end(), [](const auto* t) { return t->backward_bytes > 0; }));
-      if (incoming[s].empty()) std::fill(input[s].begin(), input[s].end(), o.overlap && o.meets ? grid.ahead_ns : 0);
-      if (needed[s] == 0) std::fill(gradient[s].begin(), gradient[s].end(), 0);
+      const auto needed = std::count_if(outgoing[s].begin(), outgoing[s].end(), [](const auto* t) { return t->backward_bytes > 0; });
+      inputs_missing.emplace_back(count, static_cast<int>(incoming[s].size()));
+      gradients_missing.emplace_back(count, static_cast<int>(needed));
     }
-    std::vector<std::vector<int>> inputs_left(depth, std::vector<int>(count)), gradients_left = inputs_left;
-    for (int s = 0; s < depth; ++s) {
-      std::fill(inputs_left[s].begin(), inputs_left[s].end(), static_cast<int>(incoming[s].size()));
-      std::fill(gradients_left[s].begin(), gradients_left[s].end(), needed[s]);
-    }
-    std::vector<std::vector<int64_t>> input_so_far(depth, std::vector<int64_t>(count)), gradient_so_far = input_so_far;
-    for (const SharedParameter& p : grid.shared) input_so_far[p.other][0] = std::max(input_so_far[p.other][0], move(p.home, p.other, p.fill_ns, 0));
-    int64_t now = 0;
-    for (int left = 2 * depth * count; left > 0;) {
-      int64_t next = kNever;
-      int at = -1;
-      bool ends_task = false;
+    if (o.overlap && o.meets) std::fill(input[0].begin(), input[0].end(), grid.ahead_ns);
+    for (const SharedParameter& p : grid.shared) input[p.other][0] = std::max(input[p.other][0], move(p.home, p.other, p.fill_ns, 0));
+    for (int left = 2 * depth * count; left > 0; --left) {
+      int next = -1;
+      double soonest = std::numeric_limits<double>::infinity();
       for (int s = 0; s < depth; ++s) {
         Turn& t = turns[s];
-        const int64_t from = std::max(now, compute[s]), back = backward_at(s), forth = forward_at(s);
-        t.busy = back <= from || forth <= from;
-        t.backwards = back <= from;
-        if (t.backwards && t.backward_left == kNever) t.backward_left = backward(s, t.backward);
-        if (!t.backwards && t.busy && t.forward_left == kNever) t.forward_left = forward_of(s, from);
-        const int64_t end = !t.busy ? kNever : from + (t.backwards ? t.backward_left : t.forward_left);
-        const int64_t wakes = t.backwards ? kNever : std::min(back, t.busy ? kNever : forth);
-        if (std::min(end, wakes) < next) {
-          next = std::min(end, wakes);
-          at = s;
-          ends_task = end <= wakes;
+        const bool back = may_go_back(s), forth = may_go_forward(s);
+        if (t.busy && t.backwards != back) settle(s);
+        t.busy = back || forth;
+        t.backwards = back;
+        if (!t.busy) continue;
+        begin(s);
+        const double its = (back ? t.back : t.forth).left;
+        if (its < soonest) {
+          soonest = its;
+          next = s;
         }
       }
-      SOAP_CHECK(at >= 0, "[grid] the schedule of {} stages and {} micro-batches stands still", depth, count);
-      for (int s = 0; s < depth; ++s) {
-        Turn& t = turns[s];
+      SOAP_CHECK(next >= 0, "[grid] the schedule of {} stages and {} micro-batches stands still", depth, count);
+      for (Turn& t : turns) {
         if (!t.busy) continue;
-        (t.backwards ? t.backward_left : t.forward_left) -= std::max<int64_t>(next - std::max(now, compute[s]), 0);
-        compute[s] = std::max(compute[s], next);
+        Task& task = t.backwards ? t.back : t.forth;
+        task.left -= soonest;
+        task.uncounted += soonest;
       }
-      now = next;
-      if (!ends_task) continue;
-      --left;
-      Turn& t = turns[at];
-      compute[at] = now;
+      Turn& t = turns[next];
+      Task& ended_task = t.backwards ? t.back : t.forth;
+      ended_task.left = 0;
+      settle(next);
+      ended_task = {};
+      t.busy = false;
       if (t.backwards) {
         const int c = t.backward++;
-        t.backward_left = kNever;
-        if (c + 1 == count) ended(at, now - times[at].last_backward);
-        for (const StageTransfer* x : incoming[at]) {
-          if (x->backward_bytes == 0) continue;
-          const int64_t there = move(at, x->from, x->backward_ns, now);
-          gradient_so_far[x->from][c] = std::max(gradient_so_far[x->from][c], there);
-          if (--gradients_left[x->from][c] == 0) gradient[x->from][c] = gradient_so_far[x->from][c];
+        if (c + 1 == count) ended(next, t.last_begin);
+        for (const StageTransfer* x : incoming[next]) {
+          if (x->backward_bytes > 0) send(next, x->from, x->backward_ns, gradients_missing[x->from], gradient[x->from], c);
         }
       } else {
         const int c = t.forward++;
-        t.forward_left = kNever;
-        for (const StageTransfer* x : outgoing[at]) {
-          const int64_t there = move(at, x->to, x->forward_ns, now);
-          input_so_far[x->to][c] = std::max(input_so_far[x->to][c], there);
-          if (--inputs_left[x->to][c] == 0) input[x->to][c] = input_so_far[x->to][c];
-        }
+        for (const StageTransfer* x : outgoing[next]) send(next, x->to, x->forward_ns, inputs_missing[x->to], input[x->to], c);
       }
     }
-    const int64_t end = *std::max_element(ends.begin(), ends.end());
-    if (grid.return_ns > 0 && o.meets) std::fill(ends.begin(), ends.end(), end + grid.return_ns);
-  }
-
-  int64_t forward_of(int s, int64_t begin) const {
-    const StageTimes& t = times[s];
-    if (turns[s].forward > 0) return t.forward;
-    return o.overlap ? std::max(t.forward, t.first_forward - begin) : t.first_forward - t.gathers;
+    finish();
+    if (o.meets && grid.return_ns > 0) std::fill(ends.begin(), ends.end(), *std::max_element(ends.begin(), ends.end()) + grid.return_ns);
   }
 };
 

@@ -204,6 +204,7 @@ struct StagesBuilder {
       s.gradient_ns.push_back(its.gradients(node.gradients));
       forward.move(s.fill_ns.back(), true, true);
       forward.spend(node.forward);
+      s.work += node.work;
       s.host += again(n) ? node.launch_again_ns : node.launch_ns;
       if (node.forward.empty()) continue;
       s.compute +=

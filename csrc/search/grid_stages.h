@@ -31,6 +31,7 @@ struct GridStages {
     std::vector<int64_t> fill_ns, gradient_ns;  // of these, among its ranks
     std::vector<int> refills, ends;             // parameters by last reader, and the trained ones by the reader that completes the gradient; the last first
     int64_t compute = 0, host = 0;              // of a micro-batch
+    double work = 0;                            // of its forward, as lowering estimates it
     int64_t extra_bytes = 0;                    // parameters that it shares with an earlier stage: copies with gradients
     // Of the first forward besides: before these operators (by index in `nodes`), what processes feed and where samples meet. Of the last backward besides: behind
     // them, where the gradients of samples do.

@@ -121,6 +121,9 @@ struct Builder {
   void add_computes(const Node& n) {
     const Fragment& f = *fragments[n.id];
     GroupNode& cost = out.nodes[n.id];
+    cost.work = 1;
+    for (const Factor& factor : planner.rule(n).factors) cost.work *= static_cast<double>(std::max<int64_t>(factor.size, 1));
+    if (const auto own = strategy.nodes.find(n.name); own != strategy.nodes.end()) cost.work /= own->second.num_tiles();
     if (!f.launches.empty()) {
       cost.launch_ns = *std::max_element(f.launches.begin(), f.launches.end());
       cost.launch_again_ns = *std::max_element(f.launches_again.begin(), f.launches_again.end());

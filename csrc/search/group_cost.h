@@ -25,6 +25,7 @@ struct GroupNode {
   std::vector<int64_t> forward, backward;            // ns per rank; empty where nothing is computed
   int64_t launch_ns = 0;                             // of the busiest rank's host, forward and backward, movements left out
   int64_t launch_again_ns = 0;                       // the same where backward computes forward again
+  double work = 0;                                   // of its forward, as lowering estimates it to put micro-batches in order
   int64_t fill_ns = 0;                               // movements among the ranks that forward waits for
   int64_t gradient_ns = 0;                           // movements of gradients among the ranks, before and after its backward, of activations
   std::vector<GroupMove> fills, gradients;           // these movements

@@ -190,7 +190,7 @@ struct Parameters {
       std::sort(adds.begin(), adds.end());
       const size_t begin = sums == Sums::kThere ? 0 : 1;
       for (size_t k = begin; k < adds.size(); ++k) slots.hold(q.p->bytes, adds[k], adds[k]);
-      if (new_sums_too && begin < adds.size()) new_sums[adds[begin]] = std::max(new_sums[adds[begin]], q.p->bytes);
+      if (new_sums_too && begin < adds.size() && (adds.size() == 1) == (sums == Sums::kThere)) new_sums[adds[begin]] = std::max(new_sums[adds[begin]], q.p->bytes);
     }
     for (const auto& [slot, bytes] : new_sums) slots.hold(bytes, slot, slot);
   }
@@ -300,9 +300,9 @@ int64_t stage_memory(const GroupStage& stage) {
     return (micro_batches - 1) * stage.activations.kept + all.slots.peak();
   };
   if (o.micro_batches == 1) return with(Sums::kNone, true, 1);
-  // As lowering allows and a greedy order takes (program/order.h). The last stage's backward follows its forward at once, but for what a group moves.
+  // As lowering allows and a greedy order takes (program/order.h): a stage is ahead of the last one by the stages between.
   const bool early = stage.early_backward && o.order == Order::kInterleaved;
-  const int most = stage.index + 1 < o.pp ? o.pp : std::min(o.pp, o.tp > 1 ? 2 : 1);
+  const int most = o.pp - stage.index;
   const int held = early ? std::min(o.micro_batches, most) : o.micro_batches;
   const int later = early && o.micro_batches > held ? held : std::max(held - 1, 1);
   return std::max({with(Sums::kNone, false, held), with(Sums::kThere, false, later), with(Sums::kThere, true, 1)});
