@@ -86,7 +86,9 @@ class Health:
         suspects = self.suspects
         parts = [("step", [self.step]), ("family", self.families), ("link", self.links)]
         rows = [
-            {"what": r.name, "part": part, "predicted": r.predicted_ns, "measured": r.measured_ns, "off": r in suspects} for part, of_part in parts for r in of_part
+            {"what": r.name, "part": part, "predicted": r.predicted_ns, "measured": r.measured_ns, "off": r in suspects}
+            for part, of_part in parts
+            for r in of_part
         ]
         return {"rows": rows, "ok": self.ok, "num_steps": self.num_steps, "num_samples": self.num_samples}
 

@@ -222,8 +222,8 @@ struct TaskBuilder {
     }
     const int id = static_cast<int>(forward.size());
     // Rows that other processes feed come before everything where there are micro-batches: fetched in their turn, they would make stages wait for each other.
-    const bool ahead = p.graph.nodes[p.graph.tensors[group.tensor].producer].kind == NodeKind::kFeed && p.tilings[consumer.id].chunks() > 1 &&
-                       !flows.movement.ranks.empty();
+    const bool ahead =
+        p.graph.nodes[p.graph.tensors[group.tensor].producer].kind == NodeKind::kFeed && p.tilings[consumer.id].chunks() > 1 && !flows.movement.ranks.empty();
     forward.push_back({.step = {StepKind::kFill, {item}},
                        .after = {after.begin(), after.end()},
                        .devices = devices_of(flows),
@@ -311,7 +311,8 @@ std::vector<Step> bucketed(const Program& p, const std::vector<Step>& ordered, i
   return out;
 }
 
-// Neighbouring fills among the same ranks travel together.
+// Neighbouring fills among the same ranks travel together, but for what processes feed to one micro-batch and to another, which would be held as long as the
+// last.
 std::vector<Step> merged(const Program& p, const std::vector<Step>& steps) {
   std::vector<Step> out;
   std::vector<int> last;
@@ -322,7 +323,8 @@ std::vector<Step> merged(const Program& p, const std::vector<Step>& steps) {
       continue;
     }
     const std::vector<int> ranks = item_flows(p, step.kind, step.items[0]).movement.ranks;
-    if (!ranks.empty() && ranks == last && out.back().kind == step.kind) {
+    const bool fed = p.graph.nodes[p.graph.tensors[p.groups[step.items[0].id].tensor].producer].kind == NodeKind::kFeed;
+    if (!ranks.empty() && ranks == last && out.back().kind == step.kind && !(fed && step.items[0].chunk != out.back().items.back().chunk)) {
       out.back().items.insert(out.back().items.end(), step.items.begin(), step.items.end());
     } else {
       out.push_back(step);

@@ -4,8 +4,7 @@
 
 namespace soap {
 
-GridLinks::GridLinks(const Machine& machine, const ManualOptions& o, int stage)
-    : machine_(machine), dp_(o.dp), tp_(o.tp), first_(stage * o.dp * o.tp) {
+GridLinks::GridLinks(const Machine& machine, const ManualOptions& o, int stage) : machine_(machine), dp_(o.dp), tp_(o.tp), first_(stage * o.dp * o.tp) {
   const int host = machine.host_of[first_];
   int before = -1, group_here = 0;
   all_ = hosts_ = replicas_here_ = 0;

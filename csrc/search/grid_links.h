@@ -1,5 +1,5 @@
-// What moves among the ranks of a grid's stage, by the size of the groups that do alike at once. All hosts are taken to have as many of the stage's devices as the
-// first one's.
+// What moves among the ranks of a grid's stage, by the size of the groups that do alike at once. All hosts are taken to have as many of the stage's devices as
+// the first one's.
 #pragma once
 
 #include <algorithm>

@@ -78,8 +78,8 @@ struct Pricing {
     s.host += s.movements * machine.launch_ns("collective");
   }
 
-  // As this runtime moves what is stored in parts: each parameter by an exchange. The first forward waits for them, the first backward for those that are gathered
-  // again, the last brings gradients; all between is the plain micro-batch.
+  // As this runtime moves what is stored in parts: each parameter by an exchange. The first forward waits for them, the first backward for those that are
+  // gathered again, the last brings gradients; all between is the plain micro-batch.
   void time_exchanges(Stage& s, int index) {
     GridLinks links(machine, o, index);
     const GridStages::Stage& plain = grid.stages[index];
@@ -175,11 +175,12 @@ struct Pricing {
     // What fills no bucket comes behind everything (search/grid_schedule.h).
     StageTimes& t = stages[index].times;
     t.first_bucket = first_bucket;
-    t.left_exchange_ns = links.exchange(scattered);
+    t.left = scattered;
+    const int64_t left_exchange_ns = links.exchange(scattered);
     t.left_reduce_ns = links.all_reduce(reduced, false, reduced_alike > 0) + links.all_reduce(reduced_alike, true, reduced > 0);
     carried = bucket;
-    stages[index].moved += t.left_exchange_ns + t.left_reduce_ns;
-    stages[index].movements += (t.left_exchange_ns > 0 ? 1 : 0) + (reduced > 0 && o.dp > 1 ? 1 : 0) + (reduced_alike > 0 ? 1 : 0);
+    stages[index].moved += left_exchange_ns + t.left_reduce_ns;
+    stages[index].movements += (left_exchange_ns > 0 ? 1 : 0) + (reduced > 0 && o.dp > 1 ? 1 : 0) + (reduced_alike > 0 ? 1 : 0);
     return out;
   }
 
@@ -199,7 +200,8 @@ struct Pricing {
   int64_t schedule() const {
     std::vector<StageTimes> times;
     for (const Stage& s : stages) times.push_back(s.times);
-    const std::vector<int64_t> ends = stage_ends(grid, times, {.micro_batches = o.micro_batches, .early_backward = early_backward, .overlap = machine.overlap, .meets = !o.fsdp});
+    const std::vector<int64_t> ends = stage_ends(
+        grid, times, {.machine = machine, .stage_devices = o.dp * o.tp, .micro_batches = o.micro_batches, .early_backward = early_backward, .meets = !o.fsdp});
     int64_t step = 0;
     for (int s = 0; s < o.pp; ++s) step = std::max(step, ends[s] + stages[s].update);
     return step;
@@ -241,7 +243,9 @@ GridPrice GridPricer::price(const ManualOptions& o, const GroupConfigs& configs,
     cost = std::make_unique<GroupCost>(group_cost(*mine.cache, *mine.planner, mine.planner->make(inner, configs), memory || o.fsdp || configs.empty()));
   auto& stage_of = stages_[o.pp];
   if (stage_of.empty()) stage_of = planner_.stages(o.pp);
-  const auto made_for = [&](const GridStages& g) { return g.cost == cost.get() && g.dp == o.dp && g.pp == o.pp && g.recompute == o.recompute && g.interleaved == is_interleaved(o); };
+  const auto made_for = [&](const GridStages& g) {
+    return g.cost == cost.get() && g.dp == o.dp && g.pp == o.pp && g.recompute == o.recompute && g.interleaved == is_interleaved(o);
+  };
   GridStages of_configs;
   GridStages& grid = configs.empty() ? last_ : of_configs;
   if (!made_for(grid)) grid = grid_stages(*mine.graph, *cost, o, stage_of, regions_, cost_.machine());

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 
 #include "base/error.h"
 
@@ -25,14 +26,14 @@ struct Schedule {
   // What moves between two stages and can begin at `ready`; when it is there.
   int64_t move(int from, int to, int64_t ns, int64_t ready) {
     if (ns == 0) return ready;
-    auto& clock = o.overlap ? movement : compute;
+    auto& clock = o.machine.overlap ? movement : compute;
     return clock[from] = clock[to] = std::max({ready, clock[from], clock[to]}) + ns;
   }
 
   // All stages meet.
   void together(int64_t ns, int64_t ready) {
     if (ns == 0 || !o.meets) return;
-    auto& clock = o.overlap ? movement : compute;
+    auto& clock = o.machine.overlap ? movement : compute;
     const int64_t end = std::max(ready, *std::max_element(clock.begin(), clock.end())) + ns;
     std::fill(clock.begin(), clock.end(), end);
   }
@@ -49,30 +50,39 @@ struct Schedule {
   }
   std::vector<int64_t> first_buckets = compute;
 
-  // Gradients that fill no bucket travel with the first that an earlier stage fills, or at the very end: sums over the ranks of each stage by themselves, what is
-  // exchanged by all of them together.
+  // Gradients that fill no bucket travel with the first that an earlier stage fills, or at the very end: sums over the ranks of each stage by themselves, what
+  // is exchanged by all of them together.
   void finish() {
-    int64_t exchanged = 0;  // of the stages that wait
     std::vector<int> waiting;
     for (int s = depth; s-- > 0;) {
-      const StageTimes& t = times[s];
-      if (t.first_bucket > 0 && exchanged > 0) deliver(waiting, std::max(first_buckets[s], latest(waiting)) + exchanged);
-      if (t.first_bucket > 0) waiting.clear(), exchanged = 0;
-      if (t.left_exchange_ns > 0) {
-        waiting.push_back(s);
-        exchanged = std::max(exchanged, t.left_exchange_ns);
+      ends[s] = std::max({ends[s], compute[s], movement[s]});
+      if (times[s].first_bucket > 0) {
+        deliver(waiting, first_buckets[s]);
+        waiting.clear();
       }
-      ends[s] += t.left_reduce_ns;
+      if (!times[s].left.empty()) waiting.push_back(s);
+      ends[s] += times[s].left_reduce_ns;
     }
-    if (exchanged > 0) deliver(waiting, latest(waiting) + exchanged);
+    deliver(waiting, 0);
   }
-  int64_t latest(const std::vector<int>& stages) const {
-    int64_t out = 0;
-    for (int s : stages) out = std::max(out, ends[s]);
-    return out;
-  }
-  void deliver(const std::vector<int>& stages, int64_t at) {
-    for (int s : stages) ends[s] = at;
+  // Stages on one host share its links.
+  void deliver(const std::vector<int>& stages, int64_t ready) {
+    if (stages.empty()) return;
+    ExchangeLoad all;
+    std::map<int, std::pair<int64_t, int64_t>> by_host;
+    for (int s : stages) {
+      const ExchangeLoad& load = times[s].left;
+      auto& [within, between] = by_host[o.machine.host_of[s * o.stage_devices]];
+      all.within_host = std::max(all.within_host, within += load.within_host);
+      all.between_host = std::max(all.between_host, between += load.between_host);
+      all.within = std::max(all.within, load.within);
+      all.between = std::max(all.between, load.between);
+      all.busiest = std::max(all.busiest, load.busiest);
+      ready = std::max(ready, ends[s]);
+    }
+    const int num_ranks = std::max(static_cast<int>(stages.size()) * o.stage_devices, 2);
+    const int64_t end = ready + exchange_ns(o.machine, num_ranks, all.between > 0 ? 2 : 1, all);
+    for (int s : stages) ends[s] = end;
   }
 
   void run_in_order() {
@@ -85,13 +95,13 @@ struct Schedule {
         for (const SharedParameter& p : grid.shared) {
           if (c == 0 && p.other == s) ready = std::max(ready, move(p.home, s, p.fill_ns, 0));
         }
-        if (o.overlap && o.meets && s == 0 && c == 0) ready = std::max(ready, grid.ahead_ns);
+        if (o.machine.overlap && o.meets && s == 0 && c == 0) ready = std::max(ready, grid.ahead_ns);
         done[s][c] = compute[s] = std::max(compute[s], ready) + (c == 0 ? times[s].first_forward : times[s].forward);
       }
     }
     together(grid.return_ns, compute[depth - 1]);
     together(grid.return_gradient_ns * count, 0);
-    if (o.overlap && grid.return_gradient_ns > 0) compute[depth - 1] = std::max(compute[depth - 1], movement[depth - 1]);
+    if (o.machine.overlap && grid.return_gradient_ns > 0) compute[depth - 1] = std::max(compute[depth - 1], movement[depth - 1]);
     for (int c = count; c-- > 0;) {
       for (int s = depth; s-- > 0;) {
         int64_t ready = compute[s];
@@ -106,8 +116,8 @@ struct Schedule {
     finish();
   }
 
-  // A forward or backward under way: what is left of it, by lowering's estimate of work, what of that was done since its time was last counted, and time that is
-  // left to count.
+  // A forward or backward under way: what is left of it, by lowering's estimate of work, what of that was done since its time was last counted, and time that
+  // is left to count.
   struct Task {
     double left = -1, uncounted = 0;  // left below 0: not begun
     int64_t ns = 0;
@@ -120,6 +130,7 @@ struct Schedule {
     int64_t last_begin = 0;                // of the last backward
   };
   std::vector<Turn> turns = std::vector<Turn>(depth);
+  int64_t first_movement = 0;                                       // behind what all stages do together
   std::vector<std::vector<int>> inputs_missing, gradients_missing;  // by stage and micro-batch
   std::vector<std::vector<int64_t>> input, gradient;                // when they are there
 
@@ -156,7 +167,8 @@ struct Schedule {
   int64_t forward(int s, int number, int64_t at) const {
     const StageTimes& t = times[s];
     if (number > 0) return t.forward;
-    return o.overlap ? std::max(t.forward, t.first_forward - at) : t.first_forward - t.gathers;
+    if (!o.machine.overlap) return t.first_forward - t.gathers;
+    return std::max(t.forward, (t.gathers > 0 ? first_movement : 0) + t.first_forward - at);
   }
 
   // What a stage has made goes to another, which is interrupted for it.
@@ -172,12 +184,13 @@ struct Schedule {
     input.assign(depth, std::vector<int64_t>(count));
     gradient = input;
     for (int s = 0; s < depth; ++s) {
-      if (!o.overlap) compute[s] += times[s].gathers;
+      if (!o.machine.overlap) compute[s] += times[s].gathers;
       const auto needed = std::count_if(outgoing[s].begin(), outgoing[s].end(), [](const auto* t) { return t->backward_bytes > 0; });
       inputs_missing.emplace_back(count, static_cast<int>(incoming[s].size()));
       gradients_missing.emplace_back(count, static_cast<int>(needed));
     }
-    if (o.overlap && o.meets) std::fill(input[0].begin(), input[0].end(), grid.ahead_ns);
+    first_movement = movement[0];
+    if (o.machine.overlap && o.meets) std::fill(input[0].begin(), input[0].end(), grid.ahead_ns);
     for (const SharedParameter& p : grid.shared) input[p.other][0] = std::max(input[p.other][0], move(p.home, p.other, p.fill_ns, 0));
     for (int left = 2 * depth * count; left > 0; --left) {
       int next = -1;

@@ -112,14 +112,6 @@ struct StagesBuilder {
     const bool apart = o.pp > 1 || count > 1;
     std::set<std::tuple<TensorId, LayoutId, int>> made;
     const int sampled = int64_t{world} * count <= kFeedsLookedAt ? count : std::min(count, 2);  // micro-batches
-    std::vector<int> before;
-    ExchangeLoad together;
-    const auto flush = [&] {
-      out.ahead_ns += exchange_ns(machine, static_cast<int>(before.size()), before.empty() ? 0 : machine.num_hosts(before), together) * (count / sampled);
-      out.num_ahead += before.empty() ? 0 : count / sampled;
-      before.clear();
-      together = {};
-    };
     for (const GroupFeed& f : cost.feeds) {
       const int stage = stage_of[f.reader];
       const bool rows = graph.nodes[graph.tensors[f.tensor].producer].sample_dim >= 0;
@@ -144,16 +136,15 @@ struct StagesBuilder {
         for (int d = 0; d < world; ++d) {
           if (takes_part[d]) ranks.push_back(d);
         }
+        const int64_t ns = exchange_ns(machine, static_cast<int>(ranks.size()), machine.num_hosts(ranks), traffic.load(1));
         if (count == 1) {
-          first_fill(f.reader, exchange_ns(machine, static_cast<int>(ranks.size()), machine.num_hosts(ranks), traffic.load(1)), false);
-          continue;
+          first_fill(f.reader, ns, false);
+        } else if (ns > 0) {
+          out.ahead_ns += ns * count / sampled;
+          out.num_ahead += count / sampled;
         }
-        if (out.interleaved || ranks != before) flush();
-        before = std::move(ranks);
-        together += traffic.load(1);
       }
     }
-    flush();
   }
 
   void first_fill(NodeId reader, int64_t ns, bool computed) {
@@ -189,7 +180,7 @@ struct StagesBuilder {
       out.return_ns += reduced ? links[stage].meet(m.bytes, 1) : alone;
       ++out.num_returns;
       if (!m.gradient) continue;
-      out.return_gradient_ns += reduced && o.tp == 1 ? links[stage].all_reduce(m.bytes, true) : alone;
+      out.return_gradient_ns += o.pp == 1 ? links[stage].all_reduce(m.bytes, true) : alone;
       ++out.num_return_gradients;
     }
   }

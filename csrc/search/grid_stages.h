@@ -33,8 +33,8 @@ struct GridStages {
     int64_t compute = 0, host = 0;              // of a micro-batch
     double work = 0;                            // of its forward, as lowering estimates it
     int64_t extra_bytes = 0;                    // parameters that it shares with an earlier stage: copies with gradients
-    // Of the first forward besides: before these operators (by index in `nodes`), what processes feed and where samples meet. Of the last backward besides: behind
-    // them, where the gradients of samples do.
+    // Of the first forward besides: before these operators (by index in `nodes`), what processes feed and where samples meet. Of the last backward besides:
+    // behind them, where the gradients of samples do.
     struct Meeting {
       size_t at = 0;
       int64_t ns = 0;
@@ -50,8 +50,8 @@ struct GridStages {
   std::vector<std::vector<StageParameter>> parameters = {};  // of each stage, in the order of their first readers; groups as the plan at hand has them
   std::vector<StageTransfer> transfers = {};
   std::vector<SharedParameter> shared = {};
-  // Movements of all stages: what processes feed to micro-batches, before everything; the loss to all processes, behind the last stage's forward; its gradient to
-  // the last stage, for each micro-batch.
+  // Movements of all stages: what processes feed to micro-batches, before everything; the loss to all processes, behind the last stage's forward; its gradient
+  // to the last stage, for each micro-batch.
   int64_t ahead_ns = 0, return_ns = 0, return_gradient_ns = 0;
   int64_t num_ahead = 0, num_returns = 0, num_return_gradients = 0;
   std::vector<StageActivations> activations = {};  // empty until somebody asks for memory

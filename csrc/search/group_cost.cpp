@@ -121,7 +121,7 @@ struct Builder {
   void add_computes(const Node& n) {
     const Fragment& f = *fragments[n.id];
     GroupNode& cost = out.nodes[n.id];
-    cost.work = 1;
+    cost.work = planner.sample_factor(n).empty() ? 0 : 1;  // done once, not by each micro-batch
     for (const Factor& factor : planner.rule(n).factors) cost.work *= static_cast<double>(std::max<int64_t>(factor.size, 1));
     if (const auto own = strategy.nodes.find(n.name); own != strategy.nodes.end()) cost.work /= own->second.num_tiles();
     if (!f.launches.empty()) {

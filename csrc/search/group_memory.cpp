@@ -190,7 +190,8 @@ struct Parameters {
       std::sort(adds.begin(), adds.end());
       const size_t begin = sums == Sums::kThere ? 0 : 1;
       for (size_t k = begin; k < adds.size(); ++k) slots.hold(q.p->bytes, adds[k], adds[k]);
-      if (new_sums_too && begin < adds.size() && (adds.size() == 1) == (sums == Sums::kThere)) new_sums[adds[begin]] = std::max(new_sums[adds[begin]], q.p->bytes);
+      if (new_sums_too && begin < adds.size() && (adds.size() == 1) == (sums == Sums::kThere))
+        new_sums[adds[begin]] = std::max(new_sums[adds[begin]], q.p->bytes);
     }
     for (const auto& [slot, bytes] : new_sums) slots.hold(bytes, slot, slot);
   }

@@ -211,8 +211,8 @@ TEST(TransportMessages, DoNotOvertakeOnePutAside) {
   EXPECT_EQ(into_other, other);
 }
 
-// Who doesn't ring leaves others asleep until they look themselves, 50 ms later. Each test has so many rounds in which a rank must be asleep that it takes more than
-// a second then, and some 60 ms otherwise.
+// Who doesn't ring leaves others asleep until they look themselves, 50 ms later. Each test has so many rounds in which a rank must be asleep that it takes more
+// than a second then, and some 60 ms otherwise.
 constexpr int kRounds = 20;
 constexpr auto kAsleep = std::chrono::milliseconds(2);  // the others have stopped looking by then
 constexpr auto kWoken = std::chrono::milliseconds(700);
