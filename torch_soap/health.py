@@ -81,6 +81,17 @@ class Health:
     def rows(self) -> list[Row]:
         return [self.step, *self.families, *self.links]
 
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        suspects = self.suspects
+        parts = [("step", [self.step]), ("family", self.families), ("link", self.links)]
+        rows = [
+            {"what": r.name, "part": part, "predicted": r.predicted_ns, "measured": r.measured_ns, "off": r in suspects}
+            for part, of_part in parts
+            for r in of_part
+        ]
+        return {"rows": rows, "ok": self.ok, "num_steps": self.num_steps, "num_samples": self.num_samples}
+
     def __str__(self) -> str:
         lines = [f"{'':<44} {'predicted':>10} {'measured':>10} {'ratio':>8}", f"{'ms, slowest rank':<44}", *map(str, self.rows)]
         lines.append(f"over {self.num_steps} steps, parts over {self.num_samples} sampled ones")
@@ -190,6 +201,7 @@ def health_of(plan: Plan, parallel: Parallel) -> Health:
     assert isinstance(found, Health)
     note_error(comm, found)
     found.parallel = plan.monitor
+    plan.measured["health"] = found.as_data()
     return found
 
 

@@ -37,7 +37,7 @@ class Plan:
         predicted: step time in ns and its parts, memory in bytes per device; empty for a plan that nobody has priced.
         stats: seconds of capture and search, number of simulations.
         nodes: operators and parameters of the graph that it was made for.
-        measured: what was measured of it where it ran: "step_seconds", a list.
+        measured: what was measured of it where it ran: "step_seconds", a list; "health", what `health` found last.
         context: what it was priced with, in the process that planned; None for a plan that was loaded or written until `bind`.
         exact: False only where the whole model is opaque and trains as DDP would.
     """
@@ -133,7 +133,8 @@ class Plan:
         return write_report(self, path, title=title, timeline=timeline, step_seconds=step_seconds, seconds=seconds)
 
     def health(self) -> Health:
-        """What training has measured so far against what was predicted: `print(model.plan.health())`. Collective.
+        """What training has measured so far against what was predicted: `print(model.plan.health())`. Collective. A report that is written
+        afterwards has it.
 
         Raises:
             ValueError: nothing was predicted (a loaded or written plan), or too few steps have run.

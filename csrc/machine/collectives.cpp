@@ -26,6 +26,13 @@ int64_t most(const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
   return out;
 }
 
+// Of an exchange, by what the busiest device and host have to move; 0 where nothing moves.
+double link_ns(const Link& link, int64_t device, int64_t host) {
+  if (device == 0) return 0;
+  const double busiest = std::max(static_cast<double>(device), link.per_host == 0 ? 0.0 : static_cast<double>(host) / static_cast<double>(link.per_host));
+  return link.latency_ns + busiest / link.bytes_per_s * 1e9;
+}
+
 }  // namespace
 
 double ring_ns(double latency_ns, double bytes_per_s, int ranks, double bytes) {
@@ -150,12 +157,29 @@ int64_t Traffic::busiest() const {
   return out;
 }
 
+ExchangeLoad Traffic::load(int at_once) const {
+  return {.within = most(within_.out, within_.in),
+          .within_host = most(within_.host_out, within_.host_in) * at_once,
+          .between = most(between_.out, between_.in),
+          .between_host = most(between_.host_out, between_.host_in) * at_once,
+          .busiest = busiest()};
+}
+
+ExchangeLoad& ExchangeLoad::operator+=(const ExchangeLoad& other) {
+  within += other.within;
+  within_host += other.within_host;
+  between += other.between;
+  between_host += other.between_host;
+  busiest += other.busiest;
+  return *this;
+}
+
 double Traffic::Load::ns(const Link& link) const {
-  const int64_t device = most(out, in);
-  if (device == 0) return 0;
-  const double busiest =
-      std::max(static_cast<double>(device), link.per_host == 0 ? 0.0 : static_cast<double>(most(host_out, host_in)) / static_cast<double>(link.per_host));
-  return link.latency_ns + busiest / link.bytes_per_s * 1e9;
+  return link_ns(link, most(out, in), most(host_out, host_in));
+}
+
+int64_t exchange_ns(const Machine& machine, const ExchangeLoad& load) {
+  return static_cast<int64_t>(std::max(link_ns(machine.intra, load.within, load.within_host), link_ns(machine.inter, load.between, load.between_host)));
 }
 
 int64_t Traffic::exchange_ns() const {

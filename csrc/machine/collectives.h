@@ -23,6 +23,15 @@
 
 namespace soap {
 
+// What an exchange puts on the busiest device and the busiest host, one way: within hosts and between them. `busiest`: see Traffic. Of exchanges of which all
+// load the same device most, at the same time, it is the sum.
+struct ExchangeLoad {
+  int64_t within = 0, within_host = 0, between = 0, between_host = 0, busiest = 0;
+  ExchangeLoad& operator+=(const ExchangeLoad& other);
+  bool empty() const { return within == 0 && between == 0; }
+  bool operator==(const ExchangeLoad&) const = default;
+};
+
 // What an exchange puts on the links of a machine: bytes by device and by host, within and between hosts, both directions.
 class Traffic {
  public:
@@ -36,6 +45,8 @@ class Traffic {
   // What measured tables are keyed by, of the busiest device: half of what it sends and receives within hosts, where it copies both by itself; over a
   // network, which carries both ways at once, the larger of the two.
   int64_t busiest() const;
+  // Of so many of this exchange at once on each host, by devices of their own.
+  ExchangeLoad load(int at_once) const;
   // Latency of the slowest link used and the time of the busiest one.
   int64_t exchange_ns() const;
 
@@ -52,6 +63,9 @@ class Traffic {
 
 // The time of an exchange: from a measured table if there is one for these ranks, else Traffic's.
 int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic);
+// The same where the participants aren't named; and by the links alone.
+int64_t exchange_ns(const Machine& machine, int num_ranks, int num_hosts, const ExchangeLoad& load);
+int64_t exchange_ns(const Machine& machine, const ExchangeLoad& load);
 
 double ring_ns(double latency_ns, double bytes_per_s, int ranks, double bytes);
 double tree_ns(double latency_ns, double bytes_per_s, int ranks, double bytes);

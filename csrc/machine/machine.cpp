@@ -242,4 +242,11 @@ int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const
   return measured.table ? interpolate(*measured.table, traffic.busiest()) : traffic.exchange_ns();
 }
 
+int64_t exchange_ns(const Machine& machine, int num_ranks, int num_hosts, const ExchangeLoad& load) {
+  if (num_ranks < 2 || load.empty()) return 0;
+  if (machine.tables.empty()) return exchange_ns(machine, load);
+  const Measured measured = nearest(machine, "exchange", num_ranks, num_hosts);
+  return measured.table ? interpolate(*measured.table, load.busiest) : exchange_ns(machine, load);
+}
+
 }  // namespace soap

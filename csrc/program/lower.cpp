@@ -169,6 +169,11 @@ struct TaskBuilder {
     return out;
   }
 
+  // Nothing has to be computed for its gradient: that of all micro-batches comes at once, or stages would wait for each other.
+  bool only_returned(const CopyGroup& g) const {
+    return std::all_of(g.uses.begin(), g.uses.end(), [&](const Use& u) { return p.graph.nodes[u.node].kind == NodeKind::kReturn; });
+  }
+
   bool is_op(TensorId t) const { return p.graph.nodes[p.graph.tensors[t].producer].kind == NodeKind::kOp; }
 
   void build_forward() {
@@ -216,10 +221,13 @@ struct TaskBuilder {
       for (const Flow& x : flows.list) after.insert(compute.at({producer, p.tiles[group.tensor].coords[x.src].chunk}));
     }
     const int id = static_cast<int>(forward.size());
+    // Rows that other processes feed come before everything where there are micro-batches: fetched in their turn, they would make stages wait for each other.
+    const bool ahead =
+        p.graph.nodes[p.graph.tensors[group.tensor].producer].kind == NodeKind::kFeed && p.tilings[consumer.id].chunks() > 1 && !flows.movement.ranks.empty();
     forward.push_back({.step = {StepKind::kFill, {item}},
                        .after = {after.begin(), after.end()},
                        .devices = devices_of(flows),
-                       .phase = phase(consumer, chunk),
+                       .phase = ahead ? -1 : phase(consumer, chunk),
                        .rank = consumer.id * 2,
                        .work = 0});
     fill[{g, tag}] = id;
@@ -303,7 +311,8 @@ std::vector<Step> bucketed(const Program& p, const std::vector<Step>& ordered, i
   return out;
 }
 
-// Neighbouring fills among the same ranks travel together.
+// Neighbouring fills among the same ranks travel together, but for what processes feed to one micro-batch and to another, which would be held as long as the
+// last.
 std::vector<Step> merged(const Program& p, const std::vector<Step>& steps) {
   std::vector<Step> out;
   std::vector<int> last;
@@ -314,7 +323,8 @@ std::vector<Step> merged(const Program& p, const std::vector<Step>& steps) {
       continue;
     }
     const std::vector<int> ranks = item_flows(p, step.kind, step.items[0]).movement.ranks;
-    if (!ranks.empty() && ranks == last && out.back().kind == step.kind) {
+    const bool fed = p.graph.nodes[p.graph.tensors[p.groups[step.items[0].id].tensor].producer].kind == NodeKind::kFeed;
+    if (!ranks.empty() && ranks == last && out.back().kind == step.kind && !(fed && step.items[0].chunk != out.back().items.back().chunk)) {
       out.back().items.insert(out.back().items.end(), step.items.begin(), step.items.end());
     } else {
       out.push_back(step);
@@ -376,7 +386,7 @@ void order_steps(Program& p, const Strategy& strategy) {
     for (const auto& [key, task] : b.compute_back) b.backward[task].rank = -2 * position[b.compute.at(key)];
     for (const auto& [key, task] : b.grad_fill) {
       const NodeId producer = p.graph.tensors[p.groups[key.first].tensor].producer;
-      const auto made = b.compute.find({producer, key.second});
+      const auto made = p.tilings[producer].chunks() > 1 && b.only_returned(p.groups[key.first]) ? b.compute.end() : b.compute.find({producer, key.second});
       b.backward[task].rank = made == b.compute.end() ? -(1 << 30) : -2 * position[made->second] - 1;
     }
     for (int i : forward) steps.push_back(b.forward[i].step);

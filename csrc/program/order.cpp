@@ -62,7 +62,8 @@ std::vector<int> sort_interleaved(const std::vector<Task>& tasks, int num_device
     for (size_t k = 0; k < ready.size(); ++k) {
       const Task& t = tasks[ready[k]];
       double start = ready_at[ready[k]];
-      for (int dev : t.devices) start = std::max(start, clock[dev]);
+      // What moves comes as soon as it is there: were it to wait for a device that is busy, the stage that needs it would idle meanwhile.
+      for (size_t i = 0; i < t.devices.size() && t.work > 0; ++i) start = std::max(start, clock[t.devices[i]]);
       const Key key{start, !t.backward, t.phase, t.rank, ready[k]};
       if (k == 0 || key < best) {
         best = key;
@@ -73,7 +74,7 @@ std::vector<int> sort_interleaved(const std::vector<Task>& tasks, int num_device
     ready.erase(ready.begin() + static_cast<int64_t>(at));
     order.push_back(i);
     const double end = std::get<0>(best) + tasks[i].work;
-    for (int dev : tasks[i].devices) clock[dev] = end;
+    for (size_t k = 0; k < tasks[i].devices.size() && tasks[i].work > 0; ++k) clock[tasks[i].devices[k]] = end;
     for (int n : d.next[i]) {
       ready_at[n] = std::max(ready_at[n], end);
       if (--d.missing[n] == 0) ready.push_back(n);

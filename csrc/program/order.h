@@ -13,7 +13,7 @@ struct Task {
   std::vector<int> devices;  // that work on it
   double phase = 0;          // chunk / chunks: depth first by chunk
   int64_t rank = 0;          // position among tasks of one phase
-  double work = 1;           // relative duration, for interleaving only
+  double work = 1;           // relative duration, for interleaving only; 0: a movement, which waits for no device
   bool backward = false;
 };
 

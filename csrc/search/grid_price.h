@@ -7,9 +7,10 @@
 //   stage s, micro-batch i   forward  F = sum over its operators of compute and of movements within the group
 //                            backward B = the same backwards (and F's compute once more where it is recomputed)
 //   first forward            waits for parameters gathered from their parts (ZeRO), in order, beside the compute where the machine overlaps
-//   last backward            brings gradients to the replicas in buckets, likewise
+//   first backward           for those that are gathered again (ZeRO-3)
+//   last backward            brings gradients to the replicas in buckets; a bucket that isn't full is passed on to the stage before (search/grid_schedule.h)
 //   options.fsdp             these two as PyTorch's fully_shard does them, in every micro-batch (search/fsdp.h)
-//   schedule                 GPipe (Huang et al. 2019) or 1F1B (Narayanan et al. 2019); a boundary's tensors take their link's time
+//   schedule                 GPipe (Huang et al. 2019) or 1F1B (Narayanan et al. 2019): search/grid_schedule.h
 //   step                     the last stage to end, and its update; or what a stage's host takes to launch all of it, where that is longer (sim/simulate.h)
 //
 // Memory of a stage: search/group_memory.h. tests/unit/test_grids.py holds both against simulate(lower(...)).

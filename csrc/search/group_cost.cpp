@@ -72,24 +72,47 @@ struct Builder {
     const Fragment& f = *fragments[n.id];
     GroupNode& cost = out.nodes[n.id];
     for (const FragmentOp& op : f.ops) {
+      int before = -1;  // the ranks of the movement just before
       for (const FragmentRead& read : op.reads) {
         const Source from = source(n, read.tensor);
+        if (!from.moves) before = -1;
         if (!from.moves || cache.layout(read.copies).coords.empty()) continue;
+        const bool fed = read.tensor.kind == FragmentTensor::Kind::kOperand && graph.nodes[from.tensor->producer].kind == NodeKind::kFeed;
+        if (fed) out.feeds.push_back({from.tensor->id, read.copies, n.id, fullest(*from.tensor, read.copies)});
         const auto key = std::pair(from.tensor, read.copies);
         Copy& copy = copies[key];
         if (!copy.known) {
           copy.known = true;
           const EdgeMove* fill = cache.edge(*from.tensor, from.tiles, read.copies, false);
-          if (fill->pattern != Pattern::kLocal) cost.fill_ns += fill->price_ns;
+          const bool moves = fill->pattern != Pattern::kLocal;
+          if (moves) {
+            cost.fill_ns += fill->price_ns;
+            cost.fills.push_back(move_of(*fill));
+            cost.fills.back().joins = before == fill->ranks;
+            cost.fills.back().fed = fed;
+          }
+          before = moves ? fill->ranks : -1;
         }
         if (read.differentiable && from.tensor->requires_grad && !copy.gradient) {
           copy.gradient = true;
           const EdgeMove* back = cache.edge(*from.tensor, from.tiles, read.copies, true);
-          if (back->pattern != Pattern::kLocal) cost.gradient_ns += back->price_ns;
+          if (back->pattern != Pattern::kLocal) {
+            cost.gradient_ns += back->price_ns;
+            cost.gradients.push_back(move_of(*back));
+          }
         }
       }
     }
   }
+  GroupMove move_of(const EdgeMove& m) {
+    GroupMove out{.price_ns = m.price_ns, .exchange = m.pattern == Pattern::kExchange};
+    if (!out.exchange) return out;
+    const auto [load, fresh] = loads.emplace(&m, ExchangeLoad{});
+    if (fresh) load->second = m.traffic->load(1);
+    out.load = load->second;
+    return out;
+  }
+  std::map<const EdgeMove*, ExchangeLoad> loads = {};
   struct Copy {
     bool known = false, gradient = false;
   };
@@ -98,6 +121,9 @@ struct Builder {
   void add_computes(const Node& n) {
     const Fragment& f = *fragments[n.id];
     GroupNode& cost = out.nodes[n.id];
+    cost.work = planner.sample_factor(n).empty() ? 0 : 1;  // done once, not by each micro-batch
+    for (const Factor& factor : planner.rule(n).factors) cost.work *= static_cast<double>(std::max<int64_t>(factor.size, 1));
+    if (const auto own = strategy.nodes.find(n.name); own != strategy.nodes.end()) cost.work /= own->second.num_tiles();
     if (!f.launches.empty()) {
       cost.launch_ns = *std::max_element(f.launches.begin(), f.launches.end());
       cost.launch_again_ns = *std::max_element(f.launches_again.begin(), f.launches_again.end());
@@ -243,6 +269,27 @@ struct Builder {
     });
   }
 
+  // The samples' share of a replica's micro-batch is summed here; the sum over all is what the reader needs.
+  void add_meetings() {
+    for (const Node& n : graph.nodes) {
+      const bool returns = n.kind == NodeKind::kReturn && n.target != "buffer_write" && n.sample_dim < 0;
+      if (!returns && (n.kind != NodeKind::kOp || !planner.sample_factor(n).empty())) continue;
+      for (TensorId t : cache.distinct_inputs(n.id)) {
+        const Tensor& tensor = graph.tensors[t];
+        const Node& producer = graph.nodes[tensor.producer];
+        if (producer.kind != NodeKind::kOp || planner.sample_factor(producer).empty()) continue;
+        out.meetings.push_back({producer.id, n.id, numel(tensor.shape) * tensor.element_bytes, returns && tensor.requires_grad});
+      }
+    }
+    std::set<std::pair<TensorId, LayoutId>> spread;
+    for_reads([&](const Node& n, const FragmentRead& read, const Tensor& t) {
+      const Node& producer = graph.nodes[t.producer];
+      if (producer.kind != NodeKind::kOp || !planner.sample_factor(producer).empty() || planner.sample_factor(n).empty()) return;
+      if (!read.differentiable || !t.requires_grad || !spread.insert({t.id, read.copies}).second) return;
+      out.meetings.push_back({producer.id, n.id, fullest(t, read.copies) / t.element_bytes * reduced_element_bytes(t, Reduce::kSum), true, true});
+    });
+  }
+
   void add_edges() {
     for_reads([&](const Node& n, const FragmentRead& read, const Tensor& t) {
       if (graph.nodes[t.producer].kind != NodeKind::kOp) return;
@@ -269,6 +316,7 @@ GroupCost group_cost(LayoutCache& cache, const ManualPlanner& planner, const Str
   }
   b.add_parameters();
   b.add_edges();
+  b.add_meetings();
   return std::move(b.out);
 }
 

@@ -6,17 +6,29 @@
 #include <memory>
 #include <vector>
 
+#include "machine/collectives.h"
 #include "search/manual.h"
 #include "sim/layout_cache.h"
 
 namespace soap {
 
+// What moves among the ranks of a group for an operator, as all groups of a stage move it at once.
+struct GroupMove {
+  int64_t price_ns = 0;  // where one group is alone
+  bool exchange = false;
+  ExchangeLoad load = {};  // of an exchange, of one group
+  bool joins = false;      // lowering may let it travel with the one before it: the same ranks, nothing between
+  bool fed = false;        // what processes feed
+};
+
 struct GroupNode {
   std::vector<int64_t> forward, backward;            // ns per rank; empty where nothing is computed
   int64_t launch_ns = 0;                             // of the busiest rank's host, forward and backward, movements left out
   int64_t launch_again_ns = 0;                       // the same where backward computes forward again
+  double work = 0;                                   // of its forward, as lowering estimates it to put micro-batches in order
   int64_t fill_ns = 0;                               // movements among the ranks that forward waits for
   int64_t gradient_ns = 0;                           // movements of gradients among the ranks, before and after its backward, of activations
+  std::vector<GroupMove> fills, gradients;           // these movements
   bool keeps_operand = false, keeps_result = false;  // for backward
   int position = 0;                                  // of its first operator, see GroupTensor
 };
@@ -68,6 +80,23 @@ struct GroupEdge {
   bool gradient = false;
 };
 
+// What an operator or return reads of a feed: equal copies of a stage are made once.
+struct GroupFeed {
+  TensorId tensor = -1;
+  LayoutId copies = -1;
+  NodeId reader = -1;
+  int64_t bytes = 0;  // of a rank's copy
+};
+
+// Where samples meet: a sum over them that an operator or a return reads whole (the number of rows that count, the loss); or what is alike for all of them
+// (embedded positions), whose gradient is a sum over them.
+struct GroupMeeting {
+  NodeId producer = -1, reader = -1;
+  int64_t bytes = 0;      // of the sum
+  bool gradient = false;  // of a return's
+  bool spread = false;    // alike for all samples
+};
+
 struct GroupCost {
   int ranks = 1;
   std::vector<GroupNode> nodes;
@@ -75,6 +104,8 @@ struct GroupCost {
   int positions = 0;
   std::vector<GroupParameter> parameters;
   std::vector<GroupEdge> edges;  // of results of operators
+  std::vector<GroupFeed> feeds;  // by reader
+  std::vector<GroupMeeting> meetings;
 };
 
 // The cache's graph: one micro-batch of one replica (search/replica_graph.h); the group are the first devices of its machine. Throws

@@ -177,6 +177,25 @@ struct Parameters {
   }
 
   enum class Sums { kNone, kThere };  // at the begin: of earlier micro-batches' gradients
+  // What a reader's backward adds to a sum that is there, and, the first time, a new sum beside the two.
+  void hold_addends(Sums sums, bool new_sums_too) {
+    std::map<int, int64_t> new_sums;  // one after the other
+    std::vector<int> adds;
+    for (const StageParameter& q : s.parameters) {
+      if (!q.p->trained) continue;
+      adds.clear();
+      for (const NodeId reader : q.p->readers) {
+        if (const int at = place(reader); at >= 0 && reader >= q.first && reader <= q.last) adds.push_back(slots.back(at));
+      }
+      std::sort(adds.begin(), adds.end());
+      const size_t begin = sums == Sums::kThere ? 0 : 1;
+      for (size_t k = begin; k < adds.size(); ++k) slots.hold(q.p->bytes, adds[k], adds[k]);
+      if (new_sums_too && begin < adds.size() && (adds.size() == 1) == (sums == Sums::kThere))
+        new_sums[adds[begin]] = std::max(new_sums[adds[begin]], q.p->bytes);
+    }
+    for (const auto& [slot, bytes] : new_sums) slots.hold(bytes, slot, slot);
+  }
+
   // `bring_them`: to where they are stored, in buckets, which hold what they send and receive.
   void hold_all(Sums sums, bool bring_them) {
     const int end = slots.end;
@@ -187,6 +206,7 @@ struct Parameters {
       if (q.p->trained) slots.hold(part, 0, early ? end : sums == Sums::kThere ? -1 : slots.turn - 1);  // the last step's gradient
       if (q.group > 1) hold_copy(q);
     }
+    hold_addends(sums, sums == Sums::kNone || !bring_them || o.micro_batches == 2);
     size_t first = 0;
     int64_t bytes = 0;
     const auto flush = [&](size_t until, int slot) {
@@ -249,6 +269,9 @@ std::vector<StageActivations> stage_activations(const GroupCost& cost, const std
       for (const NodeId node : {q.first, q.last, q.p->last}) {
         if (node >= 0) there[cost.nodes[node].position] = 1;
       }
+      for (const NodeId node : q.p->readers) {
+        if (stage_of[node] == index) there[cost.nodes[node].position] = 1;
+      }
     }
     stage.place.resize(cost.positions);
     for (int p = 0; p < cost.positions; ++p) stage.place[p] = there[p] ? stage.places++ : -1;
@@ -278,9 +301,9 @@ int64_t stage_memory(const GroupStage& stage) {
     return (micro_batches - 1) * stage.activations.kept + all.slots.peak();
   };
   if (o.micro_batches == 1) return with(Sums::kNone, true, 1);
-  // As lowering allows and a greedy order takes (program/order.h). The last stage's backward follows its forward at once, but for what a group moves.
+  // As lowering allows and a greedy order takes (program/order.h): a stage is ahead of the last one by the stages between.
   const bool early = stage.early_backward && o.order == Order::kInterleaved;
-  const int most = stage.index + 1 < o.pp ? o.pp : std::min(o.pp, o.tp > 1 ? 2 : 1);
+  const int most = o.pp - stage.index;
   const int held = early ? std::min(o.micro_batches, most) : o.micro_batches;
   const int later = early && o.micro_batches > held ? held : std::max(held - 1, 1);
   return std::max({with(Sums::kNone, false, held), with(Sums::kThere, false, later), with(Sums::kThere, true, 1)});

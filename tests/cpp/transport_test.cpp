@@ -211,17 +211,53 @@ TEST(TransportMessages, DoNotOvertakeOnePutAside) {
   EXPECT_EQ(into_other, other);
 }
 
-// Who doesn't ring leaves others asleep until they look themselves, 50 ms later.
+// Who doesn't ring leaves others asleep until they look themselves, 50 ms later. Each test has so many rounds in which a rank must be asleep that it takes more
+// than a second then, and some 60 ms otherwise.
+constexpr int kRounds = 20;
+constexpr auto kAsleep = std::chrono::milliseconds(2);  // the others have stopped looking by then
+constexpr auto kWoken = std::chrono::milliseconds(700);
+
 TEST(TransportBell, SleepersAreWoken) {
   const auto begin_at = Clock::now();
   on_ranks(2, std::chrono::microseconds(0), [](Group& group) {
-    for (int round = 0; round < 20; ++round) {
-      if (group.rank() == round % 2) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    for (int round = 0; round < kRounds; ++round) {
+      if (group.rank() == round % 2) std::this_thread::sleep_for(kAsleep);
       Floats mine = values(group.rank(), 10);
       begin<AllReduce>(group, true, "all_reduce", memory_of(mine), reducer());
     }
   });
-  EXPECT_LT(Clock::now() - begin_at, std::chrono::milliseconds(700));
+  EXPECT_LT(Clock::now() - begin_at, kWoken);
+}
+
+MessagePtr message_of(int peer, Floats& data) {
+  auto message = std::make_shared<Message>();
+  message->peer = peer;
+  message->tag = 1;
+  message->memory = memory_of(data);
+  return message;
+}
+
+// A rank sends `count` elements; the other, which receives them, comes when it sleeps.
+void pass_messages(std::size_t count) {
+  on_ranks(2, std::chrono::microseconds(0), [&](Group& group) {
+    const bool sends = group.rank() == 0;
+    for (int round = 0; round < kRounds; ++round) {
+      Floats data = values(sends ? round : -1, count);
+      if (!sends) std::this_thread::sleep_for(kAsleep);
+      const MessagePtr message = message_of(1 - group.rank(), data);
+      sends ? group.send(message, {}) : group.receive(message, {});
+      group.wait(*message);
+      EXPECT_EQ(error_of(*message), "");
+      EXPECT_EQ(data, values(round, count));
+    }
+  });
+}
+
+// More than a ring holds: the sender sleeps until there is room again.
+TEST(TransportBell, WhoReceivesWakesWhoSends) {
+  const auto begin_at = Clock::now();
+  pass_messages(layout_for(2).ring_bytes / sizeof(float) + 1000);
+  EXPECT_LT(Clock::now() - begin_at, kWoken);
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, Transport, testing::Values(1, 2, 3, 5));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_stages_are_scheduled_about_as_lowering_orders_them(llama: _C.OpGraph, g
     cost = _C.CostModel(machine())
     priced = _C.grid_price(llama, 8, cost, options(**grid))
     whole = simulated(llama, _C.manual_strategy(llama, 8, options(**grid)), cost)
-    assert priced.step_ns == pytest.approx(whole.step_ns, rel=0.15)
+    assert priced.step_ns == pytest.approx(whole.step_ns, rel=0.05)
     assert len(priced.stage_memory) == 2
     assert 0.97 < priced.memory_bytes / max(whole.memory_bytes) < 1.1, "rather too much than too little"
 
@@ -113,6 +114,59 @@ def test_other_models_hold_what_is_priced(make: Any) -> None:
         whole = _C.simulate(_C.lower(graph, _C.manual_strategy(graph, 8, options(**grid)), [len(batch[0]) // 8] * 8), cost)
         priced = _C.grid_price(graph, 8, cost, options(**grid)).memory_bytes
         assert priced == pytest.approx(max(whole.memory_bytes), rel=0.02), grid
+
+
+def small_convolutions() -> tuple[nn.Module, tuple[torch.Tensor, ...], Any]:
+    blocks = [m for i, o in ((3, 64), (64, 128)) for m in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.Conv2d(o, o, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))]
+    module = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 64, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 100))
+    return module, (torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.long)), nn.functional.cross_entropy
+
+
+def small_llama() -> tuple[nn.Module, tuple[torch.Tensor, ...], Any]:
+    return Llama(SMALL, context=LENGTH).to(torch.bfloat16), (tokens(), tokens()), None
+
+
+def legal_grids(sequence: bool) -> list[dict[str, Any]]:
+    """Of eight devices, all that a person may write with up to four micro-batches."""
+    out: list[dict[str, Any]] = []
+    for tp, pp, count in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4)):
+        dp = 8 // tp // pp
+        if tp * pp > 8:
+            continue
+        orders = [_C.Order.interleaved, _C.Order.forward_then_backward] if count > 1 else [_C.Order.forward_then_backward]
+        parts = itertools.product(orders, (0, 1, 3) if dp > 1 else (0,), (False, True) if tp > 1 and sequence else (False,), (False, True))
+        out += [{"dp": dp, "tp": tp, "pp": pp, "micro_batches": count, "order": o, "zero": z, "sequence": s, "recompute": r} for o, z, s, r in parts]
+    return out
+
+
+def swept_machines() -> dict[str, torch_soap.Machine]:
+    named = {f"{name} {hosts}x{8 // hosts}": (name, hosts) for name in ("cpu-10g", "k80") for hosts in (1, 2)}
+    return {key: torch_soap.Machine.preset(name, hosts=hosts, devices_per_host=8 // hosts) for key, (name, hosts) in named.items()} | {"h100": without_host()}
+
+
+@pytest.mark.parametrize("make", [small_llama, small_gpt, small_convolutions])
+def test_a_sweep_of_grids_costs_about_what_it_is_simulated_to(make: Any) -> None:
+    """Not chosen by hand: every seventh of all. Fewer are close where steps are short and stages many (docs/search.md)."""
+    with torch.device("meta"):
+        module, batch, loss = make()
+    graph = graph_for(module, batch, loss, 8)[0]
+    costs = {name: _C.CostModel(on) for name, on in swept_machines().items()}
+    ratios: dict[str, list[float]] = {name: [] for name in costs}
+    for grid in legal_grids(sequence=make is not small_convolutions)[::7]:
+        given = _C.ManualOptions()
+        for name, value in grid.items():
+            setattr(given, name, value)
+        try:
+            strategy = _C.manual_strategy(graph, 8, given)
+        except ValueError:  # more stages than layers
+            continue
+        program = _C.lower(graph, strategy, [len(batch[0]) // 8] * 8)
+        for name, cost in costs.items():
+            ratios[name].append(_C.grid_price(graph, 8, cost, given).step_ns / _C.simulate(program, cost).step_ns)
+    for name, found in ratios.items():
+        off = [abs(r - 1) for r in found]
+        assert len(off) >= 30 and max(off) < 0.25, (name, max(off))
+        assert sum(o < 0.05 for o in off) >= 0.65 * len(off) and sum(o < 0.1 for o in off) >= 0.85 * len(off), (name, sorted(found))
 
 
 def test_the_search_takes_no_worse_than_any_seed_and_its_strategy_costs_what_it_says(llama: _C.OpGraph) -> None:

@@ -206,6 +206,50 @@ def test_nothing_is_copied_that_lies_in_one_stretch() -> None:
     assert execute(came, Recorder({1: message}), lambda v, _: source)[0][1].data_ptr() == message.data_ptr()  # type: ignore[arg-type]
 
 
+def lone(move: PlannedMove, shape: list[int], *, ranks: list[int], more: list[PlannedTransfer], all_reduce: bool = False) -> PlannedStep:
+    """A step of one move within the rank, and perhaps more."""
+    return PlannedStep(ranks, [PlannedTransfer(all_reduce, False, False, torch.float32, [0], [move], [(9, shape)], _C.Reduce.none), *more])
+
+
+def test_a_step_that_moves_nothing_gives_its_source_back() -> None:
+    """Most steps of a rank that keeps what it made: neither a copy nor a call of the compiled movement (PlannedStep.same)."""
+    source = torch.randn(6, 4)
+    whole = PlannedMove(-1, False, 1, 9, [], [], [6, 4], 24)
+    step = lone(whole, [6, 4], ranks=[], more=[])
+    assert step.same == ((1, 9), torch.float32)
+    ((value, got),) = execute(step, Recorder({}), lambda v, dtype: {1: source}[v])  # type: ignore[arg-type]
+    assert value == 9 and got is source and step.assembly is None
+    # As if it had come by wire: kernels choose by strides and alignment how they sum, and replicas do the same.
+    for odd in (source.t().contiguous().t(), torch.randn(25)[1:].view(6, 4), torch.randn(6, 1, 4).as_strided((6, 4), (4, 1))[:, :]):
+        ((_, got),) = execute(step, Recorder({}), lambda v, _, s=odd: s)  # type: ignore[arg-type,misc]
+        assert torch.equal(got, odd) and got.stride() == (4, 1) and got.data_ptr() % ALIGNMENT == 0
+    ((_, got),) = execute(step, Recorder({}), lambda v, _: source.double())  # type: ignore[arg-type]
+    assert got.dtype == torch.float32
+
+
+def test_a_step_that_does_more_is_carried_out() -> None:
+    """Each of these is the move above but for one thing, which the short cut would leave out."""
+    source = torch.arange(24.0).view(6, 4)
+    rows: Index = [(0, [(2, 4)])]
+    part = PlannedMove(-1, False, 1, 9, rows, [], [2, 4], 8)
+    ((_, got),) = execute(lone(part, [2, 4], ranks=[], more=[]), Recorder({}), lambda v, _: source)  # type: ignore[arg-type]
+    assert torch.equal(got, source[2:4])
+    placed = PlannedMove(-1, False, 1, 9, [], rows, [2, 4], 8)
+    ((_, got),) = execute(lone(placed, [6, 4], ranks=[], more=[]), Recorder({}), lambda v, _: source[:2])  # type: ignore[arg-type]
+    assert torch.equal(got[2:4], source[:2]) and got.shape == (6, 4)
+    whole = PlannedMove(-1, False, 1, 9, [], [], [6, 4], 24)
+    other = PlannedTransfer(False, False, False, torch.float32, [0], [PlannedMove(-1, False, 2, 8, [], [], [6, 4], 24)], [(8, [6, 4])], _C.Reduce.none)
+    got_of = dict(execute(lone(whole, [6, 4], ranks=[], more=[other]), Recorder({}), lambda v, _: source * v))  # type: ignore[arg-type]
+    assert torch.equal(got_of[9], source) and torch.equal(got_of[8], source * 2)
+    reduced = lone(whole, [6, 4], ranks=[], more=[], all_reduce=True)
+    ((_, got),) = execute(reduced, Recorder({}), lambda v, _: source)  # type: ignore[arg-type]
+    assert torch.equal(got, source * 2)
+    sent = PlannedTransfer(False, False, False, torch.float32, [0, 1], [PlannedMove(1, True, 1, -1, [], [], [6, 4], 24)], [], _C.Reduce.none)
+    comm = Recorder({})
+    execute(lone(whole, [6, 4], ranks=[0, 1], more=[sent]), comm, lambda v, _: source)  # type: ignore[arg-type]
+    assert torch.equal(comm.sent[1].view(torch.float32).view(6, 4), source)
+
+
 def test_results_are_written_to_given_memory() -> None:
     source, place = torch.randn(3, 4), torch.zeros(6, 4)
     moves = [PlannedMove(-1, False, 1, 9, [], [(0, [(i, i + 3)])], [3, 4], 12) for i in (0, 3)]

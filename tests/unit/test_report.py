@@ -18,6 +18,7 @@ from tests.unit import browser
 from tests.unit.planning import p100
 from torch_soap import _C, Plan, cli
 from torch_soap.compare import price
+from torch_soap.health import Health, Row
 from torch_soap.plan import as_plan
 from torch_soap.planner import graph_for
 from torch_soap.report.alternatives import alternatives
@@ -148,6 +149,29 @@ def test_the_seeds_stand_beside_the_plan(plan: Plan, data: dict[str, Any]) -> No
     assert one["measured"] == pytest.approx(1.1 * one["predicted"], rel=0.01)
 
 
+def trained(step: float, matmul: float) -> Health:
+    """What `plan.health()` finds where the step and the products in it take so many times as long as predicted."""
+    families = [Row("matmul", 2_000_000, int(2_000_000 * matmul)), Row("pointwise", 500_000, 600_000)]
+    return Health(Row("step", 4_000_000, int(4_000_000 * step)), families, [Row("all_reduce of 4 ranks within a host", 300_000, 310_000)], 20, 4)
+
+
+def test_what_health_found_is_in_the_data(plan: Plan, data: dict[str, Any]) -> None:
+    assert data["health"] is None
+    plan.measured["health"] = trained(1.7, 2.5).as_data()
+    try:
+        found = report_data(plan, lowered(plan)[0], title="", timeline=(), step_seconds=(), seconds=0)["health"]
+    finally:
+        del plan.measured["health"]
+    assert [(r["what"], r["part"], r["off"]) for r in found["rows"]] == [
+        ("step", "step", False),
+        ("matmul", "family", True),
+        ("pointwise", "family", False),
+        ("all_reduce of 4 ranks within a host", "link", False),
+    ]
+    assert (found["rows"][1]["predicted"], found["rows"][1]["measured"]) == (2_000_000, 5_000_000)
+    assert not found["ok"] and trained(1.0, 1.0).as_data()["ok"]
+
+
 def test_counters_of_batches_are_not_drawn() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     inputs = torch.randn(8, 3, 8, 8)
@@ -229,6 +253,18 @@ def test_a_browser_shows_it(tab: browser.Page, data: dict[str, Any], tmp_path: P
         "(() => { const c = byId('timeline'); return new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size; })()"
     )
     assert tab.value(pixels) > 20
+    assert tab.errors == []
+
+
+@pytest.mark.parametrize(("step", "matmul", "said"), [(1.7, 2.5, "off: matmul"), (1.3, 1.0, "no part of it stands out"), (1.0, 1.0, "as predicted")])
+def test_a_browser_shows_health(tab: browser.Page, data: dict[str, Any], tmp_path: Path, step: float, matmul: float, said: str) -> None:
+    shown(tab, data, tmp_path / "report.html")
+    assert tab.value("document.querySelector('#health').textContent") == ""  # nobody asked
+    shown(tab, {**data, "health": trained(step, matmul).as_data()}, tmp_path / "health.html")
+    assert said in tab.value("document.querySelector('#health h3').textContent")
+    rows = tab.value("[...document.querySelectorAll('#health tr')].map((r) => [r.className, r.innerText])")
+    assert len(rows) == 5 and ["off" in kind for kind, _ in rows[1:]] == [False, matmul > 2, False, False]
+    assert rows[2][1].split()[:2] == ["operators:", "matmul"] and rows[2][1].split()[-1] == f"{matmul:.2f}"
     assert tab.errors == []
 
 

@@ -29,6 +29,19 @@ function drawMeasured() {
   })));
 }
 
+// What model.plan.health() found: nothing where nobody has asked it.
+function drawHealth() {
+  const h = data.health;
+  if (!h) return;
+  const parts = {step: "", family: "operators: ", link: ""}, off = h.rows.filter((r) => r.off).map((r) => r.what);
+  const found = off.length ? `off: ${off.join(", ")}` : h.ok ? "as predicted" : "the step is off, no part of it stands out";
+  byId("health").append(element("h3", {}, `While training: ${found}`));
+  byId("health").append(table(["", {number: "predicted"}, {number: "measured"}, {number: "times the prediction"}], h.rows.map((r) => (
+    {class: r.off ? "off" : "", cells: [parts[r.part] + r.what, {number: ms(r.predicted)}, {number: ms(r.measured)}, {number: r.predicted ? (r.measured / r.predicted).toFixed(2) : "–"}]}
+  ))));
+  byId("health").append(element("p", {class: "quiet"}, `Medians of ${count(h.num_steps)} steps, parts of ${count(h.num_samples)} sampled ones, on the slowest rank; the step without its update.`));
+}
+
 function drawProgress() {
   const stage = byId("progress"), width = stage.clientWidth, height = stage.clientHeight, left = 70, foot = 34, top = 12, right = 16;
   const points = data.progress;

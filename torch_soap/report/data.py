@@ -54,6 +54,7 @@ def report_data(plan: Plan, program: _C.Program, *, title: str, timeline: Sequen
         "progress": plan.stats.get("progress", []),
         "stats": {k: v for k, v in plan.stats.items() if k != "progress"},
         "measured": measured(now, devices, timeline, step_seconds or plan.measured.get("step_seconds", ())),
+        "health": plan.measured.get("health"),
         "left_out": left_out,
     }
 

@@ -40,6 +40,7 @@ collapseSmall();
 draw(true);
 drawCandidates();
 drawMeasured();
+drawHealth();
 drawProgress();
 drawStats();
 drawRest();
