@@ -142,7 +142,7 @@ def measure_update(comm: Comm | None, known: dict[str, Any]) -> list[tuple[int, 
             for p in parameters:
                 p.grad = torch.ones_like(p)
             optimizer = torch.optim.AdamW(parameters)
-            taken = calmest(lambda o=optimizer: timed(o.step, clock=own_clock()))  # type: ignore[misc]
+            taken = calmest(lambda o=optimizer: timed(o.step, 2 * REPEATS + 1, clock=own_clock()))  # type: ignore[misc]
             timings.append(Timing(taken.ns // len(parameters), taken.spread))
         known["update"] = [[size, t.ns] for size, t in zip(UPDATES, timings, strict=True)]
         mark(known, "update", *timings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,12 +21,14 @@ from torch_soap.runtime.comm import Comm
 
 # Bytes that are written between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
 OTHER, RECENT = 8 << 20, 512 << 10
-PRODUCT = 512  # rows and columns of the product that comes before a forward
+PRODUCTS = {"matmul", "convolution", "attention", "recurrent"}  # families
+SIDES = (64, 512)  # rows and columns of the product that comes before a forward
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
     """Times what the program needs and the cost model lacks, the same list in the same order on every rank; the mean over ranks counts. Returns how many."""
     fresh: list[tuple[_C.OpSample, list[int]]] = []
+    side = 0
     for sample in cost.missing(program):
         if sample.key in known["operators"]:
             forward, backward = known["operators"][sample.key]
@@ -36,8 +39,9 @@ def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, com
         if any(len(part) == 0 for part in _C.compute_item(program, sample.node, sample.tile, sample.chunk).sets):
             cost.measure(program, sample, 0, 0)  # nothing to compute: the engine fills in the identity
             continue
-        timings = time_operator(program, graph, sample)
-        own = harness() if timings[1] is not NOTHING else (NOTHING, NOTHING)  # what has no backward is called by itself
+        side = side or product_side(program)
+        timings = time_operator(program, graph, sample, side)
+        own = harness(side) if timings[1] is not NOTHING else (NOTHING, NOTHING)  # what has no backward is called by itself
         fresh.append((sample, [max(t.ns - o.ns, 0) for t, o in zip(timings, own, strict=True)]))
         mark(known, f"operators/{sample.key}", *timings)
     mine = [taken for _, taken in fresh]
@@ -52,11 +56,20 @@ def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, com
 NOTHING = Timing(0, 0.0)
 
 
-class Surroundings:
-    """What ran just before an operator of a step, and has taken the core's caches."""
+def product_side(program: _C.Program) -> int:
+    """Rows and columns of a matrix product that is as much work as the program's median one, a power of two."""
+    smallest, largest = SIDES
+    works = [_C.work_of(program, n, 0, 0) for n, node in enumerate(program.graph.nodes) if node.kind == _C.NodeKind.op]
+    flops = [w.flops for w in works if w.family in PRODUCTS and w.flops > 0]
+    side = round(math.log2(statistics.median(flops) / 2) / 3) if flops else 0
+    return min(max(2**side, smallest), largest)
 
-    def __init__(self) -> None:
-        self.written, self.factor = torch.zeros(OTHER // 4), torch.ones(PRODUCT, PRODUCT)
+
+class Surroundings:
+    """What ran just before an operator of a step, and has taken the core's caches. `side`: rows and columns of a product."""
+
+    def __init__(self, side: int) -> None:
+        self.written, self.factor = torch.zeros(OTHER // 4), torch.ones(side, side)
 
     def before_forward(self, recent: Sequence[torch.Tensor]) -> None:
         """A matrix product too: its code and pages are what forward finds. Without it operators of one pass take a half to four fifths of what they take in
@@ -80,12 +93,12 @@ class Surroundings:
 
 
 @functools.cache
-def harness() -> tuple[Timing, Timing]:
+def harness(side: int) -> tuple[Timing, Timing]:
     """What `time_operator` takes by itself, forward and backward: of an operator that only makes a view."""
     fx_graph = fx.Graph()
     fx_graph.output((fx_graph.call_method("view_as", (fx_graph.placeholder("x"),) * 2),))
     module, x, clock = fx.GraphModule(nn.Module(), fx_graph), torch.ones(1, requires_grad=True), own_clock()
-    grads, surroundings = [torch.ones(1)], Surroundings()
+    grads, surroundings = [torch.ones(1)], Surroundings(side)
 
     def forward() -> Any:
         with torch.set_grad_enabled(True):
@@ -103,7 +116,7 @@ def harness() -> tuple[Timing, Timing]:
     return own, calmest(lambda: timed(backward, 20, clock, before=results))
 
 
-def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tuple[Timing, Timing]:
+def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample, side: int) -> tuple[Timing, Timing]:
     """Of one tile of one operator: forward and backward, each as a step finds it: what was computed just before it, a small operand or gradient, is in the
     cache; parameters, and what forward has kept for backward, are not."""
     module, shapes, dtypes, needs = build_item(program, sample.node, sample.tile, sample.chunk, graph)
@@ -119,7 +132,7 @@ def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample) -> tup
     present = [t for t, box in zip(node.inputs, _C.compute_item(program, sample.node, sample.tile, sample.chunk).operand_boxes, strict=True) if box is not None]
     stored = [program.graph.nodes[program.graph.tensors[t].producer].kind == _C.NodeKind.param for t in present]
     computed = [x.detach() for x, is_stored in zip(inputs, stored, strict=True) if not is_stored]
-    surroundings = Surroundings()
+    surroundings = Surroundings(side)
 
     def run() -> Any:
         with torch.set_grad_enabled(differentiable):
