@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from torch_soap.runtime.comm import Comm
 # Bytes that are written between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
 OTHER, RECENT = 8 << 20, 512 << 10
 PRODUCTS = {"matmul", "convolution", "attention", "recurrent"}  # families
-SIDES = (64, 512)  # rows and columns of the product that comes before a forward
+AHEAD, SIDES = 8, (64, 512)  # how many products' work comes before a forward, as one; its rows and columns, least and most
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
@@ -57,12 +56,11 @@ NOTHING = Timing(0, 0.0)
 
 
 def product_side(program: _C.Program) -> int:
-    """Rows and columns of a matrix product that is as much work as the program's median one, a power of two."""
+    """Rows and columns of a matrix product that is as much work as AHEAD of the program's median products."""
     smallest, largest = SIDES
     works = [_C.work_of(program, n, 0, 0) for n, node in enumerate(program.graph.nodes) if node.kind == _C.NodeKind.op]
     flops = [w.flops for w in works if w.family in PRODUCTS and w.flops > 0]
-    side = round(math.log2(statistics.median(flops) / 2) / 3) if flops else 0
-    return min(max(2**side, smallest), largest)
+    return min(max(round((AHEAD * statistics.median(flops) / 2) ** (1 / 3)), smallest), largest) if flops else smallest
 
 
 class Surroundings:
