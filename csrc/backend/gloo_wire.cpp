@@ -15,7 +15,7 @@ class GlooTransfer final : public Wire::Transfer {
   explicit GlooTransfer(c10::intrusive_ptr<c10d::Work> work) : work_(std::move(work)) {}
 
   void wait(Clock::duration limit) override {
-    const auto in_ms = std::chrono::duration_cast<std::chrono::milliseconds>(limit);
+    const auto in_ms = std::chrono::ceil<std::chrono::milliseconds>(limit);
     if (!work_->wait(std::max(in_ms, std::chrono::milliseconds(1)))) throw transport::TransportError("aborted");
   }
   void abort() override { work_->abort(); }

@@ -228,7 +228,12 @@ transport::Reducer make_reducer(at::ScalarType dtype, const ReduceOp& reduce, in
 
 transport::Reducers make_reducers(at::ScalarType dtype, const ReduceOp& reduce, int num_ranks) {
   switch (reduce.op_) {
-    case ReduceOp::AVG: return {make_reducer(dtype, ReduceOp::SUM, num_ranks), make_reducer(dtype, reduce, num_ranks), true};
+    case ReduceOp::AVG:
+      // Sums of small floats may be out of range where the mean is not; integers are cut once.
+      if (c10::isFloatingType(dtype) && c10::elementSize(dtype) <= 2) {
+        return {make_reducer(dtype, reduce, num_ranks), make_reducer(dtype, ReduceOp::SUM, num_ranks), false};
+      }
+      return {make_reducer(dtype, ReduceOp::SUM, num_ranks), make_reducer(dtype, reduce, num_ranks), true};
     case ReduceOp::PREMUL_SUM: return {make_reducer(dtype, reduce, num_ranks), make_reducer(dtype, ReduceOp::SUM, num_ranks), false};
     default: return {make_reducer(dtype, reduce, num_ranks), make_reducer(dtype, reduce, num_ranks), true};
   }

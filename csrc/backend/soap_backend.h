@@ -100,7 +100,7 @@ class SoapBackend final : public c10d::Backend {
   void take(std::shared_ptr<transport::Runner> runner);
   c10::intrusive_ptr<c10d::Work> all_reduce(const Call& call, std::vector<at::Tensor>& tensors, const c10d::ReduceOp& reduce);
   c10::intrusive_ptr<c10d::Work> message(std::vector<at::Tensor>& tensors, int peer, int tag, c10d::OpType type);
-  std::vector<at::Tensor> gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows);
+  std::vector<at::Tensor> gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, std::chrono::milliseconds timeout);
 
   std::shared_ptr<transport::Group> group_;  // of the ranks of this host
   std::shared_ptr<transport::SpanningGroup> spanning_;

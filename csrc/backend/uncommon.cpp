@@ -46,7 +46,7 @@ std::shared_ptr<transport::Operation> SoapBackend::spanning_exchange(const Call&
 }
 
 // The tensors of all ranks, `rows[r]` rows from rank r.
-std::vector<at::Tensor> SoapBackend::gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows) {
+std::vector<at::Tensor> SoapBackend::gather_uneven(const at::Tensor& input, const std::vector<int64_t>& rows, std::chrono::milliseconds timeout) {
   Tensors held;
   std::vector<at::Tensor> outputs;
   std::vector<Memory> incoming;
@@ -56,7 +56,7 @@ std::vector<at::Tensor> SoapBackend::gather_uneven(const at::Tensor& input, cons
     outputs.push_back(at::empty(sizes, input.options()));
     incoming.push_back(held.output(outputs.back()));
   }
-  const Call call{OpType::ALLGATHER, "all_gather", "all_gather of a sparse tensor", c10d::kUnsetTimeout, true};
+  const Call call{OpType::ALLGATHER, "all_gather", "all_gather of a sparse tensor", timeout, true};
   exchange(call, {held.input(input)}, std::move(incoming), std::vector<bool>(size_, true), {input}, outputs, std::move(held))->wait();
   return outputs;
 }
@@ -80,7 +80,8 @@ c10::intrusive_ptr<c10d::Work> SoapBackend::allreduce_sparse(std::vector<at::Ten
     _allgather_base(counts, own, gather_options)->wait();
     std::copy_n(counts.const_data_ptr<int64_t>(), size_, rows.begin());
   }
-  const at::Tensor all_indices = at::cat(gather_uneven(indices, rows)).t().contiguous(), all_values = at::cat(gather_uneven(values, rows));
+  const at::Tensor all_indices = at::cat(gather_uneven(indices, rows, options.timeout)).t().contiguous(),
+                   all_values = at::cat(gather_uneven(values, rows, options.timeout));
   // One sum after another, in the order of the ranks.
   const at::Tensor sum = at::sparse_coo_tensor(all_indices, all_values, tensor.sizes(), all_values.options().layout(at::kSparse)).coalesce();
   tensor.copy_(sum);

@@ -162,6 +162,7 @@ void SpanningGroup::run_front(std::unique_lock<std::mutex>& lock) {
   }
   const std::string broken = broken_;
   lock.unlock();
+  changed_.notify_all();  // the next operation doesn't wait for what the end of this one calls
   wire.reset();
   end(operation, error);
   for (const auto& other : others) end(other, ended_because(*other, broken));
@@ -296,7 +297,8 @@ std::size_t Relay::receive(int from, const Memory& memory) {
 }
 
 std::size_t Relay::post(int peer, const Memory& memory, bool sends) {
-  auto message = std::make_unique<Message>();
+  // Among the messages before anything of it begins: where its second part fails to, its first is dropped with them.
+  Message* const message = messages_.emplace_back(std::make_unique<Message>()).get();
   message->sends = sends;
   message->peer = peer;
   message->memory = memory;
@@ -325,7 +327,6 @@ std::size_t Relay::post(int peer, const Memory& memory, bool sends) {
     }
     message->first = begin(*message, 0, message->envelope.data(), kEnvelopeBytes);
   }
-  messages_.push_back(std::move(message));
   return messages_.size() - 1;
 }
 

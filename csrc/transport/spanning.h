@@ -120,6 +120,8 @@ class Relay {
   void wait(std::size_t number);
   void wait(const std::vector<std::size_t>& numbers);
   void wait_all();
+  // Memory of messages: it lives until none is on its way any more, also where the operation fails.
+  void keep(std::shared_ptr<void> memory) { kept_.push_back(std::move(memory)); }
 
   int blamed() const { return blamed_; }
 
@@ -142,6 +144,7 @@ class Relay {
 
   SpanningGroup& group_;
   Spanning& operation_;
+  std::vector<std::shared_ptr<void>> kept_;
   std::vector<std::unique_ptr<Message>> messages_;
   std::vector<int> num_sent_, num_received_;  // by rank: messages begun
   int blamed_;

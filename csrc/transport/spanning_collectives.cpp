@@ -139,8 +139,15 @@ SpanningAllReduce::SpanningAllReduce(Memory memory, Reducers reducers) : memory_
 void SpanningAllReduce::run(Relay& relay) {
   const int carriers = relay.hosts.fewest();
   const uint64_t per_chunk = carriers * kPiece;
-  std::vector<Chunk> chunks(chunks_for(memory_.num_bytes(), per_chunk));
-  Pool pool;
+  struct Held {
+    Pool pool;
+    std::vector<Chunk> chunks;
+  };
+  const auto held = std::make_shared<Held>();
+  relay.keep(held);
+  Pool& pool = held->pool;
+  std::vector<Chunk>& chunks = held->chunks;
+  chunks.resize(chunks_for(memory_.num_bytes(), per_chunk));
   for (std::size_t c = 0; c < chunks.size(); ++c) {
     chunks[c].whole = memory_.cut(c * per_chunk, per_chunk);
     chunks[c].slice = (chunks[c].whole.num_bytes() + carriers * kLine - 1) / (carriers * kLine) * kLine;
@@ -230,8 +237,15 @@ void SpanningReduceScatter::run(Relay& relay) {
   };
   uint64_t largest = 0;
   for (const Memory& part : input_) largest = std::max(largest, part.num_bytes());
-  std::vector<Chunk> chunks(chunks_for(largest, kPiece));
-  Pool pool;
+  struct Held {
+    Pool pool;
+    std::vector<Chunk> chunks;
+  };
+  const auto held = std::make_shared<Held>();
+  relay.keep(held);
+  Pool& pool = held->pool;
+  std::vector<Chunk>& chunks = held->chunks;
+  chunks.resize(chunks_for(largest, kPiece));
   const auto served = [&](int place) { return carried(relay, place); };  // ranks for which the one at `place` of this host sums
   const std::vector<int> mine = served(relay.place);
   const bool adds = relay.num_local > 1 || !reducers_.keeps_one;

@@ -260,6 +260,25 @@ TEST(TransportBell, WhoReceivesWakesWhoSends) {
   EXPECT_LT(Clock::now() - begin_at, kWoken);
 }
 
+// In turns, since sends don't wait: without the sender's ring each answer waits for the receiver's 50 ms to pass.
+TEST(TransportBell, WhoSendsWakesWhoReceives) {
+  const auto begin_at = Clock::now();
+  on_ranks(2, std::chrono::microseconds(0), [](Group& group) {
+    for (int round = 0; round < kRounds; ++round) {
+      for (const int sender : {0, 1}) {
+        const bool sends = group.rank() == sender;
+        Floats data = values(sends ? round : -1, 10);
+        if (sends && sender == 0) std::this_thread::sleep_for(kAsleep);
+        const MessagePtr message = message_of(1 - group.rank(), data);
+        sends ? group.send(message, {}) : group.receive(message, {});
+        group.wait(*message);
+        EXPECT_EQ(data, values(round, 10));
+      }
+    }
+  });
+  EXPECT_LT(Clock::now() - begin_at, kWoken);
+}
+
 INSTANTIATE_TEST_SUITE_P(Ranks, Transport, testing::Values(1, 2, 3, 5));
 
 TEST(TransportErrors, AllSeeThatCallsDiffer) {

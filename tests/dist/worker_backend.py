@@ -48,6 +48,10 @@ def reductions() -> None:
     mean = torch.full((10,), float(rank()))
     dist.all_reduce(mean, Op.AVG)
     expect("mean", mean, torch.full((10,), (size() - 1) / 2))
+    large = torch.full((10,), 4e4, dtype=torch.float16)  # two of them are beyond the type's range
+    dist.all_reduce(large, Op.AVG)
+    if not torch.allclose(large.float(), torch.full((10,), 4e4), rtol=2e-3):
+        raise AssertionError(f"the mean of large halves: {large}")
     scaled = torch.full((10,), float(rank()))
     dist.all_reduce(scaled, dist._make_nccl_premul_sum(0.5))
     expect("scaled", scaled, torch.full((10,), sum(range(size())) / 2))
