@@ -17,7 +17,7 @@ from torch import nn
 from tests.unit import browser
 from tests.unit.planning import p100
 from torch_soap import _C, Plan, cli
-from torch_soap.compare import price
+from torch_soap.compare import Context, price
 from torch_soap.health import Health, Row
 from torch_soap.plan import as_plan
 from torch_soap.planner import graph_for
@@ -326,3 +326,22 @@ def test_the_browser_tells_what_is_wrong(tab: browser.Page, tmp_path: Path) -> N
     tab.value("new Promise((done) => setTimeout(done, 100))")
     text = "\n".join(tab.errors)
     assert "undefinedFunction" in text and "console.error" in text and "https://127.0.0.1:9/x" in text
+
+
+class Siblings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) * self.k(x) + self.v(x)
+
+
+def test_a_rewritten_plan_has_the_alternatives_of_the_operators_that_it_runs() -> None:
+    graph, _, rows = graph_for(Siblings(), (torch.randn(8, 16),), None, 2)
+    plan = as_plan("rewrite fuse_linears q k v\n* n=2", graph, 2)
+    context = Context(graph, rows, _C.CostModel(p100(2)))
+    found = alternatives(context, plan.strategy, price(context, plan.strategy), 5.0, [])
+    after = _C.rewritten(graph, plan.strategy.rewrites)
+    assert set(found) == {n.name for n in after.nodes if n.kind == _C.NodeKind.op} != {n.name for n in graph.nodes if n.kind == _C.NodeKind.op}
+    assert any("ns" in choice and "memory" in choice for choices in found.values() for choice in choices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from torch_soap import _C
@@ -16,19 +17,21 @@ def alternatives(context: Context, strategy: _C.Strategy, now: Price, seconds: f
     """
     end = time.perf_counter() + seconds
     world = strategy.world_size
-    operators = [n for n in context.graph.nodes if n.kind == _C.NodeKind.op]
+    after, plain = replace(context, graph=_C.rewritten(context.graph, strategy.rewrites)), strategy.copy()  # the operators that the plan runs
+    plain.rewrites = []
+    operators = [n for n in after.graph.nodes if n.kind == _C.NodeKind.op]
     # What an operator moves is not in its time; it decides among equals.
     operators.sort(key=lambda n: (-now.operators[n.name][0], -now.operators[n.name][1]))
     if world == 1 or not operators:
         return {}
     out: dict[str, list[dict[str, Any]]] = {}
     mine = {name: _C.print_config(config) for name, config in strategy.nodes.items()}
-    delta = _C.DeltaSimulator(context.graph, strategy, context.rows, context.cost)
+    delta = _C.DeltaSimulator(after.graph, plain, context.rows, context.cost)
     for number, node in enumerate(operators):
         if time.perf_counter() > end - seconds / 2:
             left_out.append(f"alternatives of {len(operators) - number} of {len(operators)} operators, those that take the least time")
             break
-        out[node.name] = [timed(context, delta, node, words, said, world) for words, said in configurations(context, node, world, mine.get(node.name, ""))]
+        out[node.name] = [timed(after, delta, node, words, said, world) for words, said in configurations(after, node, world, mine.get(node.name, ""))]
     limit = context.memory_limit if context.memory_limit is not None else context.cost.machine.memory_bytes
     for choices in out.values():
         choices.sort(key=lambda c: c.get("ns", float("inf")))
