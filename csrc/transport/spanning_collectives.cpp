@@ -93,6 +93,21 @@ class Buffer {
   std::vector<Pool::Block> held_;
 };
 
+template <typename Chunk>
+struct Chunks {
+  Pool pool;
+  std::vector<Chunk> chunks;
+};
+
+// The relay keeps them: messages may still read and write their memory when the operation has failed.
+template <typename Chunk>
+Chunks<Chunk>& kept_chunks(Relay& relay, std::size_t count) {
+  const auto held = std::make_shared<Chunks<Chunk>>();
+  held->chunks.resize(count);
+  relay.keep(held);
+  return *held;
+}
+
 // The rank at `place` of this host, and those of other hosts that have to do with it.
 std::vector<int> carried(const Relay& relay, int place) {
   const Hosts& hosts = relay.hosts;
@@ -139,15 +154,9 @@ SpanningAllReduce::SpanningAllReduce(Memory memory, Reducers reducers) : memory_
 void SpanningAllReduce::run(Relay& relay) {
   const int carriers = relay.hosts.fewest();
   const uint64_t per_chunk = carriers * kPiece;
-  struct Held {
-    Pool pool;
-    std::vector<Chunk> chunks;
-  };
-  const auto held = std::make_shared<Held>();
-  relay.keep(held);
-  Pool& pool = held->pool;
-  std::vector<Chunk>& chunks = held->chunks;
-  chunks.resize(chunks_for(memory_.num_bytes(), per_chunk));
+  Chunks<Chunk>& held = kept_chunks<Chunk>(relay, chunks_for(memory_.num_bytes(), per_chunk));
+  Pool& pool = held.pool;
+  std::vector<Chunk>& chunks = held.chunks;
   for (std::size_t c = 0; c < chunks.size(); ++c) {
     chunks[c].whole = memory_.cut(c * per_chunk, per_chunk);
     chunks[c].slice = (chunks[c].whole.num_bytes() + carriers * kLine - 1) / (carriers * kLine) * kLine;
@@ -237,15 +246,9 @@ void SpanningReduceScatter::run(Relay& relay) {
   };
   uint64_t largest = 0;
   for (const Memory& part : input_) largest = std::max(largest, part.num_bytes());
-  struct Held {
-    Pool pool;
-    std::vector<Chunk> chunks;
-  };
-  const auto held = std::make_shared<Held>();
-  relay.keep(held);
-  Pool& pool = held->pool;
-  std::vector<Chunk>& chunks = held->chunks;
-  chunks.resize(chunks_for(largest, kPiece));
+  Chunks<Chunk>& held = kept_chunks<Chunk>(relay, chunks_for(largest, kPiece));
+  Pool& pool = held.pool;
+  std::vector<Chunk>& chunks = held.chunks;
   const auto served = [&](int place) { return carried(relay, place); };  // ranks for which the one at `place` of this host sums
   const std::vector<int> mine = served(relay.place);
   const bool adds = relay.num_local > 1 || !reducers_.keeps_one;
