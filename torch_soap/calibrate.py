@@ -41,6 +41,7 @@ SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 FORMAT = 10  # of the cache
+OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -124,11 +125,14 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
     machine.update = measure_update(comm, known)
     if comm is not None and world_size > 1:
         machine.busy_speed = measure_sharing(machine, comm, known)
-        machine.jitter = measure_jitter(comm, known)
+        # Ranks that take turns on cores lose nothing while they wait, as others compute then, and find no core's cache as they left it: what movements
+        # take after computation is in their tables.
+        own_core = machine.busy_speed[-1] > OWN_CORE
+        machine.jitter = measure_jitter(comm, known) if own_core else 0.0
         measure_step(machine, comm, known)
         machine.piece_ns = measure_pieces(comm, known)
         measure_movements(machine, comm, known)
-        machine.cold_ns = measure_cold(machine, comm, known)
+        machine.cold_ns = measure_cold(machine, comm, known) if own_core else 0.0
     return machine
 
 

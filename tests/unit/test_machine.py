@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,6 +241,17 @@ def test_calibrate_writes_a_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
     monkeypatch.setattr(calibrate, "timed", None)  # from the cache: nothing is measured
     again = calibrate.detect(1, None, calibrate.load(1))
     assert again == machine
+
+
+@pytest.mark.parametrize(("busy_speed", "counts"), [([1.0, 0.98, 0.97, 0.95], True), ([1.08, 0.92, 0.65, 0.5], False)])
+def test_ranks_that_take_turns_on_cores_lose_nothing_while_they_wait(busy_speed: list[float], counts: bool) -> None:
+    """Others compute then: what a rank comes late, and what caches it finds, is in the tables of movements."""
+    layouts = {f"{kind}/{ranks}/1": [[4096, 1000]] for ranks in (2, 4) for kind in ("exchange", "all_reduce")}
+    data = {"rates": [1e10, 1e10, 100.0], "update": [[1024, 10]], "busy_speed": busy_speed, "jitter": 0.2, "step_overhead": [1, 2, 3], "piece_ns": 4.0}
+    comm: Any = SimpleNamespace(rank=0, world_size=4, join=lambda groups: None)
+    machine = calibrate.detect(4, comm, data | {"tables": layouts, "cold_ns": 3e6}, [0] * 4)
+    assert machine.busy_speed == busy_speed and set(machine.tables) == set(layouts)
+    assert (machine.jitter, machine.cold_ns) == ((0.2, 3e6) if counts else (0.0, 0.0))
 
 
 def known(**marks: list[float]) -> dict[str, Any]:
