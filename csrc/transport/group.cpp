@@ -303,7 +303,10 @@ bool Group::advance_collective(Ended& ended) {
     return true;
   };
   if (num_ranks_ == 1) {
-    operation->alone();
+    Header header;
+    operation->describe(layout_, header);
+    fail(*operation, operation->check({&header}));
+    if (!operation->skipped) operation->alone();
     return finish();
   }
   if (!operation->begun) {
@@ -377,10 +380,14 @@ void Group::read_headers(Collective& operation) {
   if (wrong.empty()) wrong = operation.check(headers);
   // All ranks see that they differ, and end together; what only this one sees must not keep it from running the steps of the others.
   operation.num_steps = differ ? 1 : num_steps;
-  if (!wrong.empty()) {
-    operation.skipped = true;
-    operation.error = std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", operation.call, label(rank_), wrong)));
-  }
+  fail(operation, wrong);
+}
+
+// What comes isn't read, and the caller gets an error; nothing where nothing is wrong.
+void Group::fail(Collective& operation, const std::string& wrong) {
+  if (wrong.empty()) return;
+  operation.skipped = true;
+  operation.error = std::make_exception_ptr(TransportError(fmt::format("[soap] {} on rank {}: {}", operation.call, label(rank_), wrong)));
 }
 
 std::vector<int> Group::labels(std::vector<int> ranks) const {

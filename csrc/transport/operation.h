@@ -50,7 +50,7 @@ class Collective : public Operation {
  public:
   Collective(int rank, int num_ranks) : rank(rank), num_ranks(num_ranks) {}
 
-  // For a group of one: does all of it.
+  // For a group of one, whose header was checked: does all of it.
   virtual void alone() = 0;
   // Fills num_bytes, num_steps (>= 1) and counts of this rank's header.
   virtual void describe(const Layout& layout, Header& header) const = 0;

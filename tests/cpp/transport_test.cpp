@@ -267,6 +267,21 @@ TEST(TransportErrors, AllSeeThatCallsDiffer) {
   });
 }
 
+TEST(TransportErrors, ARankAloneThatExpectsAnotherSizeOfItself) {
+  on_ranks(1, {}, [](Group& group) {
+    Floats mine = values(0, 8);
+    Floats few(7);
+    const auto wrong = begin<Exchange>(group, true, "exchange", std::vector{memory_of(mine)}, std::vector{memory_of(few)}, std::vector{true});
+    EXPECT_NE(error_of(*wrong).find("rank 0 sends 32 bytes to rank 0, which expects 28"), std::string::npos);
+    const auto sum = begin<ReduceScatter>(group, true, "reduce_scatter", std::vector{memory_of(mine)}, memory_of(few), reducer());
+    EXPECT_NE(error_of(*sum).find("rank 0 has 32 bytes for rank 0, which expects 28"), std::string::npos);
+    EXPECT_EQ(few, Floats(7));
+    Floats all(8);
+    EXPECT_EQ(error_of(*begin<Exchange>(group, true, "exchange", std::vector{memory_of(mine)}, std::vector{memory_of(all)}, std::vector{true})), "");
+    EXPECT_EQ(all, mine);
+  });
+}
+
 TEST(TransportErrors, WhoDoesNotComeIsNamed) {
   const auto segment = std::shared_ptr<Segment>(Segment::anonymous(layout_for(2)));
   GroupOptions options;
