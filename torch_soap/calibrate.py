@@ -25,7 +25,7 @@ from torch_soap import _C
 from torch_soap.backend import host
 from torch_soap.machine import Machine
 from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
-from torch_soap.operator_times import OTHER, RECENT
+from torch_soap.operator_times import OTHER, RECENT, doubt
 from torch_soap.plan import as_plan
 from torch_soap.runtime.comm import Comm, transport
 from torch_soap.runtime.heap import keep_freed_memory
@@ -65,7 +65,7 @@ def cache_file(num_ranks: int, host_of: Sequence[int] = ()) -> Path:
 
 
 def nothing_known() -> dict[str, Any]:
-    return {"operators": {}, "tables": {}, "marks": {}, "load": round(load_per_core(), 2)}
+    return {"operators": {}, "doubted": [], "tables": {}, "marks": {}, "load": round(load_per_core(), 2)}
 
 
 def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) -> dict[str, Any]:
@@ -80,6 +80,7 @@ def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) 
             path.unlink()
     if comm is not None:
         known = dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
+    doubt(known)
     if "pace_ns" in known and (comm is None or not host_of or host_of[comm.rank] == host_of[0]):
         PACE.fastest_ns = min(PACE.fastest_ns or known["pace_ns"], known["pace_ns"])
     return known
@@ -89,7 +90,7 @@ def save(num_ranks: int, data: dict[str, Any], host_of: Sequence[int] = ()) -> N
     path = cache_file(num_ranks, host_of)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data | {"pace_ns": PACE.fastest_ns}))
+    temporary.write_text(json.dumps(data | {"doubted": [], "pace_ns": PACE.fastest_ns}))
     temporary.replace(path)
 
 
