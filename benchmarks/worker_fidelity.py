@@ -196,7 +196,7 @@ def main(name: str, rounds: int, steps: int) -> None:
     host_of = calibrate.placement(comm)
     known = calibrate.load(world, comm, host_of)
     for _ in range(2):  # the second time: was that a slow minute?
-        cost = _C.CostModel(cost.machine)
+        cost = _C.CostModel(calibrate.detect(world, comm, known, host_of))
         for plan in plans.values():
             while measure(cost, graph, captured_graph, plan.strategy, rows, comm, known):
                 pass

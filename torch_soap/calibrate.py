@@ -25,7 +25,7 @@ from torch_soap import _C
 from torch_soap.backend import host
 from torch_soap.machine import Machine
 from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
-from torch_soap.operator_times import OTHER, RECENT, doubt
+from torch_soap.operator_times import OFF, OTHER, RECENT, doubt
 from torch_soap.plan import as_plan
 from torch_soap.runtime.comm import Comm, transport
 from torch_soap.runtime.heap import keep_freed_memory
@@ -37,6 +37,7 @@ SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 MEETINGS, BETWEEN = 60, 16  # of ranks, and products that each computes between two of them: five milliseconds
 MANY_PARAMETERS = 64  # of a model that computes nothing
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
+UPDATE_LOOKED_AT = 8 << 20  # of these
 SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
@@ -138,20 +139,34 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
 
 
 def measure_update(comm: Comm | None, known: dict[str, Any]) -> list[tuple[int, int]]:
-    """AdamW's step for one parameter, by its bytes; parameters, gradients and state don't stay in the cache from step to step."""
+    """AdamW's step for one parameter, by its bytes; parameters, gradients and state don't stay in the cache from step to step. In a slow minute it takes
+    half as long again: where it is doubted, one size is looked at, and, where that takes less now, all."""
     if "update" not in known:
-        timings = []
-        barrier(comm)
-        for size in UPDATES:
-            parameters = [torch.zeros(size // 4, requires_grad=True) for _ in range(min(max(2, (64 << 20) // size), 256))]
-            for p in parameters:
-                p.grad = torch.ones_like(p)
-            optimizer = torch.optim.AdamW(parameters)
-            taken = calmest(lambda o=optimizer: timed(o.step, 2 * REPEATS + 1, clock=own_clock()))  # type: ignore[misc]
-            timings.append(Timing(taken.ns // len(parameters), taken.spread))
-        known["update"] = [[size, t.ns] for size, t in zip(UPDATES, timings, strict=True)]
-        mark(known, "update", *timings)
+        known["update"] = time_updates(UPDATES, comm, known)
+    elif "update" in known.get("doubted", []):
+        known["doubted"] = [name for name in known["doubted"] if name != "update"]
+        ((size, now_ns),) = time_updates([UPDATE_LOOKED_AT], comm, known)
+        if dict(known["update"])[size] > OFF * now_ns:
+            again = time_updates(UPDATES, comm, known)
+            known["update"] = [[size, min(before, now)] for (size, before), (_, now) in zip(known["update"], again, strict=True)]
     return [(size, ns) for size, ns in known["update"]]
+
+
+def time_updates(sizes: Sequence[int], comm: Comm | None, known: dict[str, Any]) -> list[list[int]]:
+    """[bytes, ns] of each, the mean over ranks."""
+    timings = []
+    barrier(comm)
+    for size in sizes:
+        parameters = [torch.zeros(size // 4, requires_grad=True) for _ in range(min(max(2, (64 << 20) // size), 256))]
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer = torch.optim.AdamW(parameters)
+        taken = calmest(lambda o=optimizer: timed(o.step, 2 * REPEATS + 1, clock=own_clock()))  # type: ignore[misc]
+        timings.append(Timing(taken.ns // len(parameters), taken.spread))
+    mark(known, "update", *timings)
+    mine = [t.ns for t in timings]
+    everyone = [mine] if comm is None else comm.gather_ints(mine)
+    return [[size, int(statistics.mean(ns))] for size, ns in zip(sizes, zip(*everyone, strict=True), strict=True)]
 
 
 def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> list[float]:

@@ -48,7 +48,7 @@ def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, com
     if sum(sum(times[key]) for key in doubted) >= WORTH_NS:
         again = take(representative({key: times[key] for key in doubted}))
         if statistics.median(sum(times[key]) / max(sum(now), 1) for key, now in again.items()) <= OFF:
-            known["doubted"] = []
+            known["doubted"] = [key for key in known["doubted"] if key not in times]
         else:
             again |= take([key for key in doubted if key not in again][:limit])
             known["doubted"] = [key for key in known["doubted"] if key not in again]
@@ -63,10 +63,10 @@ def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, com
 
 
 def doubt(known: dict[str, Any]) -> None:
-    """All operators' times were perhaps taken in a slow minute. Others on the machine take its caches and memory, for a minute or so: small operators, and
-    with them the pace, hardly show it; large ones take up to a half longer, and so does each prediction that they are in. They are looked at again at
-    another time."""
-    known["doubted"] = list(known["operators"])
+    """All times of operators, and the update's, were perhaps taken in a slow minute. Others on the machine take its caches and memory, for a minute or so:
+    small operators, and with them the pace, hardly show it; large ones take up to a half longer, and so does each prediction that they are in. They are
+    looked at again at another time."""
+    known["doubted"] = [*known["operators"], "update"]
 
 
 def representative(times: dict[str, list[int]]) -> list[str]:

@@ -103,10 +103,11 @@ def search_plan(
             if not fresh and measured and not looked_again:  # seconds later: was that a slow minute?
                 looked_again = True
                 doubt(known)
-                before, cost = cost, _C.CostModel(machine)
+                before, machine = (machine, cost), calibrate.detect(world, comm, known, host_of)
+                cost = _C.CostModel(machine)
                 fresh = price(priced)
                 if progress.agreed():
-                    cost = before
+                    machine, cost = before
             if not fresh:  # nothing of it was guessed, or it was interrupted
                 break
         interrupted = progress.agreed()

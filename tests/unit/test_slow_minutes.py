@@ -70,7 +70,7 @@ def test_times_of_a_slow_minute_are_measured_again(machine: Machine) -> None:
     machine.pace = 1.0
     doubt(machine.known)
     assert machine.measure() == (NUM, NUM, CALM)
-    assert machine.known["doubted"] == [] and machine.measure() == (0, 0, CALM)
+    assert machine.known["doubted"] == ["update"] and machine.measure() == (0, 0, CALM)
 
 
 @pytest.mark.parametrize("pace", [1.0, 1.04, 1.3])
@@ -115,3 +115,19 @@ def test_the_heaviest_and_some_others_are_looked_at_the_same_on_all_ranks() -> N
     assert chosen == representative(dict(reversed(times.items()))) and len(chosen) == len(set(chosen)) == HEAVY + OTHERS
     assert chosen[:HEAVY] == [f"operator {i}" for i in range(39, 39 - HEAVY, -1)]
     assert representative({"one": [5, 5]}) == ["one"]
+
+
+@pytest.mark.parametrize(("known_ns", "now_ns", "timed", "kept_ns"), [(1200, 1000, 2, 1000), (1000, 1020, 1, 1000), (1000, 1300, 1, 1000), (1000, 0, 0, 1000)])
+def test_the_update_is_looked_at_again(known_ns: int, now_ns: int, timed: int, kept_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """now_ns 0: nobody doubts it."""
+    known, seen = calibrate.nothing_known() | {"update": [[size, known_ns] for size in calibrate.UPDATES]}, list[Any]()
+
+    def time_updates(sizes: Any, *_: Any) -> list[list[int]]:
+        seen.append(sizes)
+        return [[size, now_ns] for size in sizes]
+
+    monkeypatch.setattr(calibrate, "time_updates", time_updates)
+    if now_ns:
+        doubt(known)
+    assert calibrate.measure_update(None, known) == [(size, kept_ns) for size in calibrate.UPDATES]
+    assert calibrate.measure_update(None, known) == [(size, kept_ns) for size in calibrate.UPDATES] and len(seen) == timed
