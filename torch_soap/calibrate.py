@@ -139,34 +139,37 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
 
 
 def measure_update(comm: Comm | None, known: dict[str, Any]) -> list[tuple[int, int]]:
-    """AdamW's step for one parameter, by its bytes; parameters, gradients and state don't stay in the cache from step to step. In a slow minute it takes
-    half as long again: where it is doubted, one size is looked at, and, where that takes less now, all."""
+    """AdamW's step for one parameter, by its bytes, the mean over ranks. In a slow minute it takes half as long again: where it is doubted, one size is looked
+    at, and, where that takes less now, all."""
+
+    def mean(timings: list[Timing]) -> list[int]:
+        everyone = [[t.ns for t in timings]] if comm is None else comm.gather_ints([t.ns for t in timings])
+        return [int(statistics.mean(ns)) for ns in zip(*everyone, strict=True)]
+
+    def measured() -> list[list[int]]:
+        barrier(comm)
+        timings = [calmest(lambda s=size: time_update(s)) for size in UPDATES]  # type: ignore[misc]
+        mark(known, "update", *timings)
+        return [[size, ns] for size, ns in zip(UPDATES, mean(timings), strict=True)]
+
     if "update" not in known:
-        known["update"] = time_updates(UPDATES, comm, known)
+        known["update"] = measured()
     elif "update" in known.get("doubted", []):
         known["doubted"] = [name for name in known["doubted"] if name != "update"]
-        ((size, now_ns),) = time_updates([UPDATE_LOOKED_AT], comm, known)
-        if dict(known["update"])[size] > OFF * now_ns:
-            again = time_updates(UPDATES, comm, known)
-            known["update"] = [[size, min(before, now)] for (size, before), (_, now) in zip(known["update"], again, strict=True)]
+        barrier(comm)
+        (now_ns,) = mean([time_update(UPDATE_LOOKED_AT)])
+        if dict(known["update"])[UPDATE_LOOKED_AT] > OFF * now_ns:
+            known["update"] = [[size, min(before, now)] for (size, before), (_, now) in zip(known["update"], measured(), strict=True)]
     return [(size, ns) for size, ns in known["update"]]
 
 
-def time_updates(sizes: Sequence[int], comm: Comm | None, known: dict[str, Any]) -> list[list[int]]:
-    """[bytes, ns] of each, the mean over ranks."""
-    timings = []
-    barrier(comm)
-    for size in sizes:
-        parameters = [torch.zeros(size // 4, requires_grad=True) for _ in range(min(max(2, (64 << 20) // size), 256))]
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        optimizer = torch.optim.AdamW(parameters)
-        taken = calmest(lambda o=optimizer: timed(o.step, 2 * REPEATS + 1, clock=own_clock()))  # type: ignore[misc]
-        timings.append(Timing(taken.ns // len(parameters), taken.spread))
-    mark(known, "update", *timings)
-    mine = [t.ns for t in timings]
-    everyone = [mine] if comm is None else comm.gather_ints(mine)
-    return [[size, int(statistics.mean(ns))] for size, ns in zip(sizes, zip(*everyone, strict=True), strict=True)]
+def time_update(size: int) -> Timing:
+    """Of one parameter of so many bytes, among others alike: parameters, gradients and state don't stay in the cache from step to step."""
+    parameters = [torch.zeros(size // 4, requires_grad=True) for _ in range(min(max(2, (64 << 20) // size), 256))]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    taken = timed(torch.optim.AdamW(parameters).step, 2 * REPEATS + 1, clock=own_clock())
+    return Timing(taken.ns // len(parameters), taken.spread)
 
 
 def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> list[float]:

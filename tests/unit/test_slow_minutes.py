@@ -117,16 +117,16 @@ def test_the_heaviest_and_some_others_are_looked_at_the_same_on_all_ranks() -> N
     assert representative({"one": [5, 5]}) == ["one"]
 
 
-@pytest.mark.parametrize(("known_ns", "now_ns", "timed", "kept_ns"), [(1200, 1000, 2, 1000), (1000, 1020, 1, 1000), (1000, 1300, 1, 1000), (1000, 0, 0, 1000)])
+@pytest.mark.parametrize(("known_ns", "now_ns", "timed", "kept_ns"), [(1200, 1000, 6, 1000), (1000, 1020, 1, 1000), (1000, 1300, 1, 1000), (1000, 0, 0, 1000)])
 def test_the_update_is_looked_at_again(known_ns: int, now_ns: int, timed: int, kept_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """now_ns 0: nobody doubts it."""
-    known, seen = calibrate.nothing_known() | {"update": [[size, known_ns] for size in calibrate.UPDATES]}, list[Any]()
+    known, seen = calibrate.nothing_known() | {"update": [[size, known_ns] for size in calibrate.UPDATES]}, list[int]()
 
-    def time_updates(sizes: Any, *_: Any) -> list[list[int]]:
-        seen.append(sizes)
-        return [[size, now_ns] for size in sizes]
+    def time_update(size: int) -> Timing:
+        seen.append(size)
+        return Timing(now_ns, 0.0)
 
-    monkeypatch.setattr(calibrate, "time_updates", time_updates)
+    monkeypatch.setattr(calibrate, "time_update", time_update)
     if now_ns:
         doubt(known)
     assert calibrate.measure_update(None, known) == [(size, kept_ns) for size in calibrate.UPDATES]
