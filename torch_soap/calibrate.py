@@ -38,6 +38,7 @@ MEETINGS, BETWEEN = 60, 16  # of ranks, and products that each computes between 
 MANY_PARAMETERS = 64  # of a model that computes nothing
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 UPDATE_LOOKED_AT = 8 << 20  # of these
+LOOKED_AT, OFF_MOVING = 256 << 10, 1.2  # of the sizes of movements; what a table of a slow minute is off by: movements differ from time to time
 SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
@@ -159,7 +160,7 @@ def measure_update(comm: Comm | None, known: dict[str, Any]) -> list[tuple[int, 
         barrier(comm)
         (now_ns,) = mean([time_update(UPDATE_LOOKED_AT)])
         if dict(known["update"])[UPDATE_LOOKED_AT] > OFF * now_ns:
-            known["update"] = [[size, min(before, now)] for (size, before), (_, now) in zip(known["update"], measured(), strict=True)]
+            known["update"] = lesser(known["update"], measured())
     return [(size, ns) for size, ns in known["update"]]
 
 
@@ -302,7 +303,7 @@ def measure_pieces(comm: Comm, known: dict[str, Any]) -> float:
 def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> None:
     """Exchange and all-reduce by size: over the world, in groups of a power of two within each host, and in such groups over hosts, all groups of a kind at
     once. Other sets of ranks are priced by the nearest of these."""
-    tables = dict(machine.tables)
+    tables, doubted = dict(machine.tables), "tables" in known.get("doubted", [])
     layouts = group_layouts(machine.host_of)
     comm.join({tuple(group) for groups in layouts.values() for group in groups})
     for (num_ranks, num_hosts), groups in layouts.items():
@@ -310,15 +311,29 @@ def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) ->
         for kind in ("exchange", "all_reduce"):
             key = f"{kind}/{num_ranks}/{num_hosts}"
             if key not in known["tables"]:
-                sizes = list(SIZES)
-                timings = [calmest(lambda k=kind, r=ranks, s=size: time_movement(comm, k, r, s)) for size in sizes]  # type: ignore[misc]
-                if timings[-1].ns < LARGE_NS:
-                    sizes.append(LARGE)
-                    timings.append(time_movement(comm, kind, ranks, LARGE))
-                known["tables"][key] = [[size, t.ns] for size, t in zip(sizes, timings, strict=True)]
-                mark(known, f"tables/{key}", *timings)
+                known["tables"][key] = time_movements(comm, kind, ranks, known, key)
+            elif doubted and dict(known["tables"][key])[LOOKED_AT] > OFF_MOVING * time_movement(comm, kind, ranks, LOOKED_AT).ns:
+                known["tables"][key] = lesser(known["tables"][key], time_movements(comm, kind, ranks, known, key))
             tables[key] = [tuple(p) for p in known["tables"][key]]
+    known["doubted"] = [name for name in known.get("doubted", []) if name != "tables"]
     machine.tables = tables
+
+
+def time_movements(comm: Comm, kind: str, ranks: list[int], known: dict[str, Any], key: str) -> list[list[int]]:
+    """[bytes, ns] of each size. `key`: of the table."""
+    sizes = list(SIZES)
+    timings = [calmest(lambda s=size: time_movement(comm, kind, ranks, s)) for size in sizes]  # type: ignore[misc]
+    if timings[-1].ns < LARGE_NS:
+        sizes.append(LARGE)
+        timings.append(time_movement(comm, kind, ranks, LARGE))
+    mark(known, f"tables/{key}", *timings)
+    return [[size, t.ns] for size, t in zip(sizes, timings, strict=True)]
+
+
+def lesser(before: Sequence[Any], now: Sequence[Any]) -> list[list[int]]:
+    """Of two tables of pairs [bytes, ns]: what else goes on in the machine only adds."""
+    again = dict(now)
+    return [[size, min(ns, again.get(size, ns))] for size, ns in before]
 
 
 def measure_cold(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> float:

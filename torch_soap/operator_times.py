@@ -63,10 +63,10 @@ def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, com
 
 
 def doubt(known: dict[str, Any]) -> None:
-    """All times of operators, and the update's, were perhaps taken in a slow minute. Others on the machine take its caches and memory, for a minute or so:
-    small operators, and with them the pace, hardly show it; large ones take up to a half longer, and so does each prediction that they are in. They are
-    looked at again at another time."""
-    known["doubted"] = [*known["operators"], "update"]
+    """All times of operators, the update's and movements' were perhaps taken in a slow minute. Others on the machine take its caches and memory, for a minute
+    or so: small operators, and with them the pace, hardly show it; large ones take up to a half longer, and so does each prediction that they are in. They
+    are looked at again at another time."""
+    known["doubted"] = [*known["operators"], "update", "tables"]
 
 
 def representative(times: dict[str, list[int]]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import torch_soap
 from torch_soap import _C, calibrate, operator_times
 from torch_soap.measuring import Timing
 from torch_soap.operator_times import HEAVY, NOTHING, OTHERS, doubt, measure_operators, representative
@@ -70,7 +72,7 @@ def test_times_of_a_slow_minute_are_measured_again(machine: Machine) -> None:
     machine.pace = 1.0
     doubt(machine.known)
     assert machine.measure() == (NUM, NUM, CALM)
-    assert machine.known["doubted"] == ["update"] and machine.measure() == (0, 0, CALM)
+    assert machine.known["doubted"] == ["update", "tables"] and machine.measure() == (0, 0, CALM)
 
 
 @pytest.mark.parametrize("pace", [1.0, 1.04, 1.3])
@@ -131,3 +133,23 @@ def test_the_update_is_looked_at_again(known_ns: int, now_ns: int, timed: int, k
         doubt(known)
     assert calibrate.measure_update(None, known) == [(size, kept_ns) for size in calibrate.UPDATES]
     assert calibrate.measure_update(None, known) == [(size, kept_ns) for size in calibrate.UPDATES] and len(seen) == timed
+
+
+@pytest.mark.parametrize(("known_ns", "now_ns", "kept_ns"), [(1300, 1000, 1000), (1100, 1000, 1100), (1000, 2000, 1000)])
+def test_movements_are_looked_at_again(known_ns: int, now_ns: int, kept_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, seen = ("exchange/2/1", "all_reduce/2/1"), list[int]()
+    known = calibrate.nothing_known() | {"tables": {key: [[size, known_ns] for size in calibrate.SIZES] for key in keys}}
+    comm, machine = SimpleNamespace(rank=0, world_size=2, join=lambda groups: None), torch_soap.Machine(2, 1)
+
+    def time_movement(comm: Any, kind: str, ranks: list[int], size: int) -> Timing:
+        seen.append(size)
+        return Timing(now_ns, 0.0)
+
+    monkeypatch.setattr(calibrate, "time_movement", time_movement)
+    calibrate.measure_movements(machine, comm, known)  # type: ignore[arg-type]
+    assert not seen, "nobody doubts them"
+    doubt(known)
+    for _ in range(2):  # looked at once
+        calibrate.measure_movements(machine, comm, known)  # type: ignore[arg-type]
+        assert machine.tables == {key: [(size, kept_ns) for size in calibrate.SIZES] for key in keys}
+    assert len(seen) == (2 if kept_ns == known_ns else 2 * (2 + len(calibrate.SIZES)))  # and a large one
