@@ -105,7 +105,8 @@ def search_plan(
                 doubt(known)
                 before, machine = (machine, cost), calibrate.detect(world, comm, known, host_of)
                 cost = _C.CostModel(machine)
-                fresh = price(priced)
+                fresh = price(priced) + int(machine != before[0])
+                measured += fresh
                 if progress.agreed():
                     machine, cost = before
             if not fresh:  # nothing of it was guessed, or it was interrupted
