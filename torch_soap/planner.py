@@ -114,7 +114,8 @@ def search_plan(
         interrupted = progress.agreed()
         if interrupted:
             progress.say_interrupted(spent["simulations"], found["step_ns"], found["chosen"])
-    if measured:
+    if measured or (known.get("looks", 0) < calibrate.LOOKS and measuring):
+        known["looks"] = 0 if measured else known["looks"] + 1
         calibrate.save(world, known, host_of)
     stats = {"seconds": time.perf_counter() - begin, **spent, "measured_operators": measured, "interrupted": interrupted, "lead": found["lead"]}
     if measuring:

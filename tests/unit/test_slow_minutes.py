@@ -109,6 +109,10 @@ def test_a_cache_is_doubted_when_it_is_read(machine: Machine, tmp_path: Any, mon
     calibrate.save(1, machine.known)
     machine.pace, machine.known = 1.0, calibrate.load(1)
     assert machine.measure() == (NUM, NUM, CALM)
+    machine.known["looks"] = calibrate.LOOKS
+    calibrate.save(1, machine.known)
+    machine.pace, machine.known = 0.5, calibrate.load(1)
+    assert machine.measure() == (0, 0, CALM), "looked at often enough"
 
 
 def test_the_heaviest_and_some_others_are_looked_at_the_same_on_all_ranks() -> None:
