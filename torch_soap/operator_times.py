@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,35 +23,71 @@ from torch_soap.runtime.comm import Comm
 # Bytes that are written between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
 OTHER, RECENT = 8 << 20, 512 << 10
 PRODUCTS = {"matmul", "convolution", "attention", "recurrent"}  # families
+HEAVY, OTHERS, CHECK_NS = 8, 4, 500_000_000  # operators whose times are looked at again: those that take most, others, and how long their runs take at most
+OFF, WORTH_NS = 1.05, 1_000_000  # times of slow minutes are so many times what they are now; of operators that take less than this in all nobody asks
 AHEAD, SIDES = 8, (64, 512)  # how many products' work comes before a forward, as one; its rows and columns, least and most
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
-    """Times what the program needs and the cost model lacks, the same list in the same order on every rank; the mean over ranks counts. Returns how many."""
-    fresh: list[tuple[_C.OpSample, list[int]]] = []
-    side = 0
+    """Times what the program needs and the cost model lacks, the same list in the same order on every rank; the mean over ranks counts. What is known but
+    doubted (`doubt`) is looked at first: a few of them again, and, where these take less now, all. Returns how many figures are new."""
+    samples = {}
     for sample in cost.missing(program):
-        if sample.key in known["operators"]:
-            forward, backward = known["operators"][sample.key]
-            cost.measure(program, sample, forward, backward)
-            continue
-        if len(fresh) >= limit:
-            break
         if any(len(part) == 0 for part in _C.compute_item(program, sample.node, sample.tile, sample.chunk).sets):
             cost.measure(program, sample, 0, 0)  # nothing to compute: the engine fills in the identity
-            continue
-        side = side or product_side(program)
+        else:
+            samples[sample.key] = sample
+    times: dict[str, list[int]] = known["operators"]
+
+    def take(keys: Sequence[str]) -> dict[str, list[int]]:
+        return time_operators(program, graph, [samples[key] for key in keys], comm, known) if keys else {}
+
+    found = take([key for key in samples if key not in times][:limit])
+    fresh = len(found)
+    doubted = [key for key in samples if key in times and key in known.get("doubted", [])]
+    if sum(sum(times[key]) for key in doubted) >= WORTH_NS:
+        again = take(representative({key: times[key] for key in doubted}))
+        if statistics.median(sum(times[key]) / max(sum(now), 1) for key, now in again.items()) <= OFF:
+            known["doubted"] = [key for key in known["doubted"] if key not in times]
+        else:
+            again |= take([key for key in doubted if key not in again][:limit])
+            known["doubted"] = [key for key in known["doubted"] if key not in again]
+            fresh += len(again)
+        for key, now in again.items():
+            found[key] = [min(both) for both in zip(now, times[key], strict=True)]  # what else goes on in the machine only adds
+    times |= found
+    for key, sample in samples.items():
+        if key in times:
+            cost.measure(program, sample, *times[key])
+    return fresh
+
+
+def doubt(known: dict[str, Any]) -> None:
+    """All times of operators, the update's and movements' were perhaps taken in a slow minute. Others on the machine take its caches and memory, for a minute
+    or so: small operators, and with them the pace, hardly show it; large ones take up to a half longer, and so does each prediction that they are in. They
+    are looked at again at another time."""
+    known["doubted"] = [*known["operators"], "update", "tables"]
+
+
+def representative(times: dict[str, list[int]]) -> list[str]:
+    """Those that take most, and some others, all in all about CHECK_NS to measure, but three of them; the same on all ranks, which know the same times."""
+    ordered = sorted(times, key=lambda key: (-sum(times[key]), key))
+    rest = ordered[HEAVY:]
+    chosen = ordered[:HEAVY] + random.Random(0).sample(rest, min(OTHERS, len(rest)))
+    costs = itertools.accumulate((REPEATS + 1) * (times[key][0] + sum(times[key])) for key in chosen)
+    return [key for i, (key, cost_ns) in enumerate(zip(chosen, costs, strict=True)) if i < 3 or cost_ns < CHECK_NS]
+
+
+def time_operators(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSample], comm: Comm | None, known: dict[str, Any]) -> dict[str, list[int]]:
+    """Forward and backward of each in ns, the mean over ranks, by its key."""
+    side, mine = product_side(program), []
+    for sample in samples:
         timings = time_operator(program, graph, sample, side)
         own = harness(side) if timings[1] is not NOTHING else (NOTHING, NOTHING)  # what has no backward is called by itself
-        fresh.append((sample, [max(t.ns - o.ns, 0) for t, o in zip(timings, own, strict=True)]))
+        mine.append([max(t.ns - o.ns, 0) for t, o in zip(timings, own, strict=True)])
         mark(known, f"operators/{sample.key}", *timings)
-    mine = [taken for _, taken in fresh]
-    everyone = [mine] if comm is None or not fresh else comm.gather_objects(mine)
-    for (sample, _), taken in zip(fresh, zip(*everyone, strict=True), strict=True):
-        forward, backward = (int(statistics.mean(way)) for way in zip(*taken, strict=True))
-        known["operators"][sample.key] = [forward, backward]
-        cost.measure(program, sample, forward, backward)
-    return len(fresh)
+    everyone = [mine] if comm is None else comm.gather_objects(mine)
+    return {s.key: [int(statistics.mean(way)) for way in zip(*taken, strict=True)] for s, taken in zip(samples, zip(*everyone, strict=True), strict=True)}
 
 
 NOTHING = Timing(0, 0.0)
@@ -140,7 +178,9 @@ def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample, side: 
     first = run()
     repeats = 1 if time.perf_counter_ns() - begin > 100_000_000 else REPEATS
     clock = own_clock()
-    forward = calmest(lambda: timed(run, repeats, clock, before=lambda: surroundings.before_forward(computed)))
+    # What nobody differentiates (running averages, counts, masks) is small and follows small operators: behind a product it took two to six times as long.
+    before = surroundings.before_forward if differentiable else surroundings.before_backward
+    forward = calmest(lambda: timed(run, repeats, clock, before=lambda: before(computed)))
     outputs = [i for i, r in enumerate(first) if r.requires_grad]
     leaves = [x for x in inputs if x.requires_grad]
     if not outputs or not leaves:

@@ -238,6 +238,7 @@ def test_calibrate_writes_a_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
     machine = torch_soap.Machine.load(tmp_path / "machine.json")
     assert set(machine.efficiency) >= set(_C.OP_FAMILIES) - {"other"} and all(v > 0 for v in machine.efficiency.values())
     monkeypatch.setattr(calibrate, "forget_doubtful", lambda *_: [])  # this machine may be busy
+    monkeypatch.setattr(calibrate, "doubt", lambda _: None)  # test_slow_minutes.py
     monkeypatch.setattr(calibrate, "timed", None)  # from the cache: nothing is measured
     again = calibrate.detect(1, None, calibrate.load(1))
     assert again == machine
