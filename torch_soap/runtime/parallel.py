@@ -25,7 +25,7 @@ from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.rewrite.substitution import Checker
-from torch_soap.runtime.calling import Calling, input_tensors, structure_key
+from torch_soap.runtime.calling import Calling, all_plain, input_tensors, structure_key
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.copies import plain_copy, with_memory
 from torch_soap.runtime.deferred import Deferred
@@ -75,6 +75,7 @@ class Parallel:
         self.pending_states: list[tuple[Any, dict[str, Any]]] = []  # optimizers and their whole state, for after the next cut
         self.tree = ModuleTree(module)
         self.cuts: dict[str, bool] = {}  # what `is_cut` has said
+        self.structures: dict[Any, Any] = {}  # dtypes, dims and needs of gradients of a call's tensors -> what `structure_key` has said
         self.calling: dict[Engine, Calling] = {}
         self.frozen: dict[Captured, list[bool]] = {}  # which parameters of its twin require gradients
         self.known = ParameterWatch()
@@ -304,7 +305,9 @@ class Parallel:
         fresh = self.known.look(tree)
         if fresh:
             self.gradients.attach(fresh)
-        leaves, structure = input_tensors(args, kwargs), structure_key(args, kwargs)
+        plain = all_plain(args, kwargs)
+        leaves = list(args) if plain else input_tensors(args, kwargs)
+        structure = self.structure_of(args) if plain else structure_key(args, kwargs)
         grad = torch.is_grad_enabled()
         deferred = grad and self.deferred.wanted()
         self.header.check(
@@ -320,7 +323,7 @@ class Parallel:
         )
         self.calls += 1  # alike on all ranks
         captured = self.capture(args, kwargs, structure)
-        tensors = captured.flatten_inputs(args, kwargs)
+        tensors = leaves if plain else captured.flatten_inputs(args, kwargs)
         if captured.ragged and self.comm.world_size > 1:
             raise ValueError(
                 f"[forward] {captured.ragged} are offsets of an embedding_bag into indices that are given too: each process' count from 0, so its "
@@ -332,7 +335,7 @@ class Parallel:
         calling = self.calling.get(engine)
         if calling is None or calling.tree is not tree:  # a first call may have changed the module
             tree = self.tree.now()
-            calling = self.calling[engine] = Calling(captured, graph, tree)
+            calling = self.calling[engine] = Calling(captured, graph, tree, engine, self.gradients)
         self.hooks.look(tree)
         self.random.next_call()
         self.same_random()
@@ -346,6 +349,13 @@ class Parallel:
             state = engine.forward(feeds, stored, grad=False, random=self.random)
             outputs = self.finish(engine, state, stored)
         return captured.unflatten_outputs(outputs)
+
+    def structure_of(self, args: tuple[torch.Tensor, ...]) -> Any:
+        """As structure_key, of a call that is all plain."""
+        key = tuple([(t.dtype, t.dim(), t.requires_grad) for t in args])
+        if key not in self.structures:
+            self.structures[key] = structure_key(args, {})
+        return self.structures[key]
 
     def same_constants(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> None:
         """An input without rows is the same on all ranks."""
@@ -372,6 +382,9 @@ class Parallel:
         return [engine.output(state, node).detach() for node in engine.returns]
 
 
+NUM_OTHERS = 6  # of RunProgram's arguments, before the module's inputs and Parameters
+
+
 class RunProgram(torch.autograd.Function):
     """The whole Program as one autograd node; its inputs are the module's inputs and Parameters."""
 
@@ -396,12 +409,11 @@ class RunProgram(torch.autograd.Function):
         outputs = parallel.finish(engine, state, stored)
         ctx.forward_ns = time.perf_counter_ns() - begin_ns
         ctx.parallel, ctx.engine, ctx.state, ctx.deferred, ctx.call = parallel, engine, state, deferred, parallel.calls
-        ctx.inputs = calling.inputs
-        ctx.shapes = [t.shape for t in tensors]
-        ctx.needs = [t.requires_grad for t in tensors]
+        ctx.calling = calling
+        ctx.shapes = {i: tensors[i].shape for i in calling.special}
         # What comes in from the loss of this process is taken as 1/P of the objective's. What goes out to a part of this process'
         # own graph (a generator, a stem under DDP) is the gradient of its own loss again; a leaf has the objective's.
-        ctx.scales = [parallel.comm.world_size if t.grad_fn is not None else 1 for t in tensors]
+        ctx.inner = [i for i, t in enumerate(tensors[: len(calling.feeds)]) if t.grad_fn is not None]
         ctx.mark_non_differentiable(*[o for o, n in zip(outputs, engine.returns, strict=True) if not engine.return_wants_grad(n)])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -436,31 +448,31 @@ class RunProgram(torch.autograd.Function):
             engine.backward(state, incoming, retain_graph=keep)
         if not accumulates:  # else gradients aren't reduced here
             ctx.parallel.meter.end_backward(engine, ctx.forward_ns, begin_ns)
-        reached = engine.nodes_before(used)
         if state.deferred and not accumulates:
             engine.reduce(state)
         elif state.deferred:
-            deferred.add(engine, state, scale, reached)
+            deferred.add(engine, state, scale, engine.nodes_before(used))
         if accumulates and not ctx.deferred:
             deferred.flush()
-        nodes, gradients = engine.node_of, ctx.parallel.gradients
-        out: list[torch.Tensor | None] = []
-        for name, shape, needed, part in zip(ctx.inputs, ctx.shapes, ctx.needs, ctx.scales, strict=True):
-            node = nodes[name]
-            if not needed or node not in reached:
-                out.append(None)
-                continue
-            grad = engine.gradient(state, node)
-            if grad is None and engine.value_of_store[node] < 0 and name.startswith("param:"):
-                grad = torch.zeros(shape, dtype=engine.dtype_of(node))  # stored elsewhere: an empty part
-            if grad is not None:
-                if scale is not None:
-                    grad = grad * scale.to(grad.dtype)
-                if part != 1:
-                    grad = grad * part
-                gradients.expect(name, grad)
-            out.append(grad)
-        return (None, None, None, None, None, None, *out)
+        return (*[None] * NUM_OTHERS, *input_gradients(ctx, state, used, scale))
+
+
+def input_gradients(ctx: Any, state: StepState, used: frozenset[int], scale: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """What autograd gets, by input. Nobody else holds them then, or they would be copied."""
+    engine, calling = ctx.engine, ctx.calling
+    wanted = [needed and reached for needed, reached in zip(ctx.needs_input_grad[NUM_OTHERS:], calling.reached(engine, used), strict=True)]
+    made = {i: engine.gradient(state, calling.nodes[i]) for i in calling.special if wanted[i]}
+    grads = [g if w else None for g, w in zip(engine.take_gradients(state, calling.nodes), wanted, strict=True)]
+    for i, grad in made.items():
+        if grad is None and engine.value_of_store[calling.nodes[i]] < 0 and calling.inputs[i].startswith("param:"):
+            grad = torch.zeros(ctx.shapes[i], dtype=engine.dtype_of(calling.nodes[i]))  # stored elsewhere: an empty part
+        grads[i] = grad
+    if scale is not None:
+        grads = [None if g is None else g * scale.to(g.dtype) for g in grads]
+    for i in ctx.inner:
+        grads[i] = None if grads[i] is None else grads[i] * ctx.parallel.comm.world_size
+    ctx.parallel.gradients.core.expect(calling.watched, grads)
+    return grads
 
 
 def agree_on_backward(engine: Engine, parallel: Parallel, grads: Sequence[torch.Tensor | None], accumulates: bool, call: int) -> tuple[frozenset[int], bool]:
