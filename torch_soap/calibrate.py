@@ -40,7 +40,7 @@ UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, byte
 SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
-FORMAT = 10  # of the cache
+FORMAT = 11  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 
 

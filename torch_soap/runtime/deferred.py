@@ -95,8 +95,8 @@ class Deferred:
         sums: dict[str, torch.Tensor] = {}
         for engine, grads in self.waiting.items():
             state = engine.state()
-            for value, grad in grads.items():
-                state.grads[value] = grad
+            for value, waiting in grads.items():
+                state.grads[value] = waiting
             engine.reduce(state)
             for node in engine.filled_params:
                 name, grad = engine.names[node].removeprefix("param:"), engine.gradient(state, node)

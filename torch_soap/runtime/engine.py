@@ -100,7 +100,8 @@ class Engine:
             inputs = [(v, self.wants_grad[v], not self.enters[v]) for v in values]
             wanted = [again is not None and v in again for v in self.outs[i]]
             segments.append((inputs, self.outs[i], self.given_back[i], self.differentiable[i], again is not None, wanted))
-        steps, instructions = [], []
+        steps: list[_backend.Step] = []
+        instructions = []
         for i, kind in enumerate(self.kinds):
             planned, how, index = self.planned[i], usual.get(kind, _backend.Kind.rare), self.segment_of[i]
             if kind == kinds.segment_backward and not self.recomputes[i]:
