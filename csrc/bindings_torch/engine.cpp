@@ -106,8 +106,10 @@ void bind_slots(py::module_& m) {
       .def("__contains__", [](const Slots& s, int v) { return check(s, v), s.has(v); })
       .def("__getitem__", [](const Slots& s, int v) { return check(s, v), s.has(v) ? s.tensors[v] : throw py::key_error(std::to_string(v)); })
       .def("__setitem__", [](Slots& s, int v, const at::Tensor& tensor) { check(s, v), s.tensors[v] = tensor; })
-      .def("get", [](const Slots& s, int v) { return check(s, v), s.tensors[v]; }, "None where there is none.")
-      .def("pop", [](Slots& s, int v) { return check(s, v), s.take(v); }, "None where there is none.")
+      .def(
+          "get", [](const Slots& s, int v) { return check(s, v), s.tensors[v]; }, "None where there is none.")
+      .def(
+          "pop", [](Slots& s, int v) { return check(s, v), s.take(v); }, "None where there is none.")
       .def("__iter__", [](const Slots& s) {
         py::list out;
         for (size_t v = 0; v < s.tensors.size(); ++v) {

@@ -47,6 +47,7 @@ void Engine::begin(State& state, const std::vector<at::Tensor>& stored) const {
 
 void Engine::run(State& state, int begin, int end, bool grad, const Host& host) {
   using Kind = Instruction::Kind;
+  moving = nullptr;
   const at::AutoGradMode off(false);  // but where a segment's graph is recorded
   const Compute compute = [&](int segment, std::vector<at::Tensor> arguments) {
     const Spent spent(timed, spent_ns[kCompute]);

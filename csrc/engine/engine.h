@@ -1,5 +1,5 @@
-// One rank's instructions, in the Program's order. What is rare is done by whoever made the engine (torch_soap/runtime/engine.py): recomputation, copies that are
-// given back and gathered again, movements between ranks that don't share memory.
+// One rank's instructions, in the Program's order. What is rare is done by whoever made the engine (torch_soap/runtime/engine.py): recomputation, copies that
+// are given back and gathered again, movements between ranks that don't share memory.
 #pragma once
 
 #include <array>
@@ -18,8 +18,8 @@ struct Instruction {
   int index = -1;            // of the segment, or of the step
   bool is_backward = false;  // left out where nothing is differentiated
   bool is_param_fill = false;
-  std::vector<int> frees, kept;                   // values that go after it; `kept` only where there is no backward
-  std::vector<int> released;                      // copies that are given back after it until backward
+  std::vector<int> frees, kept;                    // values that go after it; `kept` only where there is no backward
+  std::vector<int> released;                       // copies that are given back after it until backward
   std::vector<int> dropped_copies, dropped_grads;  // that are used for the last time here
 };
 
@@ -53,7 +53,7 @@ class Engine {
   // The gradients of these values, in these types, out of the state; undefined where there is none.
   static std::vector<at::Tensor> take_gradients(State& state, const std::vector<int>& values, const std::vector<at::ScalarType>& dtypes);
 
-  movement::Counts counts;                       // since they were taken
+  movement::Counts counts;                                // since they were taken
   const std::vector<std::vector<int>>* moving = nullptr;  // among whom the movement that failed was
   bool timed = false;
   std::array<int64_t, kNumParts> spent_ns{};  // while `timed`, in segments' operators, their backward and movements between ranks

@@ -16,7 +16,8 @@ class GradientWatch : public std::enable_shared_from_this<GradientWatch> {
 
   // From here on what comes to this parameter is looked at; its number. It lives as long as it likes.
   int attach(const at::Tensor& parameter);
-  // The program hands these gradients to autograd; undefined ones aren't handed over. Of several to one parameter autograd makes a sum, of which nothing is known.
+  // The program hands these gradients to autograd; undefined ones aren't handed over. Of several to one parameter autograd makes a sum, of which nothing is
+  // known.
   void expect(const std::vector<int>& indices, const std::vector<at::Tensor>& gradients);
 
  private:

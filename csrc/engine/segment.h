@@ -21,8 +21,8 @@ struct Segment {
   std::vector<int> outputs;
   std::vector<int> given_back;  // inputs whose storage is given back after forward
   bool differentiable = false;
-  bool is_region = false;    // computed again in backward
-  std::vector<char> again;   // of outputs: whether they become values then
+  bool is_region = false;   // computed again in backward
+  std::vector<char> again;  // of outputs: whether they become values then
 };
 
 // (segment, its arguments) -> its results, with autograd as it is set.

@@ -39,8 +39,8 @@ struct Graph {
 
 struct State {
   Slots values, grads;
-  Slots copies;             // gathered parameters whose storage is given back until backward
-  std::vector<char> sums;   // values whose gradient is a sum made here, to which more is added in place
+  Slots copies;                              // gathered parameters whose storage is given back until backward
+  std::vector<char> sums;                    // values whose gradient is a sum made here, to which more is added in place
   std::vector<std::optional<Graph>> graphs;  // by segment
   bool retain_graph = false;
   bool deferred = false;  // the gradient fills of parameters are left out

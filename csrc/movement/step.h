@@ -42,7 +42,7 @@ struct Step {
     BackendPtr backend;
     bool maximum = false;
     std::vector<Read> sources;
-    std::vector<std::vector<int>> reached;                     // by source: values that are the sum
+    std::vector<std::vector<int>> reached;                    // by source: values that are the sum
     std::vector<std::pair<int, std::vector<int64_t>>> empty;  // copies without elements, and their shapes
   };
 

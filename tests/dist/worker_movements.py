@@ -1,17 +1,21 @@
-"""On each rank: what movements give among ranks that share memory, against the same movements packed and exchanged; the differences."""
+"""On each rank: what movements give among ranks that share memory, against the same movements packed and exchanged; the differences. And whether autograd
+copies the gradients that a backward gives it."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import torch_soap
 from tests.dist.launch import report
 from tests.unit.planning import graph_of, lowered, node
 from torch_soap import _C
 from torch_soap.rewrite.segment import DTYPES
+from torch_soap.runtime import parallel
 from torch_soap.runtime.comm import TorchComm
 from torch_soap.runtime.movement import PlannedStep, compiled, execute, plan_step
 
@@ -37,6 +41,24 @@ def fills(before: str, after: str, shape: list[int], comm: TorchComm) -> list[tu
     return out
 
 
+def copied_gradients() -> list[str]:
+    """Parameters whose `.grad` isn't what the backward made."""
+    made: dict[str, int] = {}
+    original = parallel.input_gradients
+
+    def noting(ctx: Any, *others: Any) -> Any:
+        grads = original(ctx, *others)
+        made.update({name: g.data_ptr() for name, g in zip(ctx.calling.inputs, grads, strict=True) if g is not None})
+        return grads
+
+    parallel.input_gradients = noting
+    model = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 7))
+    torch_soap.parallelize(model, plan="* n=fed\n2 o=[0,3,7]")
+    model(torch.randn(4, 30)).sum().backward()
+    parallel.input_gradients = original
+    return [name for name, p in model.named_parameters() if p.grad is None or made[f"param:{name}"] != p.grad.data_ptr()]
+
+
 def main() -> None:
     dist.init_process_group("soap")
     comm = TorchComm()
@@ -53,7 +75,7 @@ def main() -> None:
             comm.shared = shared  # type: ignore[method-assign]
             if first.keys() != second.keys() or any(not torch.equal(first[v], second[v]) or first[v].stride() != second[v].stride() for v in first):
                 wrong.append(f"{before} -> {after} of {shape}")
-    report({"wrong": wrong, "taken": taken})
+    report({"wrong": wrong, "taken": taken, "copied": copied_gradients() if comm.world_size == 2 else []})
     dist.destroy_process_group()
 
 

@@ -37,9 +37,11 @@ class Calling:
         self.parameters = [self.fixed[name] for name in self.param_names]
         self.inputs = [*self.feeds, *self.param_names]
         self.nodes = [engine.node_of[name] for name in self.inputs]
+        self.values = [engine.value_of_store[n] for n in self.nodes]
+        self.dtypes = [engine.dtypes[n] for n in self.nodes]
         self.watched = watch.indices(self.inputs)
         # Inputs whose gradient may be made here: parts that are empty, or that another rank stores.
-        self.special = [i for i, n in enumerate(self.nodes) if engine.value_of_store[n] < 0 or 0 in engine.shapes[engine.value_of_store[n]]]
+        self.special = [i for i, v in enumerate(self.values) if v < 0 or 0 in engine.shapes[v]]
         self.reaching: dict[frozenset[int], list[bool]] = {}  # returns that are used -> whether inputs have a part in them
 
     def stored(self) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ Here is what is prepared once, and what is rare.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -310,11 +310,6 @@ class Engine:
         if 0 in self.shapes[value] and self.program.graph.nodes[node].outputs[0] in self.with_grad:
             return torch.empty(self.shapes[value], dtype=self.dtypes[node])
         return None
-
-    def take_gradients(self, state: StepState, nodes: Sequence[int]) -> list[torch.Tensor | None]:
-        """The gradients of these nodes, of which the state doesn't keep any: autograd keeps what nobody else holds, and copies the rest."""
-        assert self.core is not None
-        return self.core.take_gradients(state, [self.value_of_store[n] for n in nodes], [self.dtypes[n] for n in nodes])
 
     def reduce(self, state: StepState) -> None:
         """The gradient fills that a deferred state left out. Collective."""

@@ -462,9 +462,11 @@ def input_gradients(ctx: Any, state: StepState, used: frozenset[int], scale: tor
     engine, calling = ctx.engine, ctx.calling
     wanted = [needed and reached for needed, reached in zip(ctx.needs_input_grad[NUM_OTHERS:], calling.reached(engine, used), strict=True)]
     made = {i: engine.gradient(state, calling.nodes[i]) for i in calling.special if wanted[i]}
-    grads = [g if w else None for g, w in zip(engine.take_gradients(state, calling.nodes), wanted, strict=True)]
+    taken = engine.core.take_gradients(state, calling.values, calling.dtypes)
+    grads = [g if w else None for g, w in zip(taken, wanted, strict=True)]
+    del taken
     for i, grad in made.items():
-        if grad is None and engine.value_of_store[calling.nodes[i]] < 0 and calling.inputs[i].startswith("param:"):
+        if grad is None and calling.values[i] < 0 and calling.inputs[i].startswith("param:"):
             grad = torch.zeros(ctx.shapes[i], dtype=engine.dtype_of(calling.nodes[i]))  # stored elsewhere: an empty part
         grads[i] = grad
     if scale is not None:
