@@ -53,7 +53,7 @@ def copied_gradients() -> list[str]:
 
     parallel.input_gradients = noting
     model = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 7))
-    torch_soap.parallelize(model, plan="* n=fed\n2 o=[0,3,7]")
+    torch_soap.parallelize(model, plan="2 o=[0,3,7]\n* n=fed")
     model(torch.randn(4, 30)).sum().backward()
     parallel.input_gradients = original
     return [name for name, p in model.named_parameters() if p.grad is None or made[f"param:{name}"] != p.grad.data_ptr()]
