@@ -1,9 +1,9 @@
 """The runtime's own cost: what a step of a parallelized model takes beyond its operators, collectives and optimizer.
 
 `python -m pytest benchmarks/test_runtime_cost.py -s` writes benchmarks/results/runtime_cost.md and .json. Real steps of two ranks of this machine are run
-as they are, and these parts of each are timed from outside: the call of each segment's operators, autograd's run through each segment, c10d's calls, the
-optimizer's step and zero_grad, and the copies that movements between ranks make around c10d. The rest of the step is the runtime's own: the agreement
-of ranks, walks over parameters, movements within a rank, Python between instructions, the outer backward that hands gradients to parameters.
+as they are. The engine times what it calls: each segment's operators, autograd's run through each segment, movements between ranks with the copies that they
+make. c10d's calls, by which ranks agree, and the optimizer's step and zero_grad are timed from outside. The rest of the step is the runtime's own: walks
+over parameters, movements within a rank, what is between instructions, the outer backward that hands gradients to parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.dist.launch import revision, torchrun
 RESULTS = Path(__file__).parent / "results"
 STEPS = 15
 BAR = 0.02  # of the step on the smallest model of the fidelity table (issue 6)
-KINDS = ("step", "operators", "collectives", "packing", "optimizer", "own", "filling")
+KINDS = ("step", "operators", "movements", "agreement", "optimizer", "own")
 
 
 def rows(name: str, steps: int = STEPS) -> list[dict[str, Any]]:
@@ -40,18 +40,17 @@ def rows(name: str, steps: int = STEPS) -> list[dict[str, Any]]:
         slowest = [max(ranks, key=lambda s: s["own"]) for ranks in zip(*per_rank, strict=True)]
         row |= {kind: statistics.median(s.get(kind, 0.0) for s in slowest) for kind in KINDS}
         row["least own"] = min(s["own"] for s in slowest)
-        row["calls"] = slowest[0]["calls"]
         out.append(row)
     return out
 
 
 def table(measured: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | plan | instructions | parameters | step ms | operators | collectives | packing | optimizer | own ms (least) | own, of the step |",
+        "| model | plan | instructions | parameters | step ms | operators | movements | agreement | optimizer | own ms (least) | own, of the step |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in measured:
-        times = [f"{r[kind]:.2f}" for kind in ("step", "operators", "collectives", "packing", "optimizer")]
+        times = [f"{r[kind]:.2f}" for kind in ("step", "operators", "movements", "agreement", "optimizer")]
         own = [f"{r['own']:.2f} ({r['least own']:.2f})", f"{100 * r['own'] / r['step']:.1f} %"]
         lines.append("| " + " | ".join([r["model"], r["plan"], str(r["instructions"]), str(r["parameters"]), *times, *own]) + " |")
     return "\n".join(lines)
@@ -71,5 +70,5 @@ def test_runtime_cost() -> None:
     (RESULTS / "runtime_cost.json").write_text(json.dumps({"machine": machine, "rows": measured}, indent=1) + "\n")
     print("\n" + text)
     for row in measured:
-        parts = sum(row[kind] for kind in ("operators", "collectives", "packing", "optimizer", "own"))
+        parts = sum(row[kind] for kind in ("operators", "movements", "agreement", "optimizer", "own"))
         assert row["own"] > 0 and abs(parts - row["step"]) < 0.25 * row["step"], row

@@ -22,6 +22,7 @@ from tests.unit.planning import graph_of, lowered, node
 from torch_soap import _C
 from torch_soap.rewrite.segment import DTYPES
 from torch_soap.runtime.comm import TorchComm
+from torch_soap.runtime.heap import keep_freed_memory
 from torch_soap.runtime.movement import dense_strides, execute, plan_step
 
 LEAST, MOST = 5, 200  # repetitions
@@ -69,6 +70,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     budget_s = float(sys.argv[1])
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in training; for DTensor's results too
     dist.init_process_group("soap")
     comm = TorchComm()
     comm.join([])

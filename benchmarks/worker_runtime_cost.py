@@ -1,4 +1,4 @@
-"""On each rank: where the time of training steps goes: operators, collectives, the optimizer, and what is left, the runtime's own.
+"""On each rank: where the time of training steps goes: operators, movements, the agreement of ranks, the optimizer, and what is left, the runtime's own.
 
 torchrun --nproc-per-node=2 -m benchmarks.worker_runtime_cost MODEL STEPS
 """
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd import Variable
 from torch.nn import functional as F
 
 import torch_soap
@@ -25,7 +24,6 @@ from torch_soap.backend import init_string
 from torch_soap.plan import as_plan
 from torch_soap.planner import search_plan
 from torch_soap.rewrite.graph_import import to_op_graph
-from torch_soap.runtime import engine as engine_module
 from torch_soap.runtime.meter import FIRST_SAMPLE
 from torch_soap.runtime.replan import replan
 
@@ -52,7 +50,6 @@ class Stopwatch:
     def __init__(self) -> None:
         self.on = False
         self.ns: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
         self.stack: list[list[Any]] = []  # [kind, ns of the parts inside]
 
     def begin(self, kind: str) -> None:
@@ -63,7 +60,6 @@ class Stopwatch:
         kind, inner, begin = self.stack.pop()
         taken -= begin
         self.ns[kind] += taken - inner
-        self.calls[kind] += 1
         if self.stack:
             self.stack[-1][1] += taken
 
@@ -80,62 +76,21 @@ class Stopwatch:
         return timed
 
 
-class TimedAutograd:
-    """Autograd's engine; a run inside of a run is the backward of a segment."""
-
-    def __init__(self, own: Any, watch: Stopwatch) -> None:
-        self.own, self.watch, self.depth = own, watch, 0
-        self.segment = watch.around("operators", own.run_backward)
-
-    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        self.depth += 1
-        try:
-            return (self.own.run_backward if self.depth == 1 else self.segment)(*args, **kwargs)
-        finally:
-            self.depth -= 1
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.own, name)
-
-
-def install(watch: Stopwatch) -> None:
-    """From here on what engines that are made later call is timed: segments forward, autograd inside of backward, c10d."""
-    build = engine_module.build_segment
-
-    def timed_segment(*args: Any) -> Any:
-        module = build(*args)
-        module.forward = watch.around("operators", module.forward)
-        return module
-
-    engine_module.build_segment = timed_segment
-    execute = engine_module.execute
-    packing, filling = watch.around("packing", execute), watch.around("filling", execute)
-
-    def timed_movement(step: Any, *args: Any) -> Any:
-        moves = bool(step.ranks) or any(t.all_reduce for t in step.transfers)
-        return (packing if moves else filling)(step, *args)
-
-    engine_module.execute = timed_movement
-    Variable._execution_engine = TimedAutograd(Variable._execution_engine, watch)
-    for name in COLLECTIVES:
-        if hasattr(dist.ProcessGroup, name):
-            setattr(dist.ProcessGroup, name, watch.around("collectives", getattr(dist.ProcessGroup, name)))
-    dist.Work.wait = watch.around("collectives", dist.Work.wait)
-
-
 def time_steps(model: Any, batch: tuple[torch.Tensor, ...], steps: int, watch: Stopwatch) -> list[dict[str, Any]]:
-    """ms by kind of each step; its rest is `own`. `packing` is what movements between ranks take without their collectives, `filling` movements within a
-    rank, a part of `own`."""
+    """ms by kind of each step; its rest is `own`. The engine times what it calls (`Engine.timed`), c10d and the optimizer are timed from outside."""
     model._soap.meter.count = FIRST_SAMPLE  # no sampled step among the measured ones
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     optimizer.register_step_pre_hook(lambda *_: watch.begin("optimizer") if watch.on else None)
     optimizer.register_step_post_hook(lambda *_: watch.end() if watch.on else None)
     zero_grad = watch.around("optimizer", optimizer.zero_grad)
     out = []
+    core: Any = None
     for step in range(3 + steps):
+        if step == 3:
+            core = next(iter(model._soap.engines.values()))[0].core
+            core.timed = True
         dist.barrier()
         watch.ns.clear()
-        watch.calls.clear()
         watch.on = step >= 3
         begin = time.perf_counter_ns()
         loss = model(*batch)
@@ -145,18 +100,20 @@ def time_steps(model: Any, batch: tuple[torch.Tensor, ...], steps: int, watch: S
         taken = time.perf_counter_ns() - begin
         watch.on = False
         if step >= 3:
-            own = taken - sum(ns for kind, ns in watch.ns.items() if kind != "filling")
-            out.append({k: ns / 1e6 for k, ns in [("step", taken), ("own", own), *watch.ns.items()]} | {"calls": dict(watch.calls)})
+            forward, backward, movements = core.spent_ns
+            core.spent_ns = [0, 0, 0]
+            ns = {"operators": forward + backward, "movements": movements, **watch.ns}
+            out.append({k: v / 1e6 for k, v in [("step", taken), ("own", taken - sum(ns.values())), *ns.items()]})
     return out
 
 
-def main(name: str, steps: int) -> None:
+def main(model_name: str, steps: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(init_string())
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    case: Case = CASES[name]()
+    case: Case = CASES[model_name]()
     batch = tuple(t[case.rows * rank : case.rows * (rank + 1)].contiguous() for t in case.batch(case.rows * world))
     whole = {n: t.detach().clone() for n, t in case.module.state_dict().items()}
     model: Any = torch_soap.parallelize(case.module, batch, loss=case.loss, plan="* n=fed")
@@ -165,7 +122,10 @@ def main(name: str, steps: int) -> None:
     graph = to_op_graph(captured)
     found = search_plan(graph, captured, [case.rows] * world, comm=parallel.comm, simulations=SIMULATIONS)
     watch = Stopwatch()
-    install(watch)
+    for name in COLLECTIVES:
+        if hasattr(dist.ProcessGroup, name):
+            setattr(dist.ProcessGroup, name, watch.around("agreement", getattr(dist.ProcessGroup, name)))
+    dist.Work.wait = watch.around("agreement", dist.Work.wait)
     out = {}
     for label, text in (("found", found.text), ("data parallel", "* n=fed")):
         replan(parallel, as_plan(text, graph, world))

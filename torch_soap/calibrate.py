@@ -42,7 +42,7 @@ LOOKED_AT, OFF_MOVING = 256 << 10, 1.2  # of the sizes of movements; what a tabl
 SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
-FORMAT = 10  # of the cache
+FORMAT = 11  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 

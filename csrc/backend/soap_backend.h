@@ -41,6 +41,15 @@ class SoapBackend final : public c10d::Backend {
   // For tests: delays every step by a random time up to this.
   void set_random_delay(std::chrono::microseconds most);
 
+  // For movements, which know of each byte where it is and where it stays; only where ranks share memory, on one host or on each. They have ended on return,
+  // and throw what a Work's wait would. Exchanges: memory for each rank; `outgoing` to and `incoming` from this rank are not read.
+  void exchange_memory(std::vector<transport::Memory> outgoing, std::vector<transport::Memory> incoming);
+  // As exchange_memory, also in the eyes of the others; what comes becomes one sum in the order of the ranks, to which this rank gives outgoing[rank]. On one
+  // host only.
+  void exchange_sum(std::vector<transport::Memory> outgoing, const transport::Memory& result, at::ScalarType dtype);
+  // `result` may be `source`.
+  void all_reduce_memory(const transport::Memory& source, const transport::Memory& result, at::ScalarType dtype, bool maximum);
+
   const std::string getBackendName() const override { return "soap"; }
   c10::intrusive_ptr<Options> getBackendOptions() override { return options_; }
   void setTimeout(std::chrono::milliseconds timeout) override;

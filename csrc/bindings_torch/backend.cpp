@@ -1,15 +1,16 @@
-// torch_soap._backend: what is linked with torch's Python library, unlike _C: the c10d backend, and movements (movement.cpp).
+// torch_soap._backend: what is linked with torch's Python library, unlike _C: the c10d backend, movements (movement.cpp) and the engine (engine.cpp).
 #include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "backend/soap_backend.h"
+#include "bindings_torch/engine.h"
 #include "bindings_torch/movement.h"
 
 namespace py = pybind11;
 using soap::backend::SoapBackend;
 
 PYBIND11_MODULE(_backend, m) {
-  m.doc() = "The c10d backend soap, which torch_soap/backend.py registers, and the local part of movements, for torch_soap/runtime/movement.py.";
+  m.doc() = "The c10d backend soap, which torch_soap/backend.py registers, movements and the engine, for torch_soap/runtime.";
   py::module_::import("torch.distributed");  // has the base class
 
   py::class_<SoapBackend, c10::intrusive_ptr<SoapBackend>, c10d::Backend>(m, "SoapBackend")
@@ -28,4 +29,5 @@ PYBIND11_MODULE(_backend, m) {
       .def("set_random_delay", &SoapBackend::set_random_delay, py::arg("most"), "For tests: delays every step by a random time up to this.");
   m.def("leave_all_groups", &soap::backend::leave_all_groups, py::call_guard<py::gil_scoped_release>(), "To be called before the interpreter ends.");
   soap::bind_movement(m);
+  soap::bind_engine(m);
 }

@@ -1,4 +1,4 @@
-#include "movement/movement.h"
+#include "bindings_torch/movement.h"
 
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -7,7 +7,7 @@
 #include <tuple>
 #include <variant>
 
-#include "bindings_torch/movement.h"
+#include "movement/exchange.h"
 
 namespace py = pybind11;
 
@@ -64,6 +64,7 @@ void bind_movement(py::module_& m) {
   py::enum_<Combine>(m, "Combine").value("replace", Combine::kReplace).value("add", Combine::kAdd).value("maximum", Combine::kMaximum);
   py::class_<Packing>(m, "Packing")
       .def(py::init(&packing), py::arg("parts"), py::arg("num_peers"), "Of each part (peer, source, dtype, shape, index).")
+      .def_property_readonly("num_bytes", &Packing::num_bytes)
       .def(
           "pack",
           [](const Packing& p, const std::vector<at::Tensor>& sources) {
@@ -83,6 +84,12 @@ void bind_movement(py::module_& m) {
             return a.unpack(sources, messages, places);
           },
           py::arg("sources"), py::arg("messages"), py::arg("places"));
+  py::class_<Exchange>(m, "Exchange")
+      .def(py::init<Packing, std::vector<int>, Assembly, std::vector<int>, int, int>(), py::arg("packing"), py::arg("to"), py::arg("assembly"),
+           py::arg("from_"), py::arg("rank"), py::arg("num_ranks"), "`to` and `from_`: ranks in the group.")
+      .def("run", &Exchange::run, py::arg("backend"), py::arg("outgoing"), py::arg("own"), py::arg("places"), py::call_guard<py::gil_scoped_release>());
+  m.def("all_reduce", &all_reduce, py::arg("backend"), py::arg("tensors"), py::arg("maximum"), py::call_guard<py::gil_scoped_release>(),
+        "The sums of tensors over all ranks, in one operation.");
   m.def(
       "flatten",
       [](const std::vector<at::Tensor>& tensors, at::ScalarType dtype) {

@@ -13,6 +13,7 @@
 
 #include "base/error.h"
 #include "fmt/ranges.h"
+#include "movement/sources.h"
 #include "movement/strided.h"
 
 namespace soap::movement {
@@ -26,26 +27,9 @@ std::string text_of(at::IntArrayRef sizes) {
   return fmt::format("[{}]", fmt::join(sizes.begin(), sizes.end(), ", "));
 }
 
-int64_t bytes_of(at::ScalarType dtype) {
-  return static_cast<int64_t>(c10::elementSize(dtype));
-}
-
 std::vector<Runs> whole_runs(at::IntArrayRef shape) {
   std::vector<Runs> out;
   for (const int64_t size : shape) out.push_back({{0, size}});
-  return out;
-}
-
-// A source as its memory has it: on the CPU, strided, without lazy conjugation.
-at::Tensor plain(const at::Tensor& source) {
-  SOAP_CHECK(source.defined() && source.is_cpu() && source.layout() == at::kStrided, "a source of a movement is no strided tensor on the CPU");
-  return source.is_conj() || source.is_neg() ? source.resolve_conj().resolve_neg() : source;
-}
-
-std::vector<at::Tensor> plain(const std::vector<at::Tensor>& sources) {
-  std::vector<at::Tensor> out;
-  out.reserve(sources.size());
-  for (const at::Tensor& source : sources) out.push_back(plain(source));
   return out;
 }
 
@@ -55,18 +39,8 @@ int64_t first_element(const Part& part, at::IntArrayRef strides) {
   return out;
 }
 
-const char* data_of(const at::Tensor& tensor) {
-  return static_cast<const char*>(tensor.const_data_ptr());
-}
-
 bool is_aligned(const at::Tensor& tensor, std::size_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
-}
-
-template <class T>
-const T& at_index(const std::vector<T>& list, int index, const char* what) {
-  SOAP_CHECK(index >= 0 && static_cast<size_t>(index) < list.size(), "{} {} of {}", what, index, list.size());
-  return list[index];
 }
 
 }  // namespace
@@ -175,6 +149,11 @@ Assembly::Assembly(std::vector<Result> results) {
       Piece piece = {.strides = dense_strides(arriving.from.shape),
                      .blocks = kernels::cpu::blocks_of(arriving.from.runs, arriving.to.runs),
                      .whole = arriving.to.is_whole()};
+      if (arriving.source < 0 && arriving.from.elements > 0) {
+        SOAP_CHECK(arriving.message >= 0, "a piece of no message");
+        if (arrivals_.size() <= static_cast<size_t>(arriving.message)) arrivals_.resize(arriving.message + 1);
+        arrivals_[arriving.message].emplace_back(plans_.size(), plan.pieces.size());
+      }
       piece.arriving = std::move(arriving);
       plan.pieces.push_back(std::move(piece));
     }
@@ -185,6 +164,8 @@ Assembly::Assembly(std::vector<Result> results) {
     plan.result = std::move(result);
     plans_.push_back(std::move(plan));
   }
+  const auto begin_of = [&](const std::pair<int, int>& which) { return plans_[which.first].pieces[which.second].arriving.begin; };
+  for (auto& arrivals : arrivals_) std::stable_sort(arrivals.begin(), arrivals.end(), [&](auto& a, auto& b) { return begin_of(a) < begin_of(b); });
 }
 
 std::vector<at::Tensor> Assembly::unpack(const std::vector<at::Tensor>& sources, const std::vector<at::Tensor>& messages,
@@ -206,6 +187,37 @@ std::vector<at::Tensor> Assembly::unpack(const std::vector<at::Tensor>& sources,
   return out;
 }
 
+// `buffer` gets the memory of a message's part that isn't aligned.
+Source Assembly::source_of(const Piece& piece, at::ScalarType dtype, const std::vector<at::Tensor>& sources, const std::vector<at::Tensor>& messages,
+                           at::Tensor& buffer) {
+  const Part& part = piece.arriving.from;
+  if (piece.arriving.source >= 0) {
+    const at::Tensor& tensor = at_index(sources, piece.arriving.source, "source");
+    part.check(tensor.sizes());
+    return {.data = data_of(tensor), .dtype = tensor.scalar_type(), .strides = tensor.strides()};
+  }
+  Source source = {.dtype = dtype, .strides = piece.strides};
+  if (part.elements == 0) return source;
+  const at::Tensor& message = at_index(messages, piece.arriving.message, "message");
+  const int64_t size = part.elements * bytes_of(dtype);
+  SOAP_CHECK(piece.arriving.begin + size <= message.numel() && message.is_contiguous() && message.element_size() == 1, "{} bytes from {} on of a message of {}",
+             size, piece.arriving.begin, message.numel());
+  source.data = data_of(message) + piece.arriving.begin;
+  if (reinterpret_cast<uintptr_t>(source.data) % bytes_of(dtype) != 0) {
+    buffer = at::empty(part.shape, at::TensorOptions().dtype(dtype));
+    std::memcpy(buffer.mutable_data_ptr(), source.data, size);
+    source.data = data_of(buffer);
+  }
+  return source;
+}
+
+at::Tensor Assembly::memory_for(const Result& result, const std::optional<at::Tensor>& place) {
+  if (!place.has_value()) return at::empty(result.shape, at::TensorOptions().dtype(result.sums));
+  SOAP_CHECK(place->sizes() == at::IntArrayRef(result.shape) && place->scalar_type() == result.sums && is_dense(place->sizes(), place->strides()),
+             "memory for a result of shape {} has shape {}", text_of(result.shape), text_of(place->sizes()));
+  return *place;
+}
+
 at::Tensor Assembly::assemble(const Plan& plan, const std::vector<at::Tensor>& sources, const std::vector<at::Tensor>& messages,
                               const std::optional<at::Tensor>& place) const {
   const Result& result = plan.result;
@@ -219,26 +231,8 @@ at::Tensor Assembly::assemble(const Plan& plan, const std::vector<at::Tensor>& s
   for (const Piece& piece : plan.pieces) {
     const Part& part = piece.arriving.from;
     const bool local = piece.arriving.source >= 0;
-    at::Tensor buffer;  // of a message's part that isn't aligned
-    Source source;
-    if (local) {
-      const at::Tensor& tensor = at_index(sources, piece.arriving.source, "source");
-      part.check(tensor.sizes());
-      source = {.data = data_of(tensor), .dtype = tensor.scalar_type(), .strides = tensor.strides()};
-    } else if (part.elements > 0) {
-      const at::Tensor& message = at_index(messages, piece.arriving.message, "message");
-      const int64_t size = part.elements * bytes_of(result.dtype);
-      SOAP_CHECK(piece.arriving.begin + size <= message.numel() && message.is_contiguous() && message.element_size() == 1,
-                 "{} bytes from {} on of a message of {}", size, piece.arriving.begin, message.numel());
-      source = {.data = data_of(message) + piece.arriving.begin, .dtype = result.dtype, .strides = piece.strides};
-      if (reinterpret_cast<uintptr_t>(source.data) % bytes_of(result.dtype) != 0) {
-        buffer = at::empty(part.shape, at::TensorOptions().dtype(result.dtype));
-        std::memcpy(buffer.mutable_data_ptr(), source.data, size);
-        source.data = data_of(buffer);
-      }
-    } else {
-      source = {.dtype = result.dtype, .strides = piece.strides};
-    }
+    at::Tensor buffer;
+    const Source source = source_of(piece, result.dtype, sources, messages, buffer);
     const bool stretch = part.interval && is_dense(part.shape, source.strides);
     if (piece.whole && (!target.defined() || result.combine == Combine::kReplace)) {
       own = false;
@@ -264,12 +258,8 @@ at::Tensor Assembly::assemble(const Plan& plan, const std::vector<at::Tensor>& s
       own = true;
       continue;
     }
-    if (!target.defined() && place.has_value()) {
-      SOAP_CHECK(place->sizes() == at::IntArrayRef(result.shape) && place->scalar_type() == result.sums && is_dense(place->sizes(), place->strides()),
-                 "memory for a result of shape {} has shape {}", text_of(result.shape), text_of(place->sizes()));
-      target = *place;
-    } else if (!target.defined()) {
-      target = result.combine == Combine::kReplace ? at::empty(result.shape, options) : at::full(result.shape, result.identity, options);
+    if (!target.defined()) {
+      target = result.combine == Combine::kReplace ? memory_for(result, place) : at::full(result.shape, result.identity, options);
     } else if (!own) {  // the first piece may be a view of its source
       target = target.clone(at::MemoryFormat::Contiguous);
     }

@@ -20,8 +20,11 @@
 #include <vector>
 
 #include "kernels/cpu/box_copy.h"
+#include "transport/memory.h"
 
 namespace soap::movement {
+
+struct Source;
 
 inline constexpr std::size_t kAlignment = 64;  // bytes, of torch's allocator
 
@@ -57,6 +60,9 @@ class Packing {
   // What goes to each peer, as bytes: a view of a source where that is one stretch of its memory and all that goes to that peer, for all peers alike; else
   // parts of one new tensor, peer after peer, in the order of the parts.
   std::vector<at::Tensor> pack(const std::vector<at::Tensor>& sources) const;
+  // The same as memory where it lies, not packed but for parts without rows. `held` gets the tensors that have it.
+  std::vector<transport::Memory> memory(const std::vector<at::Tensor>& sources, std::vector<at::Tensor>& held) const;
+  int num_peers() const { return static_cast<int>(peer_bytes_.size()); }
   int64_t num_bytes() const { return num_bytes_; }
 
  private:
@@ -98,8 +104,29 @@ class Assembly {
   // The results in order. `places` is empty, or has for each of placed() memory that becomes the result (dense, of its shape and type) or null.
   std::vector<at::Tensor> unpack(const std::vector<at::Tensor>& sources, const std::vector<at::Tensor>& messages,
                                  const std::vector<std::optional<at::Tensor>>& places) const;
+  // As unpack, with messages that come after `land` and before `finish`, to landing.incoming.
+  struct Landing {
+    std::vector<transport::Memory> incoming;    // by message
+    std::vector<at::Tensor> results;            // those that what comes is written into; what this rank has itself is there
+    std::vector<at::Tensor> messages;           // memory for the rest of a message, where there is a rest
+    std::vector<std::pair<int, int>> unplaced;  // (result, piece) of `results`, not of rows: it comes to its message
+  };
+  Landing land(const std::vector<at::Tensor>& sources, const std::vector<std::optional<at::Tensor>>& places) const;
+  std::vector<at::Tensor> finish(Landing landing, const std::vector<at::Tensor>& sources) const;
+
+  // Whether everything is a sum of whole pieces of all of these ranks, in their order: message m, with all that it has, comes from rank from[m].
+  bool sums_all(int rank, int num_ranks, const std::vector<int>& from) const;
+  // Where sums_all: the sums' memory, one result after the other, and this rank's addends.
+  struct Sums {
+    std::vector<at::Tensor> results, held;
+    transport::Memory memory, own;
+    at::ScalarType dtype = at::kFloat;
+  };
+  Sums sums(const std::vector<at::Tensor>& sources) const;
+
   // Results that are copied together from parts, so that they can be written to given memory.
   const std::vector<int>& placed() const { return placed_; }
+  int num_messages() const { return static_cast<int>(arrivals_.size()); }
   int64_t num_bytes() const { return num_bytes_; }
 
  private:
@@ -115,9 +142,13 @@ class Assembly {
   };
   at::Tensor assemble(const Plan& plan, const std::vector<at::Tensor>& sources, const std::vector<at::Tensor>& messages,
                       const std::optional<at::Tensor>& place) const;
+  static Source source_of(const Piece& piece, at::ScalarType dtype, const std::vector<at::Tensor>& sources, const std::vector<at::Tensor>& messages,
+                          at::Tensor& buffer);
+  static at::Tensor memory_for(const Result& result, const std::optional<at::Tensor>& place);
 
   std::vector<Plan> plans_;
   std::vector<int> placed_;
+  std::vector<std::vector<std::pair<int, int>>> arrivals_;  // of each message (result, piece), in its order
   int64_t num_bytes_ = 0;
 };
 

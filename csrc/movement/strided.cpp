@@ -16,6 +16,7 @@ using kernels::cpu::Loop;
 using kernels::cpu::Nest;
 
 constexpr int64_t kShared = 1 << 15;  // elements from which torch shares work among threads
+constexpr int64_t kShortest = 64;     // bytes of a row that moves by itself
 constexpr int64_t kLarge = 1 << 12;   // elements from which torch's dispatch takes less time than its loops save
 
 // Whether torch's own operator is the faster one.
@@ -94,6 +95,20 @@ void combine(char* dst, at::ScalarType dtype, at::IntArrayRef dst_strides, const
     kernels::cpu::lay_out(block, src.strides, dst_strides, nest);
     combine(dst, dtype, src, nest, how);
   }
+}
+
+bool add_rows(transport::Memory& memory, char* data, const Nest& nest, bool of_source, int64_t item_bytes) {
+  std::span<const Loop> outer = nest.loops;
+  int64_t row_bytes = item_bytes;
+  if (nest.has_rows()) {
+    row_bytes *= outer.back().extent;
+    outer = outer.first(outer.size() - 1);
+  }
+  if (!outer.empty() && row_bytes < kShortest) return false;
+  std::vector<transport::Loop> loops;
+  for (const Loop& loop : outer) loops.push_back({static_cast<uint64_t>(loop.extent), (of_source ? loop.src_stride : loop.dst_stride) * item_bytes});
+  memory.add(data + (of_source ? nest.src_offset : nest.dst_offset) * item_bytes, row_bytes, std::move(loops));
+  return true;
 }
 
 }  // namespace soap::movement

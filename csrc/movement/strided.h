@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/box_copy.h"
 #include "movement/movement.h"
+#include "transport/memory.h"
 
 namespace soap::movement {
 
@@ -24,5 +25,9 @@ struct Source {
 void combine(char* dst, at::ScalarType dtype, const Source& src, const kernels::cpu::Nest& nest, Combine how);
 void combine(char* dst, at::ScalarType dtype, at::IntArrayRef dst_strides, const Source& src, const std::vector<kernels::cpu::Block>& blocks, Combine how,
              kernels::cpu::Nest& nest);
+
+// Adds what a nest reads from (or writes to) `data` as rows, in its order. False, and nothing is added, where rows are so short that a copy of them all to one
+// stretch takes less time.
+bool add_rows(transport::Memory& memory, char* data, const kernels::cpu::Nest& nest, bool of_source, int64_t item_bytes);
 
 }  // namespace soap::movement

@@ -7,6 +7,7 @@ namespace soap {
 namespace {
 
 constexpr int kLocalCalls = 2;
+constexpr int64_t kShortestRow = 64;  // bytes; as csrc/movement/strided.cpp has it
 
 // Elements of `part` within `whole` follow each other in memory.
 bool lies_together(const Box& part, const Box& whole) {
@@ -22,9 +23,20 @@ bool lies_together(const Box& part, const Box& whole) {
   return true;
 }
 
+// Whether what follows each other in memory, of `part` within `whole`, is long enough to move by itself.
+bool has_rows(const Box& part, const Box& whole, int64_t element_bytes) {
+  int64_t bytes = element_bytes;
+  for (size_t d = whole.size(); d-- > 0;) {
+    if (!part[d].is_interval()) return false;
+    bytes *= part[d].size();
+    if (part[d].size() != whole[d].size()) break;
+  }
+  return bytes >= kShortestRow;
+}
+
 struct Arrivals {
-  int pieces = 0;
-  int64_t elements = 0;
+  int pieces = 0, own = 0, landed = 0;  // all, this device's own, and others' that come right into their place
+  int64_t elements = 0, landed_elements = 0;
 };
 
 }  // namespace
@@ -37,21 +49,34 @@ std::vector<int64_t> local_work_ns(const Machine& machine, const std::vector<Flo
   std::map<std::pair<int, int>, Arrivals> arrivals;      // (destination, device)
   for (const Flow& x : pieces) {
     const Box &source = sources.coords[x.src].box, &destination = destinations.coords[x.dst].box;
-    if (x.elements < volume(source) && !lies_together(intersect(source, destination), source)) {
-      elements[x.from] += 2 * x.elements;
-      ++handled[x.from];
-    }
     Arrivals& here = arrivals[{x.dst, x.to}];
     ++here.pieces;
     here.elements += x.elements;
+    if (x.from == x.to) {
+      ++here.own;
+      continue;
+    }
+    const Box part = intersect(source, destination);
+    if (x.elements < volume(source) && !lies_together(part, source) && !has_rows(part, source, element_bytes)) {
+      elements[x.from] += 2 * x.elements;
+      ++handled[x.from];
+    }
+    if (has_rows(part, destination, element_bytes)) {
+      ++here.landed;
+      here.landed_elements += x.elements;
+    }
   }
   for (const auto& [where, here] : arrivals) {
     const int64_t all = volume(destinations.coords[where.first].box);
-    if (here.elements == here.pieces * all) {  // the first stays where it is
-      elements[where.second] += 3 * (here.pieces - 1) * all;
-      handled[where.second] += here.pieces - 1;
+    if (here.elements == here.pieces * all) {  // sums of wholes, of which the first stays where it is; what comes is added as it comes
+      const bool as_it_comes = here.own == 1 && here.pieces > 1;
+      elements[where.second] += as_it_comes ? all : 3 * (here.pieces - 1) * all;
+      handled[where.second] += as_it_comes ? 1 : here.pieces - 1;
+    } else if (here.elements == all) {
+      elements[where.second] += 2 * (all - here.landed_elements);
+      handled[where.second] += here.pieces - here.landed;
     } else {
-      elements[where.second] += here.elements == all ? 2 * all : all + 3 * here.elements;
+      elements[where.second] += all + 3 * here.elements;
       handled[where.second] += here.pieces;
     }
   }

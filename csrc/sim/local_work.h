@@ -1,9 +1,10 @@
 // What devices do by themselves for the movement of one tensor, on a machine whose devices share what computes (Machine::busy_speed; elsewhere nothing is
-// counted): pieces that don't lie together are packed, copies are put together of several pieces, sums are made. The measured time of a movement
-// (Machine::tables) is that of pieces that lie together and arrive where they stay.
+// counted): pieces without rows are packed, copies are put together of several pieces, sums are made. The measured time of a movement (Machine::tables) is that
+// of pieces that go from where they are to where they stay, as pieces with rows do between ranks that share memory.
 //
 //   pack, put a piece in its place    a read and a write of the piece
 //   add a piece                       two reads and a write of it; the sum is set to zero first: a write of all of it
+//   sum whole pieces of all devices   as they come: a read of the own one
 //   a piece that is all of a tile, and becomes all of a copy, on one device: nothing
 //
 // and Machine::piece_ns for each such piece; where nobody measured that, kLocalCalls calls of an operator on a device where anything is done.

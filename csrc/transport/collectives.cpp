@@ -92,19 +92,19 @@ void Exchange::consume(const Layout& layout, uint64_t step, const std::vector<co
   }
 }
 
-AllReduce::AllReduce(int rank, int num_ranks, Memory memory, Reducer reducer)
-    : Collective(rank, num_ranks), memory_(std::move(memory)), reducer_(std::move(reducer)) {}
+AllReduce::AllReduce(int rank, int num_ranks, Memory source, Memory result, Reducer reducer)
+    : Collective(rank, num_ranks), source_(std::move(source)), result_(std::move(result)), reducer_(std::move(reducer)) {}
 
 void AllReduce::alone() {
-  reduce_into(memory_, memory_, 0, 0, memory_.num_bytes(), {nullptr}, reducer_);
+  reduce_into(result_, source_, 0, 0, source_.num_bytes(), {nullptr}, reducer_);
 }
 
 bool AllReduce::direct(const Layout&) const {
-  return memory_.num_bytes() <= kDirectBytes;
+  return source_.num_bytes() <= kDirectBytes;
 }
 
 uint64_t AllReduce::num_chunks(const Layout& layout) const {
-  return steps_for(memory_.num_bytes(), layout.share_bytes() * num_ranks);
+  return steps_for(source_.num_bytes(), layout.share_bytes() * num_ranks);
 }
 
 AllReduce::Part AllReduce::part(uint64_t step, uint64_t num_chunks) const {
@@ -115,13 +115,13 @@ AllReduce::Part AllReduce::part(uint64_t step, uint64_t num_chunks) const {
 
 AllReduce::Range AllReduce::share(const Layout& layout, uint64_t chunk, int of) const {
   const uint64_t largest = layout.share_bytes() * num_ranks;
-  const uint64_t in_chunk = bytes_of_step(memory_.num_bytes(), chunk, largest);
+  const uint64_t in_chunk = bytes_of_step(source_.num_bytes(), chunk, largest);
   const uint64_t share = (in_chunk + num_ranks * kLine - 1) / (num_ranks * kLine) * kLine;
   return {chunk * largest + of * share, bytes_of_step(in_chunk, of, share)};
 }
 
 void AllReduce::describe(const Layout& layout, Header& header) const {
-  header.num_bytes = memory_.num_bytes();
+  header.num_bytes = source_.num_bytes();
   header.num_steps = direct(layout) ? 1 : 2 * num_chunks(layout);
 }
 
@@ -135,25 +135,25 @@ bool AllReduce::may_publish(uint64_t step, uint64_t num_consumed) const {
 
 void AllReduce::publish(const Layout& layout, uint64_t step, std::byte* data) {
   if (direct(layout)) {
-    memory_.read(0, memory_.num_bytes(), data);
+    source_.read(0, source_.num_bytes(), data);
     return;
   }
   const Part what = part(step, num_chunks(layout));
   if (what.is_sum) {
     const Range own = share(layout, what.chunk, rank);
-    memory_.read(own.begin, own.num_bytes, data);
+    result_.read(own.begin, own.num_bytes, data);
     return;
   }
   for (int r = 0; r < num_ranks; ++r) {
     if (r == rank) continue;
     const Range theirs = share(layout, what.chunk, r);
-    memory_.read(theirs.begin, theirs.num_bytes, data + share_index(rank, r) * layout.share_bytes());
+    source_.read(theirs.begin, theirs.num_bytes, data + share_index(rank, r) * layout.share_bytes());
   }
 }
 
 void AllReduce::consume(const Layout& layout, uint64_t step, const std::vector<const std::byte*>& data) {
   if (direct(layout)) {
-    reduce_into(memory_, memory_, rank, 0, memory_.num_bytes(), data, reducer_);
+    reduce_into(result_, source_, rank, 0, source_.num_bytes(), data, reducer_);
     return;
   }
   const Part what = part(step, num_chunks(layout));
@@ -161,14 +161,14 @@ void AllReduce::consume(const Layout& layout, uint64_t step, const std::vector<c
     for (int distance = 1; distance < num_ranks; ++distance) {
       const int r = (rank + distance) % num_ranks;
       const Range theirs = share(layout, what.chunk, r);
-      memory_.write(theirs.begin, theirs.num_bytes, data[r]);
+      result_.write(theirs.begin, theirs.num_bytes, data[r]);
     }
     return;
   }
   std::vector<const std::byte*> shares(data.size());
   for (int r = 0; r < num_ranks; ++r) shares[r] = r == rank ? nullptr : data[r] + share_index(r, rank) * layout.share_bytes();
   const Range own = share(layout, what.chunk, rank);
-  reduce_into(memory_, memory_, rank, own.begin, own.num_bytes, shares, reducer_);
+  reduce_into(result_, source_, rank, own.begin, own.num_bytes, shares, reducer_);
 }
 
 ReduceScatter::ReduceScatter(int rank, int num_ranks, std::vector<Memory> input, Memory output, Reducer reducer)

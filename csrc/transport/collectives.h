@@ -41,8 +41,9 @@ class Exchange final : public Collective {
 
 class AllReduce final : public Collective {
  public:
-  // In place.
-  AllReduce(int rank, int num_ranks, Memory memory, Reducer reducer);
+  // In place, or `source` stays as it is.
+  AllReduce(int rank, int num_ranks, Memory memory, Reducer reducer) : AllReduce(rank, num_ranks, memory, memory, std::move(reducer)) {}
+  AllReduce(int rank, int num_ranks, Memory source, Memory result, Reducer reducer);
 
   void alone() override;
   void describe(const Layout& layout, Header& header) const override;
@@ -64,9 +65,8 @@ class AllReduce final : public Collective {
   Part part(uint64_t step, uint64_t num_chunks) const;
   Range share(const Layout& layout, uint64_t chunk, int of) const;
 
-  Memory memory_;
+  Memory source_, result_;
   Reducer reducer_;
-  uint64_t num_chunks_ = 0;
 };
 
 class ReduceScatter final : public Collective {

@@ -197,7 +197,7 @@ TEST_F(LocalWork, WhatStaysWhereItIsTakesNone) {
   EXPECT_EQ(fill(whole, layout({{{span(0, 6), span(0, 2)}, 1}})), std::vector<int64_t>());
 }
 
-// Columns don't: the sender packs 12 elements, a read and a write.
+// Columns of two elements have no rows: the sender packs 12 elements, a read and a write; the receiver has them as they come.
 TEST_F(LocalWork, ColumnsArePacked) {
   const Sharding whole = layout({{{span(0, 6), span(0, 4)}, 0}});
   EXPECT_EQ(fill(whole, layout({{{span(0, 6), span(0, 2)}, 1}})), (std::vector<int64_t>{24 + 200, 0}));
@@ -205,16 +205,24 @@ TEST_F(LocalWork, ColumnsArePacked) {
   EXPECT_EQ(fill(whole, layout({{{span(0, 6), span(0, 2)}, 1}})), (std::vector<int64_t>{24 + 7, 0}));
 }
 
-// Halves become a whole on device 0: 24 elements are read and written.
-TEST_F(LocalWork, CopiesArePutTogether) {
-  const Sharding halves = layout({{{span(0, 3), span(0, 4)}, 0}, {{span(3, 6), span(0, 4)}, 1}});
-  EXPECT_EQ(fill(halves, layout({{{span(0, 6), span(0, 4)}, 0}})), (std::vector<int64_t>{48 + 200, 0}));
+// Of 16 elements, 64 bytes, they have.
+TEST_F(LocalWork, RowsGoAsTheyAre) {
+  const Sharding whole = layout({{{span(0, 6), span(0, 32)}, 0}});
+  EXPECT_EQ(fill(whole, layout({{{span(0, 6), span(0, 16)}, 1}})), std::vector<int64_t>());
+  EXPECT_EQ(fill(whole, layout({{{span(0, 6), span(0, 15)}, 1}})), (std::vector<int64_t>{180 + 200, 0}));
 }
 
-// The second of two whole addends is added to the first: two reads and a write of 24.
+// Halves become a whole on device 0: its own 48 elements are read and written, the others come into their place.
+TEST_F(LocalWork, CopiesArePutTogether) {
+  const Sharding halves = layout({{{span(0, 3), span(0, 16)}, 0}, {{span(3, 6), span(0, 16)}, 1}});
+  EXPECT_EQ(fill(halves, layout({{{span(0, 6), span(0, 16)}, 0}})), (std::vector<int64_t>{96 + 200, 0}));
+}
+
+// Of two whole addends one comes: 24 of the own are read. Where both are the device's own, one is added to the other: two reads and a write of 24.
 TEST_F(LocalWork, AddendsAreAdded) {
   const Box all{span(0, 6), span(0, 4)};
-  EXPECT_EQ(fill(layout({{all, 0}, {all, 1}}, Reduce::kSum), layout({{all, 0}})), (std::vector<int64_t>{72 + 200, 0}));
+  EXPECT_EQ(fill(layout({{all, 0}, {all, 1}}, Reduce::kSum), layout({{all, 0}})), (std::vector<int64_t>{24 + 200, 0}));
+  EXPECT_EQ(fill(layout({{all, 0}, {all, 0}}, Reduce::kSum), layout({{all, 0}})), (std::vector<int64_t>{72 + 200, 0}));
 }
 
 // The gradient of 12 of 24 elements: 24 are set to zero, 12 added to.

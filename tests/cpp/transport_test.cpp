@@ -90,6 +90,57 @@ TEST_P(Transport, Sums) {
   }
 }
 
+// `count` columns of a matrix as memory: a row of each line.
+Memory columns(Floats& matrix, std::size_t width, std::size_t begin, std::size_t count) {
+  Memory out;
+  out.add(matrix.data() + begin, count * sizeof(float), {{matrix.size() / width, static_cast<int64_t>(width * sizeof(float))}});
+  return out;
+}
+
+TEST_P(Transport, ColumnsGoFromWhereTheyAreToWhereTheyStay) {
+  const int num_ranks = GetParam();
+  constexpr std::size_t kRows = 3000, kColumns = 37;  // more than a slot holds, cut within rows
+  const std::size_t width = num_ranks * kColumns;
+  on_ranks(num_ranks, std::chrono::microseconds(100), [&](Group& group) {
+    const int me = group.rank();
+    Floats matrix = values(me, kRows * width), got(kRows * width, -1);
+    std::vector<Memory> outgoing, incoming;
+    for (int r = 0; r < num_ranks; ++r) {
+      outgoing.push_back(columns(matrix, width, r * kColumns, kColumns));
+      incoming.push_back(columns(got, width, r * kColumns, kColumns));
+    }
+    begin<Exchange>(group, true, "exchange", outgoing, incoming, std::vector<bool>(num_ranks, true));
+    for (int from = 0; from < num_ranks; ++from) {
+      const Floats theirs = values(from, kRows * width);
+      for (std::size_t i = 0; i < kRows * kColumns; ++i) {
+        const std::size_t line = i / kColumns * width, column = i % kColumns;
+        ASSERT_EQ(got[line + from * kColumns + column], theirs[line + me * kColumns + column]) << i;
+      }
+    }
+    Floats sum(kRows * width);
+    begin<AllReduce>(group, true, "all_reduce", memory_of(matrix), memory_of(sum), reducer());
+    EXPECT_EQ(sum, folded(num_ranks, kRows * width));
+    EXPECT_EQ(matrix, values(me, kRows * width));
+  });
+}
+
+// What one rank adds up as it comes the others exchange.
+TEST_P(Transport, OneRankSumsWhatOthersExchange) {
+  const int num_ranks = GetParam();
+  constexpr std::size_t kCount = 200'003;
+  on_ranks(num_ranks, std::chrono::microseconds(100), [&](Group& group) {
+    Floats mine = values(group.rank(), kCount), got(kCount);
+    std::vector<Memory> outgoing(num_ranks), incoming(num_ranks);
+    outgoing[0] = memory_of(mine);
+    if (group.rank() == 0) {
+      begin<ReduceScatter>(group, true, "exchange", outgoing, memory_of(got), reducer());
+      EXPECT_EQ(got, folded(num_ranks, kCount));
+    } else {
+      begin<Exchange>(group, true, "exchange", outgoing, incoming, std::vector<bool>(num_ranks, true));
+    }
+  });
+}
+
 TEST_P(Transport, UnevenExchangesInFlight) {
   const int num_ranks = GetParam();
   const auto length = [](int from, int to, int round) -> std::size_t { return (from * 31 + to * 17 + round * 7) % 5 * 40'000 + to; };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.dist.launch import Outcome, torchrun
 
 
@@ -22,3 +24,11 @@ def test_sums_are_the_same_on_all_ranks_over_either_transport_and_each_has_a_cac
 def test_a_transport_that_there_is_not() -> None:
     done = torchrun(1, "tests.dist.worker_transports", "soap", timeout_s=60, env={"TORCH_SOAP_TRANSPORT": "nccl"})
     assert done.returncode != 0 and "TORCH_SOAP_TRANSPORT is 'nccl': soap or gloo" in done.output
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_movements_without_packing_are_the_same_to_the_bit(ranks: int) -> None:
+    done = torchrun(ranks, "tests.dist.worker_movements")
+    assert done.returncode == 0 and all(r is not None for r in done.results), done.output
+    assert [r["wrong"] for r in done.results] == [[]] * ranks
+    assert all(r["taken"] > 10 and r["copied"] == [] for r in done.results), done.results

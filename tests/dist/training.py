@@ -100,7 +100,7 @@ def inject_delays(comm: Any, delays: random.Random) -> None:
 
         return wait_then_call
 
-    comm.all_reduce, comm.exchange = late(comm.all_reduce), late(comm.exchange)
+    comm.all_reduce, comm.exchange, comm.shared = late(comm.all_reduce), late(comm.exchange), late(comm.shared)
 
 
 def difference(got: History, wanted: History, steps: int) -> tuple[float, str]:

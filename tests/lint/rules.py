@@ -20,11 +20,12 @@ LAYERS["kernels"] = {"base"}
 LAYERS["runtime"] = {"base", "kernels", "program"}
 LAYERS["transport"] = {"base"}
 LAYERS["backend"] = {"base", "transport"}
-LAYERS["movement"] = {"base", "kernels"}
-LAYERS["bindings_torch"] = {"backend", "movement"}
+LAYERS["movement"] = {"base", "kernels", "transport", "backend"}
+LAYERS["engine"] = {"base", "movement"}
+LAYERS["bindings_torch"] = {"backend", "movement", "engine"}
 LAYERS["testing"] = LAYERS["plan"] | {"report"}
 LAYERS["bindings"] = LAYERS["testing"] | {"testing"}
-WITH_TORCH = {"runtime", "backend", "movement", "bindings_torch"}  # may include LibTorch
+WITH_TORCH = {"runtime", "backend", "movement", "engine", "bindings_torch"}  # may include LibTorch
 WITH_PYTHON = {"bindings", "bindings_torch"}
 TORCH_HEADERS = {"torch", "ATen", "c10"}
 

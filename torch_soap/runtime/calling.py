@@ -11,13 +11,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_soap.capture import Captured
 from torch_soap.capture.graph import Graph
+from torch_soap.runtime.engine import Engine
 from torch_soap.runtime.tree import Tree
+from torch_soap.runtime.watch import GradientWatch
 
 
 class Calling:
     """What calls of one engine need to know of the module as it is."""
 
-    def __init__(self, captured: Captured, graph: Graph, tree: Tree) -> None:
+    def __init__(self, captured: Captured, graph: Graph, tree: Tree, engine: Engine, watch: GradientWatch) -> None:
         self.tree = tree
         self.feeds = [n.name for n in graph.nodes if n.kind == "feed"]
         self.fixed: dict[str, torch.Tensor] = {}  # by node name, in the graph's order; buffers, which forwards may replace, as they were
@@ -34,6 +36,13 @@ class Calling:
         self.param_names = [n.name for n in graph.nodes if n.kind == "param"]
         self.parameters = [self.fixed[name] for name in self.param_names]
         self.inputs = [*self.feeds, *self.param_names]
+        self.nodes = [engine.node_of[name] for name in self.inputs]
+        self.values = [engine.value_of_store[n] for n in self.nodes]
+        self.dtypes = [engine.dtypes[n] for n in self.nodes]
+        self.watched = watch.indices(self.inputs)
+        # Inputs whose gradient may be made here: parts that are empty, or that another rank stores.
+        self.special = [i for i, v in enumerate(self.values) if v < 0 or 0 in engine.shapes[v]]
+        self.reaching: dict[frozenset[int], list[bool]] = {}  # returns that are used -> whether inputs have a part in them
 
     def stored(self) -> dict[str, torch.Tensor]:
         """As Parallel.stored."""
@@ -44,12 +53,23 @@ class Calling:
                 out[name] = buffer
         return out
 
+    def reached(self, engine: Engine, used: frozenset[int]) -> list[bool]:
+        if used not in self.reaching:
+            nodes = engine.nodes_before(used)
+            self.reaching[used] = [n in nodes for n in self.nodes]
+        return self.reaching[used]
+
     def any_trained(self) -> bool:
         return any(p.requires_grad for p in self.parameters)
 
 
 def input_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def all_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Nothing but tensors, one after the other: what most calls are, and what needs no look into structures."""
+    return not kwargs and all(type(a) is torch.Tensor for a in args)
 
 
 def structure_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

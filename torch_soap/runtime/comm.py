@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from torch_soap import _backend
 from torch_soap.backend import beside, leave
 
 # Of a process group: names from torch 2.14 on, and before.
@@ -42,6 +43,12 @@ class Traffic:
         self.operations[kind] += 1
         self.num_bytes[kind] += num_bytes
 
+    def add_all(self, exchanges: int, exchanged_bytes: int, all_reduces: int, reduced_bytes: int) -> None:
+        for kind, operations, num_bytes in (("exchange", exchanges, exchanged_bytes), ("all_reduce", all_reduces, reduced_bytes)):
+            if operations:
+                self.operations[kind] += operations
+                self.num_bytes[kind] += num_bytes
+
 
 class Comm(Protocol):
     rank: int
@@ -54,6 +61,9 @@ class Comm(Protocol):
     def exchange(self, sends: dict[int, torch.Tensor], recv_bytes: dict[int, int], ranks: Sequence[int]) -> dict[int, torch.Tensor]:
         """One grouped exchange of bytes (1-D uint8 tensors) among `ranks`; every one of them must call it."""
 
+    def shared(self, ranks: Sequence[int]) -> Shared | None:
+        """How the same goes among ranks that share memory, without packing; None where they don't."""
+
     def join(self, groups: Iterable[Sequence[int]]) -> None:
         """The sets of ranks among which this rank will exchange and reduce from now on. Collective over all ranks."""
 
@@ -62,6 +72,29 @@ class Comm(Protocol):
 
     def gather_ints(self, values: Sequence[int], meeting: str = "calibration") -> list[list[int]]:
         """The integers of all ranks, in order; a rank that doesn't come within the timeout, or is elsewhere (MEETINGS), is named in the error."""
+
+
+class Shared:
+    """Of ranks that share memory, on one host or on each of several."""
+
+    def __init__(self, backend: _backend.SoapBackend, ranks: Sequence[int], traffic: Traffic) -> None:
+        self.backend, self.moving, self.traffic = backend, moving(ranks), traffic
+
+    def exchange(
+        self, plan: _backend.Exchange, num_bytes: int, outgoing: list[torch.Tensor], own: list[torch.Tensor], places: list[torch.Tensor | None]
+    ) -> list[torch.Tensor]:
+        """What is made of pieces here. `num_bytes` are sent."""
+        with self.moving:
+            out = plan.run(self.backend, outgoing, own, places)
+        self.traffic.add("exchange", num_bytes)
+        return out
+
+    def all_reduce(self, tensors: list[torch.Tensor], maximum: bool) -> list[torch.Tensor]:
+        """Of tensors of one type, in one operation; they stay as they are."""
+        with self.moving:
+            out = _backend.all_reduce(self.backend, tensors, maximum)
+        self.traffic.add("all_reduce", sum(t.nbytes for t in tensors))
+        return out
 
 
 _alive: weakref.WeakSet[TorchComm] = weakref.WeakSet()
@@ -74,6 +107,7 @@ def leave_groups() -> None:
     for comm in list(_alive):
         comm.world, comm.store = None, None
         comm.groups.clear()
+        comm.by_memory.clear()
     leave()
 
 
@@ -96,6 +130,8 @@ class TorchComm:
         self.everyone = tuple(range(self.world_size))
         self.small: dict[tuple[tuple[int, ...], torch.device], int] = {}  # group, device -> bytes up to which sums are made at once
         self.options = {maximum: reduce_options(maximum) for maximum in (False, True)}
+        self.said = torch.zeros(HEADER_INTS, dtype=torch.int64), torch.zeros(self.world_size * HEADER_INTS, dtype=torch.int64)  # by this rank, by all
+        self.by_memory: dict[tuple[int, ...], Shared | None] = {}
         _alive.add(self)
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -133,6 +169,14 @@ class TorchComm:
         self.traffic.add("all_reduce", num_bytes)
         return tensor
 
+    def shared(self, ranks: Sequence[int]) -> Shared | None:
+        key = tuple(ranks)
+        if key not in self.by_memory:
+            backend: Any = self.group(ranks)._get_backend(torch.device("cpu"))
+            shares = isinstance(backend, _backend.SoapBackend) and (backend.shares_memory or backend.spans_hosts)
+            self.by_memory[key] = Shared(backend, ranks, self.traffic) if shares else None
+        return self.by_memory[key]
+
     def at_once(self, ranks: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> int:
         """Bytes up to which a sum among these ranks is made by `all_reduce_at_once`; -1: never."""
         key = tuple(ranks), device
@@ -162,23 +206,22 @@ class TorchComm:
         self.num_meetings += 1
         if len(values) + 2 > HEADER_INTS:
             raise ValueError(f"[comm] a header of {len(values)} integers; at most {HEADER_INTS - 2}")
-        mine = torch.tensor([len(values), MEETINGS.index(meeting), *values, *[0] * (HEADER_INTS - 2 - len(values))])
-        out = torch.empty(self.world_size * HEADER_INTS, dtype=torch.int64)
+        mine, out = self.said
+        _backend.write_row(mine, MEETINGS.index(meeting), values)
         try:
             if self.world is None:
                 raise RuntimeError("[comm] there is no process group")
             self.meet(getattr(self.world, ALL_GATHER)(out, mine, GATHER))
         except RuntimeError as error:
             raise RuntimeError(f"[comm] at a {meeting}: {self.missing()}") from error
-        said = out.tolist()
-        rows = [said[i : i + HEADER_INTS] for i in range(0, len(said), HEADER_INTS)]
-        for rank, row in enumerate(rows):
-            if row[1] != rows[0][1]:
-                places = MEETINGS[row[1]], MEETINGS[rows[0][1]]
+        meetings, rows = _backend.read_rows(out, HEADER_INTS)
+        for rank, where in enumerate(meetings):
+            if where != meetings[0]:
+                places = MEETINGS[where], MEETINGS[meetings[0]]
                 raise RankMismatchError(
                     f"[comm] rank {rank} is at a {places[0]}, rank 0 at a {places[1]}: all ranks must make the same calls of a model, in the same order"
                 )
-        return [row[2 : 2 + row[0]] for row in rows]
+        return rows
 
     def meet(self, work: dist.Work | None) -> None:
         """Waits for a meeting. The store, which a rank that fails asks who has come, is told only where the meeting takes long: telling takes longer than
@@ -358,6 +401,9 @@ class ThreadComm:
             raise RuntimeError(f"[comm] rank {self.rank} expected {recv_bytes} bytes, got {sizes}")
         self.traffic.add("exchange", sum(t.numel() for t in sends.values()))
         return out
+
+    def shared(self, ranks: Sequence[int]) -> Shared | None:
+        return None
 
     def join(self, groups: Iterable[Sequence[int]]) -> None:
         """Nothing to make: threads meet under any key."""

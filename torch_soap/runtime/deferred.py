@@ -7,7 +7,7 @@ is a DeferredGradient: reading it is an error, and clearing it drops what waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,7 +94,9 @@ class Deferred:
         self.drop_cleared()
         sums: dict[str, torch.Tensor] = {}
         for engine, grads in self.waiting.items():
-            state = StepState(grads=dict(grads))
+            state = engine.state()
+            for value, waiting in grads.items():
+                state.grads[value] = waiting
             engine.reduce(state)
             for node in engine.filled_params:
                 name, grad = engine.names[node].removeprefix("param:"), engine.gradient(state, node)
@@ -115,5 +117,4 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def hooks_of(p: nn.Parameter) -> bool:
     """Whether the user put hooks on the parameter."""
-    hooks: Mapping[int, Any] = p._backward_hooks or {}
-    return any(not getattr(h, "torch_soap", False) for h in hooks.values()) or bool(p._post_accumulate_grad_hooks)
+    return bool(p._backward_hooks) or bool(p._post_accumulate_grad_hooks)

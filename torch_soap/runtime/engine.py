@@ -1,7 +1,7 @@
 """Engine: one rank's program at one signature, forward and backward in the Program's own order.
 
-Autograd's order differs between ranks as soon as their graphs differ, and collectives in a different order hang. So each
-segment has a small autograd graph of its own, and backward walks the instructions with `torch.autograd.grad` per segment.
+What a step does many times runs in C++ (csrc/engine/engine.h): segments, their backward, movements within the rank and among ranks that share memory.
+Here is what is prepared once, and what is rare.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torch_soap import _C
+from torch_soap import _C, _backend
 from torch_soap.capture.graph import Graph
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_segment
 from torch_soap.runtime.comm import Comm
-from torch_soap.runtime.local_graph import entering, run_backward
 from torch_soap.runtime.meter import Sample
-from torch_soap.runtime.movement import Index, PlannedStep, execute, index_of, plan_step, sums_in, take
+from torch_soap.runtime.movement import Index, PlannedStep, compiled, execute, index_of, plan_step, take
 from torch_soap.runtime.state import StepState
 from torch_soap.runtime.storage import cut, stored_boxes
 
@@ -73,9 +73,8 @@ class Engine:
             self.num_forward = len(self.kinds)
         stores = {self.value_of_store[n] for n in (*self.feeds, *self.stores)}
         self.boxes = stored_boxes(program, rank)
-        self.stored_at = [
-            (self.names[n], self.value_of_store[n], torch.Size(self.shapes[self.value_of_store[n]])) for n in self.stores if self.value_of_store[n] >= 0
-        ]
+        self.fed = [(self.value_of_store[n], self.names[n]) for n in self.feeds if self.value_of_store[n] >= 0]
+        self.store_names = [self.names[n] for n in self.stores]
         self.node_of = {name: i for i, name in enumerate(self.names)}
         self.dtypes = {n: self._dtype_of(n) for n in (*self.feeds, *self.stores, *self.returns)}
         self.released = self._released()
@@ -87,24 +86,37 @@ class Engine:
         self.param_fills, self.fill_sources, self.filled_params = self._param_fills()
         self.dropped = self._dropped()
         self.before: dict[frozenset[int], set[int]] = {}
-        self.actions: list[Callable[[StepState, int, bool], None]] = [self._action(k) for k in self.kinds]
-        self.run_segment = [m.forward for m in self.modules]
-        self.arguments = [[(v, self.wants_grad[v]) for v in values] for values in self.inputs]
+        self.run_segment: list[Callable[..., Any]] = [m.forward for m in self.modules]
         self.given_back = [[v for v in values if v in self.refilled] for values in self.inputs]  # copies among a segment's inputs
         self.own_storage = [p is not None and any(v in self.refilled for t in p.transfers for v, _ in t.results) for p in self.planned]
-        released_or_dropped = {*self.released, *self.dropped}
-        self.tidies = [i in released_or_dropped for i in range(len(self.kinds))]
+        self.core: _backend.Engine | None = None  # made at the first step, when the groups of ranks are there
 
-    def _action(self, kind: _C.InstructionKind) -> Callable[[StepState, int, bool], None]:
+    def _compiled(self) -> _backend.Engine:
         kinds = _C.InstructionKind
-        known: dict[_C.InstructionKind, Callable[[StepState, int, bool], None]] = {
-            kinds.segment: self._do_segment,
-            kinds.segment_backward: self._do_backward,
-            kinds.fill: self._do_fill,
-            kinds.grad_fill: self._do_grad_fill,
-            kinds.refill: self._do_refill,
-        }
-        return known[kind]
+        usual = {kinds.segment: _backend.Kind.segment, kinds.fill: _backend.Kind.fill, kinds.grad_fill: _backend.Kind.grad_fill}
+        segments = []
+        for i, values in enumerate(self.inputs):
+            again = self.again[i]
+            inputs = [(v, self.wants_grad[v], not self.enters[v]) for v in values]
+            wanted = [again is not None and v in again for v in self.outs[i]]
+            segments.append((inputs, self.outs[i], self.given_back[i], self.differentiable[i], again is not None, wanted))
+        steps: list[_backend.Step] = []
+        instructions = []
+        for i, kind in enumerate(self.kinds):
+            planned, how, index = self.planned[i], usual.get(kind, _backend.Kind.rare), self.segment_of[i]
+            if kind == kinds.segment_backward and not self.recomputes[i]:
+                how = _backend.Kind.segment_backward
+            if planned is not None and how != _backend.Kind.rare:
+                step = None if self.own_storage[i] else compiled(planned, self.comm)
+                if step is None:
+                    how = _backend.Kind.rare
+                else:
+                    index = len(steps)
+                    steps.append(step)
+            copies, grads = self.dropped.get(i, ([], []))
+            instructions.append((how, index, self.is_backward[i], i in self.param_fills, self.frees[i], self.kept[i], self.released.get(i, []), copies, grads))
+        stores = [(self.value_of_store[n], self.names[n], self.shapes[self.value_of_store[n]] if self.value_of_store[n] >= 0 else []) for n in self.stores]
+        return _backend.Engine(segments, steps, instructions, self.shapes, stores)
 
     def groups(self) -> set[tuple[int, ...]]:
         """Sets of ranks among which this rank's program exchanges and reduces."""
@@ -177,6 +189,9 @@ class Engine:
                 out.setdefault(position, ([], []))[which].append(value)
         return out
 
+    def state(self) -> StepState:
+        return StepState(len(self.values), len(self.segments))
+
     # -- forward -----------------------------------------------------------------------------------------------------
     def forward(
         self,
@@ -196,15 +211,15 @@ class Engine:
             seeds: interleaved programs: gradients of the returns, by node name.
             deferred: interleaved programs: leave the parameters' gradients unreduced.
         """
+        if self.core is None:
+            self.core = self._compiled()
         autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         # A copy of the counters: what backward computes again draws the same.
-        state = StepState(random=None if random is None else replace(random), deferred=deferred, autocast=autocast)
-        for node in self.feeds:
-            state.values[self.value_of_store[node]] = feeds[self.names[node]].detach()
-        for name, value, shape in self.stored_at:
-            tensor = state.values[value] = stored[name].detach()
-            if tensor.shape != shape:
-                raise RuntimeError(f"[engine] {name} has shape {list(tensor.shape)} here, the plan {list(shape)}")
+        state = self.state().of(None if random is None else replace(random), autocast)
+        state.deferred = deferred
+        for node, name in self.fed:
+            state.values[node] = feeds[name].detach()
+        self.core.begin(state, [stored[name] for name in self.store_names])
         for node in self.overwritten if grad else []:  # what is computed again reads what forward read
             value = self.value_of_store[node]
             if value >= 0:
@@ -252,7 +267,7 @@ class Engine:
         for node in self.returns:
             value = self.value_of_return[node]
             if self.names[node] in grads and self.wants_grad[value]:
-                self._accumulate(state, value, grads[self.names[node]])
+                _backend.accumulate(state, value, grads[self.names[node]])
 
     # -- backward ----------------------------------------------------------------------------------------------------
     def backward(self, state: StepState, grads: dict[str, torch.Tensor], *, retain_graph: bool = False) -> None:
@@ -303,138 +318,59 @@ class Engine:
 
     # -- instructions ------------------------------------------------------------------------------------------------
     def _run(self, state: StepState, end: int, grad: bool) -> None:
-        """Called hundreds of times a second: what an instruction does is looked up in lists made once."""
-        values, watched = state.values, self.trace is not None or self.sample is not None
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # but where a segment's graph is recorded
+        core = self.core
+        assert core is not None
+        rare = partial(self._rare, state)
         try:
-            for position in range(state.position, end):
-                if not grad and self.is_backward[position]:  # an interleaved program is evaluated
-                    continue
-                if watched:
-                    self._run_watched(state, position, grad)
-                else:
-                    self.actions[position](state, position, grad)
-                for value in self.frees[position]:
-                    values.pop(value, None)
-                if not grad:
-                    for value in self.kept[position]:
-                        values.pop(value, None)
-                if self.tidies[position]:
-                    self._tidy(state, position, grad)
-        finally:
-            torch._C._set_grad_enabled(before)
+            if self.trace is None and self.sample is None:
+                core.run(state, state.position, end, grad, self.run_segment, state.random, rare)
+            else:
+                for position in range(state.position, end):
+                    if grad or not self.is_backward[position]:
+                        self._run_watched(core, state, position, grad, rare)
+        except RuntimeError as error:
+            if not core.moving:
+                raise
+            raise RuntimeError(f"[comm] a movement among ranks {core.moving[0]} failed: one of them ended, failed, or is elsewhere") from error
+        self.comm.traffic.add_all(*core.take_counts())
         state.position = end
 
-    def _run_watched(self, state: StepState, position: int, grad: bool) -> None:
+    def _run_watched(self, core: _backend.Engine, state: StepState, position: int, grad: bool, rare: Callable[[int], None]) -> None:
         sample = self.sample
         clock = time.perf_counter_ns if sample is None or self.segment_of[position] < 0 else sample.clock
         start_ns, begin = time.perf_counter_ns(), clock()
-        self.actions[position](state, position, grad)
+        core.run(state, position, position + 1, grad, self._forwards(), state.random, rare)
         if sample is not None:
             sample.instructions[position] = clock() - begin
         if self.trace is not None:
             self.trace.append((position, start_ns, time.perf_counter_ns()))
 
-    def _tidy(self, state: StepState, position: int, grad: bool) -> None:
-        """After an instruction: gives back copies, and forgets what was used for the last time."""
-        if grad and position in self.released:
-            for value in self.released[position]:
-                state.copies[value] = state.values.pop(value)
-                state.copies[value].untyped_storage().resize_(0)
-        if position in self.dropped and not (state.deferred and position in self.param_fills):
-            copies, grads = self.dropped[position]
-            for value in copies:
-                state.copies.pop(value, None)
-            for value in grads:
-                state.grads.pop(value, None)
+    def _forwards(self) -> list[Callable[..., Any]]:
+        sample = self.sample
+        return self.run_segment if sample is None else [partial(sample.run, m) for m in self.modules]
 
-    def _do_segment(self, state: StepState, position: int, grad: bool) -> None:
-        segment = self.segment_of[position]
-        self._segment(state, segment, grad and self.differentiable[segment])
-
-    def _do_backward(self, state: StepState, position: int, _: bool) -> None:
-        for segment, fill in self.recomputes[position]:
-            if segment >= 0:
-                self._compute_again(state, segment)
-            else:
-                self._fill(state, fill)
-        self._segment_backward(state, self.segment_of[position])
-
-    def _do_fill(self, state: StepState, position: int, _: bool) -> None:
-        self._fill(state, position)
-
-    def _do_grad_fill(self, state: StepState, position: int, _: bool) -> None:
-        if not (state.deferred and position in self.param_fills):
-            self._grad_fill(state, position)
-
-    def _do_refill(self, state: StepState, position: int, _: bool) -> None:
-        self._refill(state, position)
+    def _rare(self, state: StepState, position: int) -> None:
+        kind, kinds = self.kinds[position], _C.InstructionKind
+        if kind == kinds.fill:
+            self._fill(state, position)
+        elif kind == kinds.refill:
+            self._refill(state, position)
+        elif kind == kinds.grad_fill:
+            if not (state.deferred and position in self.param_fills):
+                self._grad_fill(state, position)
+        else:
+            for segment, fill in self.recomputes[position]:
+                if segment >= 0:
+                    self._compute_again(state, segment)
+                else:
+                    self._fill(state, fill)
+            _backend.run_backward(state, self.segment_of[position])
 
     def _compute_again(self, state: StepState, segment: int) -> None:
         enabled, dtype = state.autocast
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-            self._segment(state, segment, True, self.again[segment])
-
-    def _segment(self, state: StepState, segment: int, record: bool, wanted: set[int] | None = None) -> None:
-        """Computes a segment, with a graph if `record` says so. `wanted`, the second time: the only outputs that become values.
-
-        The first time a region's segment has its graph too, and drops it at the end: torch has other kernels where nothing records (LSTM's).
-        """
-        values, copies = state.values, state.copies
-        arguments: list[torch.Tensor] = []
-        leaves: dict[int, torch.Tensor | GradientEdge] = {}
-        enters = []
-        for i, (value, wants_grad) in enumerate(self.arguments[segment]):
-            tensor = values[value] if value in values else copies[value]
-            if record and wants_grad:
-                if self.enters[value]:
-                    enters.append((i, value))
-                else:
-                    leaves[value] = tensor = tensor.detach().requires_grad_()
-            arguments.append(tensor)
-        if enters:
-            for (i, value), tensor in zip(enters, entering([arguments[i] for i, _ in enters]), strict=True):
-                arguments[i], leaves[value] = tensor, get_gradient_edge(tensor)
-            del tensor
-        torch._C._set_grad_enabled(record)
-        try:
-            if self.sample is None:
-                results = self.run_segment[segment](*arguments, state.random)
-            else:
-                results = self.sample.run(self.modules[segment], *arguments, state.random)
-            arguments.clear()
-            if record and (self.again[segment] is None or wanted is not None):
-                state.leaves[segment] = leaves
-                # Not the tensors: what backward reads of them the graph has saved itself. A view of a leaf made under no_grad has no place in it.
-                own = [id(t) for t in leaves.values()]
-                reached = {v: t for v, t in zip(self.outs[segment], results, strict=True) if t.grad_fn is not None or id(t) in own}
-                state.outputs[segment] = {v: (get_gradient_edge(t), t.dtype) for v, t in reached.items()}
-        finally:
-            torch._C._set_grad_enabled(False)
-        gathered = [values[v].untyped_storage().data_ptr() for v in self.given_back[segment] if v in values]
-        for value, tensor in zip(self.outs[segment], results, strict=True):
-            if wanted is not None and value not in wanted:
-                continue
-            view = bool(gathered) and tensor.untyped_storage().data_ptr() in gathered  # of a copy whose storage is given back
-            values[value] = tensor.detach().clone() if view else tensor.detach()
-
-    def _segment_backward(self, state: StepState, segment: int) -> None:
-        def add(value: int, grad: torch.Tensor) -> None:
-            self._accumulate(state, value, grad.to_dense() if grad.is_sparse else grad)
-
-        run_backward(state, state.leaves.pop(segment), state.outputs.pop(segment), add)
-
-    def _accumulate(self, state: StepState, value: int, grad: torch.Tensor) -> None:
-        known = state.grads.get(value)
-        if known is None:
-            state.grads[value] = grad
-            state.sums.discard(value)
-        elif value in state.sums and torch.promote_types(known.dtype, grad.dtype) == known.dtype:
-            known += grad
-        else:  # what autograd gave may be the gradient of several values
-            state.grads[value] = known.to(sums_in(known.dtype)) + grad
-            state.sums.add(value)
+            assert self.core is not None
+            self.core.forward(state, segment, True, True, self._forwards(), state.random)
 
     def _fill(self, state: StepState, position: int) -> None:
         step = self.planned[position]
@@ -488,4 +424,4 @@ class Engine:
             return torch.zeros((), dtype=dtype).expand(self.shapes[value]) if grad is None else grad.to(dtype)
 
         for value, grad in execute(step, self.comm, read):
-            self._accumulate(state, value, grad)
+            _backend.accumulate(state, value, grad)

@@ -85,6 +85,9 @@ class Bucket:
         self.empty = [(v, shape) for t, reached in zip(self.transfers, self.reached, strict=True) for v, shape in t.results if v not in reached]
         self.sums = self.dtype if self.maximum else sums_in(self.dtype)
 
+    def sums_as_they_are(self) -> bool:
+        return self.sums == self.dtype and not self.dtype.is_complex
+
 
 class Packing:
     """What this rank sends in a step."""
@@ -126,6 +129,10 @@ class Assembly:
         self.local = _backend.Assembly(planned)
         self.placed = [self.results[i] for i in self.local.placed]
 
+    def given(self, read: Read, place: Place | None) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """The sources that this rank has, and memory for results, where there is some."""
+        return [read(value, dtype) for value, dtype in self.sources], [] if place is None else [place(value) for value in self.placed]
+
 
 @dataclass
 class PlannedStep:
@@ -136,6 +143,7 @@ class PlannedStep:
     rank: int = field(init=False, default=-1)  # whom the rest is for
     packing: Packing | None = field(init=False, default=None)  # None: there is no exchange
     assembly: Assembly | None = field(init=False, default=None)
+    exchange: _backend.Exchange | None = field(init=False, default=None)  # of both, among ranks that share memory
     buckets: list[Bucket] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -158,7 +166,11 @@ class PlannedStep:
                 others.append(t)
         self.buckets = [Bucket(ranks, dtype, maximum, transfers) for (ranks, dtype, maximum), transfers in grouped.items()]
         self.packing = Packing(self) if self.ranks else None
-        self.assembly = Assembly(others) if others else None
+        self.assembly = Assembly(others) if others or self.ranks else None
+        if self.packing is not None and self.assembly is not None:
+            place = numbered(self.ranks)
+            to, from_ = [place[r] for r in self.packing.peers], [place[r] for r in self.assembly.peers]
+            self.exchange = _backend.Exchange(self.packing.local, to, self.assembly.local, from_, place[rank], len(self.ranks))
         self.rank = rank
 
 
@@ -265,13 +277,44 @@ def execute(step: PlannedStep, comm: Comm, read: Read, place: Place | None = Non
     if step.rank != comm.rank:
         step.sort(comm.rank)
     out: list[tuple[int, torch.Tensor]] = []
-    received: dict[int, torch.Tensor] = {}
-    if step.packing is not None:
-        received = comm.exchange(packed(step.packing, read), step.expected, step.ranks)
+    shared = comm.shared(step.ranks) if step.packing is not None else None
     if step.assembly is not None:
-        out += combine(step.assembly, read, received, place)
+        if step.packing is None:
+            out += combine(step.assembly, read, {}, place)
+        elif step.exchange is None or shared is None:
+            out += combine(step.assembly, read, comm.exchange(packed(step.packing, read), step.expected, step.ranks), place)
+        else:
+            outgoing = [read(value, dtype) for value, dtype in step.packing.sources]
+            own, places = step.assembly.given(read, place)
+            made = shared.exchange(step.exchange, step.packing.local.num_bytes, outgoing, own, places)
+            out += zip(step.assembly.results, made, strict=True)
     for bucket in step.buckets:
         reduce_bucket(bucket, comm, read, out)
+    return out
+
+
+def compiled(step: PlannedStep, comm: Comm) -> _backend.Step | None:
+    """The same as one call; None where ranks that don't share memory communicate."""
+    out = _backend.Step()
+    if step.same is not None:
+        (source, result), dtype = step.same
+        return _backend.Step.as_it_is((source, dtype), result)
+    if step.rank != comm.rank:
+        step.sort(comm.rank)
+    if step.packing is not None:
+        shared = comm.shared(step.ranks)
+        if shared is None or step.exchange is None or step.assembly is None:
+            return None
+        num_bytes = step.packing.local.num_bytes
+        out.exchange(step.exchange, shared.backend, step.ranks, num_bytes, step.packing.sources, step.assembly.sources, step.assembly.results)
+    elif step.assembly is not None:
+        out.assemble(step.assembly.local, step.assembly.sources, step.assembly.results)
+    for bucket in step.buckets:
+        shared = comm.shared(bucket.ranks) if bucket.sums_as_they_are() else None
+        if shared is None:
+            return None
+        sources = [(value, bucket.dtype) for value in bucket.sources]
+        out.all_reduce(shared.backend, list(bucket.ranks), bucket.maximum, sources, bucket.reached, bucket.empty)
     return out
 
 
@@ -283,15 +326,19 @@ def packed(packing: Packing, read: Read) -> dict[int, torch.Tensor]:
 
 def combine(assembly: Assembly, read: Read, received: dict[int, torch.Tensor], place: Place | None = None) -> list[tuple[int, torch.Tensor]]:
     """What is made of pieces here."""
-    sources = [read(value, dtype) for value, dtype in assembly.sources]
-    places = [place(value) for value in assembly.placed] if place is not None else []
-    return list(zip(assembly.results, assembly.local.unpack(sources, [received[p] for p in assembly.peers], places), strict=True))
+    own, places = assembly.given(read, place)
+    return list(zip(assembly.results, assembly.local.unpack(own, [received[p] for p in assembly.peers], places), strict=True))
 
 
 def reduce_bucket(bucket: Bucket, comm: Comm, read: Read, out: list[tuple[int, torch.Tensor]]) -> None:
     sources = [read(value, bucket.dtype) for value in bucket.sources]
-    flat = comm.all_reduce(_backend.flatten(sources, bucket.sums), bucket.ranks, bucket.maximum).to(bucket.dtype)
-    for result, reached in zip(_backend.unflatten(flat, sources), bucket.reached, strict=True):
+    shared = comm.shared(bucket.ranks) if bucket.sums_as_they_are() else None
+    if shared is not None:
+        results = shared.all_reduce(sources, bucket.maximum)
+    else:
+        flat = comm.all_reduce(_backend.flatten(sources, bucket.sums), bucket.ranks, bucket.maximum).to(bucket.dtype)
+        results = _backend.unflatten(flat, sources)
+    for result, reached in zip(results, bucket.reached, strict=True):
         out += [(value, result) for value in reached]
     out += [(v, torch.empty(shape, dtype=bucket.dtype)) for v, shape in bucket.empty]
 

@@ -11,7 +11,7 @@ import hashlib
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.rewrite.substitution import Checker
-from torch_soap.runtime.calling import Calling, input_tensors, structure_key
+from torch_soap.runtime.backward import NUM_OTHERS, accumulates_all, agree_on_backward, input_gradients
+from torch_soap.runtime.calling import Calling, all_plain, input_tensors, structure_key
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.copies import plain_copy, with_memory
 from torch_soap.runtime.deferred import Deferred
@@ -75,6 +76,7 @@ class Parallel:
         self.pending_states: list[tuple[Any, dict[str, Any]]] = []  # optimizers and their whole state, for after the next cut
         self.tree = ModuleTree(module)
         self.cuts: dict[str, bool] = {}  # what `is_cut` has said
+        self.structures: dict[Any, Any] = {}  # dtypes, dims and needs of gradients of a call's tensors -> what `structure_key` has said
         self.calling: dict[Engine, Calling] = {}
         self.frozen: dict[Captured, list[bool]] = {}  # which parameters of its twin require gradients
         self.known = ParameterWatch()
@@ -304,7 +306,9 @@ class Parallel:
         fresh = self.known.look(tree)
         if fresh:
             self.gradients.attach(fresh)
-        leaves, structure = input_tensors(args, kwargs), structure_key(args, kwargs)
+        plain = all_plain(args, kwargs)
+        leaves = list(args) if plain else input_tensors(args, kwargs)
+        structure = self.structure_of(args) if plain else structure_key(args, kwargs)
         grad = torch.is_grad_enabled()
         deferred = grad and self.deferred.wanted()
         self.header.check(
@@ -320,7 +324,7 @@ class Parallel:
         )
         self.calls += 1  # alike on all ranks
         captured = self.capture(args, kwargs, structure)
-        tensors = captured.flatten_inputs(args, kwargs)
+        tensors = leaves if plain else captured.flatten_inputs(args, kwargs)
         if captured.ragged and self.comm.world_size > 1:
             raise ValueError(
                 f"[forward] {captured.ragged} are offsets of an embedding_bag into indices that are given too: each process' count from 0, so its "
@@ -332,7 +336,7 @@ class Parallel:
         calling = self.calling.get(engine)
         if calling is None or calling.tree is not tree:  # a first call may have changed the module
             tree = self.tree.now()
-            calling = self.calling[engine] = Calling(captured, graph, tree)
+            calling = self.calling[engine] = Calling(captured, graph, tree, engine, self.gradients)
         self.hooks.look(tree)
         self.random.next_call()
         self.same_random()
@@ -346,6 +350,13 @@ class Parallel:
             state = engine.forward(feeds, stored, grad=False, random=self.random)
             outputs = self.finish(engine, state, stored)
         return captured.unflatten_outputs(outputs)
+
+    def structure_of(self, args: tuple[torch.Tensor, ...]) -> Any:
+        """As structure_key, of a call that is all plain."""
+        key = tuple([(t.dtype, t.dim(), t.requires_grad) for t in args])
+        if key not in self.structures:
+            self.structures[key] = structure_key(args, {})
+        return self.structures[key]
 
     def same_constants(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> None:
         """An input without rows is the same on all ranks."""
@@ -396,12 +407,11 @@ class RunProgram(torch.autograd.Function):
         outputs = parallel.finish(engine, state, stored)
         ctx.forward_ns = time.perf_counter_ns() - begin_ns
         ctx.parallel, ctx.engine, ctx.state, ctx.deferred, ctx.call = parallel, engine, state, deferred, parallel.calls
-        ctx.inputs = calling.inputs
-        ctx.shapes = [t.shape for t in tensors]
-        ctx.needs = [t.requires_grad for t in tensors]
+        ctx.calling = calling
+        ctx.shapes = {i: tensors[i].shape for i in calling.special}
         # What comes in from the loss of this process is taken as 1/P of the objective's. What goes out to a part of this process'
         # own graph (a generator, a stem under DDP) is the gradient of its own loss again; a leaf has the objective's.
-        ctx.scales = [parallel.comm.world_size if t.grad_fn is not None else 1 for t in tensors]
+        ctx.inner = [i for i, t in enumerate(tensors[: len(calling.feeds)]) if t.grad_fn is not None]
         ctx.mark_non_differentiable(*[o for o, n in zip(outputs, engine.returns, strict=True) if not engine.return_wants_grad(n)])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -436,60 +446,13 @@ class RunProgram(torch.autograd.Function):
             engine.backward(state, incoming, retain_graph=keep)
         if not accumulates:  # else gradients aren't reduced here
             ctx.parallel.meter.end_backward(engine, ctx.forward_ns, begin_ns)
-        reached = engine.nodes_before(used)
         if state.deferred and not accumulates:
             engine.reduce(state)
         elif state.deferred:
-            deferred.add(engine, state, scale, reached)
+            deferred.add(engine, state, scale, engine.nodes_before(used))
         if accumulates and not ctx.deferred:
             deferred.flush()
-        nodes, gradients = engine.node_of, ctx.parallel.gradients
-        out: list[torch.Tensor | None] = []
-        for name, shape, needed, part in zip(ctx.inputs, ctx.shapes, ctx.needs, ctx.scales, strict=True):
-            node = nodes[name]
-            if not needed or node not in reached:
-                out.append(None)
-                continue
-            grad = engine.gradient(state, node)
-            if grad is None and engine.value_of_store[node] < 0 and name.startswith("param:"):
-                grad = torch.zeros(shape, dtype=engine.dtype_of(node))  # stored elsewhere: an empty part
-            if grad is not None:
-                if scale is not None:
-                    grad = grad * scale.to(grad.dtype)
-                if part != 1:
-                    grad = grad * part
-                gradients.expect(name, grad)
-            out.append(grad)
-        return (None, None, None, None, None, None, *out)
-
-
-def agree_on_backward(engine: Engine, parallel: Parallel, grads: Sequence[torch.Tensor | None], accumulates: bool, call: int) -> tuple[frozenset[int], bool]:
-    """The returns whose gradient comes in on some rank (one that is used on no rank gives its parameters None, as in one process), and
-    whether all ranks say `accumulates`. Collective."""
-    parts = [grads[i : i + 100] for i in range(0, max(len(grads), 1), 100)]
-    model = parallel.header.model(parallel.label)
-    said = [parallel.comm.gather_ints([accumulates, model, call, *(g is not None for g in part)], "backward") for part in parts]
-    used = [any(column) for chunk in said for column in list(zip(*chunk, strict=True))[3:]]
-    first = said[0][0]
-    for rank, other in enumerate(said[0]):
-        if other[1] != first[1]:
-            raise RankMismatchError(
-                f"[backward] rank {rank} and rank 0 go back through different models, here {parallel.label}: call backward in the same order"
-            )
-        if other[2] != first[2]:
-            raise RankMismatchError(
-                f"[backward] rank {rank} goes back through its forward {other[2]}, rank 0 through its forward {first[2]}: all ranks must call "
-                "backward in the same order"
-            )
-    return frozenset(n for n, u in zip(engine.returns, used, strict=True) if u), all(s[0] for s in said[0])
-
-
-def accumulates_all(functions: Iterable[tuple[Any, int]]) -> bool:
-    """Whether the running backward adds to the `.grad` of all leaves, as `backward()` does, `autograd.grad` and `inputs=` don't."""
-    try:
-        return all(torch._C._will_engine_execute_node(f) for f, _ in functions if type(f).__name__ == "AccumulateGrad")  # type: ignore[attr-defined]
-    except RuntimeError:  # what it says to autograd.grad
-        return False
+        return (*[None] * NUM_OTHERS, *input_gradients(ctx, state, used, scale))
 
 
 def box_runs(box: list[Any]) -> list[list[tuple[int, int]]]:

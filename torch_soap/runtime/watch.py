@@ -4,7 +4,6 @@ will never fire.
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 import weakref
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_soap import _C
+from torch_soap import _C, _backend
 from torch_soap.capture import Captured
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.header import RankMismatchError, number
@@ -111,33 +110,29 @@ class GradientWatch:
     """Warns, once for a parameter, when its gradient has a part that the program didn't make: that part isn't summed over ranks."""
 
     def __init__(self) -> None:
-        self.expected: dict[str, int | None] = {}  # parameter -> address of the gradient that the program gave; None: several came
         self.told: set[str] = set()
-        self.attached: dict[str, nn.Parameter] = {}
-
-    def expect(self, node: str, grad: torch.Tensor) -> None:
-        """The program hands this gradient of a node to autograd."""
-        if node.startswith("param:"):
-            name = node.removeprefix("param:")
-            self.expected[name] = None if name in self.expected else grad.data_ptr()
-
-    def attach(self, named: Mapping[str, nn.Parameter]) -> None:
+        self.attached: dict[str, tuple[nn.Parameter, int]] = {}
+        self.names: list[str] = []
         me = weakref.ref(self)
 
-        def hook(name: str, grad: torch.Tensor | None) -> None:
+        def other(index: int) -> None:
             if (watch := me()) is not None:
-                watch.look(name, grad)
+                watch.tell(watch.names[index])
 
+        self.core = _backend.GradientWatch(other)
+
+    def attach(self, named: Mapping[str, nn.Parameter]) -> None:
         for name, p in named.items():
-            if p.requires_grad and self.attached.get(name) is not p:
-                self.attached[name] = p
-                mine = functools.partial(hook, name)
-                mine.torch_soap = True  # type: ignore[attr-defined]
-                p.register_hook(mine)
+            if p.requires_grad and (name not in self.attached or self.attached[name][0] is not p):
+                self.attached[name] = p, self.core.attach(p)
+                self.names.append(name)
 
-    def look(self, name: str, grad: torch.Tensor | None) -> None:
-        expected = self.expected.pop(name, -1)
-        if grad is None or expected in (None, grad.data_ptr()) or name in self.told:
+    def indices(self, nodes: Iterable[str]) -> list[int]:
+        """Of nodes the number of their parameter; -1: none is looked at."""
+        return [self.attached.get(node.removeprefix("param:"), (None, -1))[1] if node.startswith("param:") else -1 for node in nodes]
+
+    def tell(self, name: str) -> None:
+        if name in self.told:
             return
         self.told.add(name)
         warnings.warn(
