@@ -1,0 +1,56 @@
+"""Training steps against peers: `pytest benchmarks/test_training_speed.py` runs what is missing of the sweep (benchmarks/training_speed.py) and writes
+benchmarks/results/training_speed.{md,json,png}.
+
+Asserts only what must hold on any machine: every launch runs, and contenders train alike. The bars are in the table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import training_speed, training_table
+from benchmarks.training_models import MODELS
+
+ALIKE = 1e-4  # of losses, relative: sums in float32 in other orders
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    every = list(MODELS), list(training_speed.RANKS), list(training_speed.NETWORKS), list(training_speed.BACKENDS)
+    training_speed.sweep(*every, rounds=training_speed.ROUNDS, resume=True)
+    return training_speed.read_rows()
+
+
+def row_of(ours: list[float], peer: list[float]) -> dict[str, Any]:
+    return {"contenders": {"ours": {"ms": ours, "losses": [1.0]}, "DDP 25 MB": {"ms": peer, "losses": [1.0]}, "one process": {"ms": [3.0], "losses": [1.0]}}}
+
+
+def test_ratio_holds() -> None:
+    """By hand: all pairs are as fast, 5 % slower (too much, as nothing says it's less) and 10 % slower but for noise that is as large."""
+    assert training_table.paired(row_of([2.0] * 30, [2.0] * 30), "ours", "DDP 25 MB") == {"median": 1, "low": 1, "high": 1, "rounds": 30, "holds": True}
+    assert not training_table.figures(row_of([2.1] * 30, [2.0] * 30))["peer"]["holds"]
+    assert not training_table.figures(row_of([1.0, 2.2] * 15, [1.0, 2.0] * 15))["peer"]["holds"]
+    assert training_table.figures(row_of([1.0, 2.2, 1.0] * 10, [1.0, 2.0, 1.0] * 10))["peer"]["holds"]
+
+
+def test_pairs_are_of_the_same_round() -> None:
+    """A peer that left, or rounds in which all were slow, don't shift the ratio."""
+    ratio = training_table.paired({"contenders": {"a": {"ms": [1.0, 10.0, 3.0]}, "b": {"ms": [2.0, 20.0, None]}}}, "a", "b")
+    assert ratio is not None and (ratio["median"], ratio["rounds"]) == (0.5, 2)
+
+
+def test_contenders_train_alike(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        where = f"{row['model']} on {row['ranks']} ranks, {row['network']}, {row['backend']}"
+        assert "contenders" in row, f"{where}: {row['failed']}"
+        for name, error in training_table.loss_errors(row).items():
+            if name == "ours" or row["model"] not in training_table.LOCAL_STATISTICS:
+                assert error < ALIKE, f"{where}: {name} is {error:.1e} from one process' loss"
+
+
+def test_write_table(rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    lines = training_table.write(rows)
+    with capsys.disabled():
+        print("\n".join(["", *lines]))
