@@ -59,6 +59,11 @@ class Contender:
             if second is not None:
                 (second.to_local() if hasattr(second, "to_local") else second).clamp_(min=1e-12)
 
+    def slow_down(self) -> None:
+        """Many steps with one batch must not run away."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = min(group["lr"], 1e-3)
+
     def rest(self) -> None:
         """Between its turns, not timed: gradients are let go."""
         self.optimizer.zero_grad()
@@ -100,6 +105,9 @@ class Elsewhere(Contender):
         return self.loss
 
     def age(self) -> None:
+        pass
+
+    def slow_down(self) -> None:
         pass
 
     def rest(self) -> None:
@@ -207,20 +215,31 @@ class TensorParallel(Contender):
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
+def held_bytes(name: str, timed: Timed, parameter_bytes: int, world: int) -> int:
+    """About what a contender holds between its steps on all processes of a host: parameters, the optimizer's state, DDP's buckets."""
+    of_each = 3 if timed.optimizer == "AdamW" else 1
+    if name == "one process":
+        return of_each * parameter_bytes
+    if name.startswith("DDP"):
+        return world * (of_each + (not timed.sparse)) * parameter_bytes
+    return (world + of_each) * parameter_bytes  # made whole by each, then cut
+
+
 def contenders(timed: Timed, batch: Batch, whole: Batch) -> dict[str, Callable[[dict[str, Contender]], Contender]]:
-    """How each is built, in the order in which they are: ours first, as planning holds the module twice. The functions get what was built before."""
+    """How each is built, in the order in which they are: ours first, as planning holds the module twice, then what is needed most, for there may not be memory
+    for all. The functions get what was built before."""
     elsewhere = dist.get_rank() != 0
     out: dict[str, Callable[[dict[str, Contender]], Contender]] = {
         "ours": lambda _: ours(timed, timed.make(), batch),
         "limit": lambda built: Limit(built["ours"], batch),
         "one process": lambda _: Elsewhere() if elsewhere else OneProcess(timed, WithLoss(timed.make()), whole),
-        "DDP 25 MB": lambda _: ddp(timed, timed.make(), 25),
     }
-    if not timed.sparse:  # tables go beside the buckets, and FSDP2 has no sparse gradients
-        out["DDP 100 MB"] = lambda _: ddp(timed, timed.make(), 100)
-        out["FSDP2"] = lambda _: fsdp2(timed, timed.make())
-    if timed.tensor_parallel:
-        out["DTensor TP"] = lambda _: TensorParallel(timed, timed.make())
     if timed.hybrid:
         out["hybrid"] = lambda _: HandWritten(timed, KINDS[timed.hybrid](timed.make()))
+    if timed.tensor_parallel:
+        out["DTensor TP"] = lambda _: TensorParallel(timed, timed.make())
+    out["DDP 25 MB"] = lambda _: ddp(timed, timed.make(), 25)
+    if not timed.sparse:  # tables go beside the buckets, and FSDP2 has no sparse gradients
+        out["FSDP2"] = lambda _: fsdp2(timed, timed.make())
+        out["DDP 100 MB"] = lambda _: ddp(timed, timed.make(), 100)
     return out

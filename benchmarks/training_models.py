@@ -27,6 +27,7 @@ class Timed:
     hybrid: str = ""  # what a person would write by hand (benchmarks/hybrids.py)
     tensor_parallel: str = ""  # how DTensor cuts it (benchmarks/tensor_parallel.py)
     sparse: bool = False  # gradients of tables: neither FSDP2 nor buckets know them
+    rate: float = 0.1  # SGD's, of the steps whose losses are compared: so large that a wrong gradient shows
 
     def make(self) -> Case:
         torch.manual_seed(0)
@@ -39,7 +40,7 @@ class Timed:
         return case
 
     def optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=1e-4) if self.optimizer == "AdamW" else torch.optim.SGD(parameters, lr=1e-3)
+        return torch.optim.AdamW(parameters, lr=1e-4) if self.optimizer == "AdamW" else torch.optim.SGD(parameters, lr=self.rate)
 
 
 def make_batch(case: Case, world: int) -> Batch:
@@ -151,7 +152,7 @@ MODELS: dict[str, Timed] = {
     "vit": Timed(vit, "AdamW", tensor_parallel="encoder"),
     "gpt": Timed(gpt, "AdamW", hybrid="megatron", tensor_parallel="gpt"),
     "bert": Timed(bert, "AdamW", tensor_parallel="encoder"),
-    "lstm": Timed(lstm, hybrid="vocabulary"),
+    "lstm": Timed(lstm, hybrid="vocabulary", rate=10.0),
     "nmt": Timed(nmt),
     "dlrm": Timed(lambda: dlrm(250_000, sparse=False), hybrid="tables"),
     "dlrm sparse": Timed(lambda: dlrm(1_000_000, sparse=True), hybrid="tables", sparse=True),

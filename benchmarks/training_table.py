@@ -19,10 +19,10 @@ SIX = ("alexnet b8", "alexnet b32", "vgg16", "dlrm", "lstm", "gpt")  # whose geo
 LOCAL_STATISTICS = ("resnet50", "inception_v3", "unet")  # batch norms: of the whole batch in ours and in one process, of each rank's rows in the peers
 WHAT = (
     "`python -m benchmarks.training_speed`: {}, revision {}. Forward, backward and optimizer in ms, medians. In each round every contender does one step "
-    "in turn, in the same processes (one thread each), in an order drawn for each round; a step lasts from a barrier to a barrier. A peer that takes more "
-    "than 1.5 times as long as the best after five rounds leaves. Ratios are of pairs within rounds: median, with the 95 % interval of the bootstrap. "
-    "They hold if the interval begins below 1.03 and ends below 1.08; those that don't are bold. Both sides use the backend that the row names, and what "
-    "is set for a whole process (memory that is freed stays with it) is the same for all."
+    "in turn, in the same processes (one thread each), in an order drawn for each round; a step lasts from a barrier to a barrier. A peer, or one "
+    "process, that takes more than 1.5 times as long as the best peer after five rounds leaves. Ratios are of pairs within rounds: median, with the 95 % "
+    "interval of the bootstrap. They hold if the interval begins below 1.03 and ends below 1.08; those that don't are bold. Both sides use the backend "
+    "that the row names, and what is set for a whole process (memory that is freed stays with it) is the same for all."
 )
 CONTENDERS = (
     "The loss is inside for all alike: DDP, FSDP2 and DTensor wrap a module that gives the loss, ours has `loss=`. Processes feed their own rows; the "

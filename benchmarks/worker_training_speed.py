@@ -5,20 +5,21 @@ torchrun --nproc-per-node=2 -m benchmarks.worker_training_speed MODEL BACKEND RO
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
-import resource
 import statistics
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import torch_soap  # registers the backend  # noqa: F401
-from benchmarks.contenders import Contender, contenders
+from benchmarks.contenders import Contender, contenders, held_bytes
 from benchmarks.fidelity_models import Batch
 from benchmarks.training_models import MODELS, make_batch
 from benchmarks.training_table import PEERS
@@ -26,7 +27,8 @@ from tests.dist.launch import report
 from torch_soap.runtime.heap import keep_freed_memory
 
 CHECKED = 3  # steps whose losses are compared; they warm up too
-SETTLED, FAR = 5, 1.5  # after so many rounds, peers that take so many times the best one's time leave: they can't be the best
+SETTLED, FAR = 5, 1.5  # after so many rounds, who takes so many times the best one's time leaves: it can't be the best
+RESERVE_BYTES = 3 << 30  # that a contender must leave, for activations and gradients of the one that steps
 LONG_MS, FEW_ROUNDS = 2000.0, 10  # where a contender that stays takes longer, so many rounds do
 
 
@@ -63,19 +65,32 @@ def build(name: str, make: Any, built: dict[str, Contender], batch: Batch) -> di
         row["losses"].append(mean_loss(name, one_step(contender, batch)[1]))
         if step == 0:
             contender.age()
+    contender.slow_down()
     built[name] = contender
     return row
 
 
-def far_peers(times: dict[str, list[float]]) -> list[str]:
-    medians = {n: statistics.median(t) for n, t in times.items() if t and n in PEERS}
-    return [n for n, m in medians.items() if m > FAR * min(medians.values())]
+def available_bytes() -> int:
+    """Of the machine, as all ranks see it; what a process has freed goes back to it first."""
+    ctypes.CDLL(None).malloc_trim(0)
+    dist.barrier()
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(agreed(int(fields["MemAvailable"].split()[0]) << 10))
+
+
+def far(times: dict[str, list[float]]) -> list[str]:
+    """Peers, and one process, that are far from the best peer."""
+    medians = {n: statistics.median(t) for n, t in times.items() if n in (*PEERS, "one process")}
+    best = min(m for n, m in medians.items() if n in PEERS)
+    return [n for n, m in medians.items() if m > FAR * best]
 
 
 def run(built: dict[str, Contender], batch: Batch, rounds: int, seconds: float) -> dict[str, list[float | None]]:
     """ms of each contender in each round; None where it had left."""
     out: dict[str, list[float | None]] = {name: [] for name in built}
     left: list[str] = []
+    for contender in built.values():  # memory that went back to the machine comes again
+        one_step(contender, batch)
     begin = time.perf_counter()
     for turn in range(rounds):
         order = [n for n in built if n not in left]
@@ -85,7 +100,7 @@ def run(built: dict[str, Contender], batch: Batch, rounds: int, seconds: float) 
         for name in left:
             out[name].append(None)
         if turn + 1 == SETTLED:
-            left = agreed(far_peers({n: [t for t in ts if t is not None] for n, ts in out.items()}))
+            left = agreed(far({n: [t for t in ts if t is not None] for n, ts in out.items()}))
         slowest = max(statistics.median(t for t in out[n] if t is not None) for n in built if n not in left)
         late = time.perf_counter() - begin > seconds or (slowest > LONG_MS and turn + 1 >= FEW_ROUNDS)
         if agreed(late):
@@ -103,11 +118,15 @@ def main(name: str, backend: str, rounds: int, seconds: float) -> None:
     case = timed.make()
     whole = make_batch(case, world)
     batch = tuple(t[case.rows * rank : case.rows * (rank + 1)].clone() for t in whole)
-    rows = case.rows
+    rows, parameter_bytes = case.rows, sum(p.nbytes for p in case.module.parameters())
     del case
     built: dict[str, Contender] = {}
     result: dict[str, Any] = {"rows": rows, "optimizer": timed.optimizer, "loss_inside": True, "hybrid": timed.hybrid, "contenders": {}, "left_out": {}}
     for label, make in contenders(timed, batch, whole).items():
+        there, wanted = available_bytes(), held_bytes(label, timed, parameter_bytes, world)
+        if there - wanted < RESERVE_BYTES and label not in ("ours", "limit"):
+            result["left_out"][label] = f"needs {wanted >> 20} MiB, {there >> 20} are there"
+            continue
         try:
             row = build(label, make, built, batch)
         except Exception as error:
@@ -118,7 +137,7 @@ def main(name: str, backend: str, rounds: int, seconds: float) -> None:
         result["contenders"][label] = row
         gc.collect()
         if rank == 0:
-            print(label, row, f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB", flush=True)
+            print(label, row, f"{there >> 20} MiB were there", flush=True)
     plan: Any = built["ours"].model.plan
     result |= {"plan": plan.text.splitlines(), "predicted_ms": plan.predicted.get("step_time_ns", 0) / 1e6, "chosen": plan.predicted.get("chosen")}
     for label, times in run(built, batch, rounds, seconds).items():
