@@ -216,8 +216,12 @@ class TensorParallel(Contender):
 
 
 def held_bytes(name: str, timed: Timed, parameter_bytes: int, world: int) -> int:
-    """About what a contender holds between its steps on all processes of a host: parameters, the optimizer's state, DDP's buckets."""
+    """About what a contender takes from the machine to be there on all processes: parameters, the optimizer's state, DDP's buckets."""
     of_each = 3 if timed.optimizer == "AdamW" else 1
+    if name == "ours":  # planning holds the module twice
+        return 2 * world * parameter_bytes
+    if name == "limit":
+        return 0
     if name == "one process":
         return of_each * parameter_bytes
     if name.startswith("DDP"):
