@@ -25,11 +25,12 @@ WHAT = (
     "that the row names, and what is set for a whole process (memory that is freed stays with it) is the same for all."
 )
 CONTENDERS = (
-    "The loss is inside for all alike: DDP, FSDP2 and DTensor wrap a module that gives the loss, ours has `loss=`. Processes feed their own rows; the "
-    "tensor-parallel ones gather them in the step. *Hybrid*: written by hand (benchmarks/hybrids.py). *Limit*: our plan, with what came in a recorded "
-    "step in place of communication. *One process*: all cores, the whole batch. Dropout is off. *Loss*: the largest relative difference of the first "
-    "three losses to one process', of ours, then of the worst of the others. Batch norms' statistics (ResNet, Inception, U-Net) are the whole batch's in "
-    "ours, as in one process, and each rank's own in DDP and FSDP2: these train otherwise."
+    "The loss is inside for all alike: DDP, FSDP2 and DTensor wrap a module that gives the loss, ours has `loss=`. DDP has a static graph and gradients "
+    "that are views of its buckets (neither with sparse gradients). Processes feed their own rows; the tensor-parallel ones gather them in the step. "
+    "*Hybrid*: written by hand (benchmarks/hybrids.py). *Limit*: our plan, with what came in a recorded step in place of communication. *One process*: "
+    "all cores, the whole batch. Dropout is off. *Loss*: the largest relative difference of the first three losses to one process', of ours, then of the "
+    "worst of the others. Batch norms' statistics (ResNet, Inception, U-Net) are the whole batch's in ours, as in one process, and each rank's own in DDP "
+    "and FSDP2: these train otherwise."
 )
 HEAD = (*COLUMNS, "best peer / ours", "ours / best peer", "ours / hybrid", "ours / limit", "loss", "rounds")
 
