@@ -154,8 +154,8 @@ MODELS: dict[str, Timed] = {
     "bert": Timed(bert, "AdamW", tensor_parallel="encoder"),
     "lstm": Timed(lstm, hybrid="vocabulary", rate=10.0),
     "nmt": Timed(nmt),
-    "dlrm": Timed(lambda: dlrm(250_000, sparse=False), hybrid="tables"),
-    "dlrm sparse": Timed(lambda: dlrm(1_000_000, sparse=True), hybrid="tables", sparse=True),
+    "dlrm": Timed(lambda: dlrm(250_000, sparse=False), hybrid="tables", rate=0.01),
+    "dlrm sparse": Timed(lambda: dlrm(1_000_000, sparse=True), hybrid="tables", sparse=True, rate=0.01),
     "mlp": Timed(mlp, hybrid="tensor parallel", tensor_parallel="mlp"),
     "moe": Timed(moe),
 }
