@@ -28,9 +28,9 @@ CONTENDERS = (
     "The loss is inside for all alike: DDP, FSDP2 and DTensor wrap a module that gives the loss, ours has `loss=`. DDP has a static graph and gradients "
     "that are views of its buckets (neither with sparse gradients). Processes feed their own rows; the tensor-parallel ones gather them in the step. "
     "*Hybrid*: written by hand (benchmarks/hybrids.py). *Limit*: our plan, with what came in a recorded step in place of communication. *One process*: "
-    "all cores, the whole batch. Dropout is off. *Loss*: the largest relative difference of the first three losses to one process', of ours, then of the "
-    "worst of the others. Batch norms' statistics (ResNet, Inception, U-Net) are the whole batch's in ours, as in one process, and each rank's own in DDP "
-    "and FSDP2: these train otherwise."
+    "all cores, the whole batch. Dropout is off. *Loss*: the largest difference of the first three losses to one process', over how far these have gone, "
+    "of ours, then of the worst of the others. Batch norms' statistics (ResNet, Inception, U-Net) are the whole batch's in ours, as in one process, and "
+    "each rank's own in DDP and FSDP2: these train otherwise."
 )
 HEAD = (*COLUMNS, "best peer / ours", "ours / best peer", "ours / hybrid", "ours / limit", "loss", "rounds")
 
@@ -57,12 +57,13 @@ def medians(row: dict[str, Any]) -> dict[str, float]:
 
 
 def loss_errors(row: dict[str, Any]) -> dict[str, float]:
-    """The largest relative difference to one process of the first steps' losses."""
+    """The largest difference of the first steps' losses to one process', over how far these have gone: a wrong gradient shows."""
     alone = row["contenders"].get("one process", {}).get("losses", [])
     if not alone:
         return {}
+    gone = max(alone) - min(alone) or 1.0
     others = {n: c["losses"] for n, c in row["contenders"].items() if n not in ("limit", "one process")}
-    return {n: max(abs(a - b) / abs(b) for a, b in zip(losses, alone, strict=True)) for n, losses in others.items()}
+    return {n: max(abs(a - b) for a, b in zip(losses, alone, strict=True)) / gone for n, losses in others.items()}
 
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
