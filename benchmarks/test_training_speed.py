@@ -50,6 +50,16 @@ def test_pairs_are_of_the_same_round() -> None:
     assert ratio is not None and (ratio["median"], ratio["rounds"]) == (0.5, 2)
 
 
+def test_table() -> None:
+    """A row that is complete, and one of a launch that failed."""
+    head = {"model": "gpt", "ranks": 2, "network": "1gbit", "backend": "soap", "machine": "m", "revision": "r"}
+    more = {"rows": 4, "plan": ["* n=fed"], "chosen": "ddp", "predicted_ms": 2.0, "left_out": {"FSDP2": "needs 2 MiB, 1 are there"}}
+    lines = training_table.table([head | more | row_of([2.2] * 30, [2.0] * 30), {**head, "model": "mlp", "failed": "a\nb"}])
+    assert "| gpt, 4 | 3 | 2 | - | - | - | - | 2 | - | 0.91 | **1.10 (1.10-1.10)** DDP 25 MB | - | - | 0e+00, 0e+00 | 30 |" in lines
+    assert any("Not slower than the best peer: 0 of 1" in line and "Left out: gpt: FSDP2 (needs 2 MiB" in line for line in lines)
+    assert any("mlp on 2 ranks, 1gbit, soap, failed: b" in line for line in lines)
+
+
 def test_contenders_train_alike(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         where = f"{row['model']} on {row['ranks']} ranks, {row['network']}, {row['backend']}"

@@ -138,7 +138,7 @@ def summary(here: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     six = [gains[m] for m in SIX if m in gains]
     if six:
         text += f"Best peer / ours, geometric mean of {len(six)} of the six with many parameters: {statistics.geometric_mean(six):.2f}. "
-    alone = [r["model"] for r, f in here if f["one process"] and f["one process"]["high"] > 1 and f["one process"]["median"] > 1]
+    alone = [r["model"] for r, f in here if f["one process"] and f["one process"]["low"] > 1]
     if alone:
         text += f"One process is faster here: {', '.join(alone)}. "
     left = [f"{r['model']}: {name} ({why})" for r, _ in here for name, why in r["left_out"].items()]
