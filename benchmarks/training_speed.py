@@ -15,7 +15,9 @@ import itertools
 import json
 import os
 import platform
+import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the launches that have run")
     parser.add_argument("--table", action="store_true", help="run nothing: write what has run")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of a launch, and its namespaces, end with this one
     if not options.table:
         names = [getattr(options, kind).split(",") for kind in ("models", "ranks", "networks", "backends")]
         sweep(names[0], [int(n) for n in names[1]], names[2], names[3], options.rounds, options.resume, options.minutes, options.seconds)
