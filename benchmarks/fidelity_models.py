@@ -6,7 +6,7 @@ the papers'. Every operator of the original is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,9 +96,9 @@ def lstm() -> Case:
 class DLRM(nn.Module):
     """Naumov et al. 2019: bags of categories and dense features meet in pairwise products."""
 
-    def __init__(self, tables: int = 8, categories: int = 10_000, width: int = 32, dense: int = 13) -> None:
+    def __init__(self, tables: int = 8, categories: int = 10_000, width: int = 32, dense: int = 13, sparse: bool = False) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.EmbeddingBag(categories, width, mode="sum") for _ in range(tables))
+        self.tables = nn.ModuleList(nn.EmbeddingBag(categories, width, mode="sum", sparse=sparse) for _ in range(tables))
         self.bottom = nn.Sequential(nn.Linear(dense, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, width), nn.ReLU())
         pairs = (tables + 1) * tables // 2
         self.top = nn.Sequential(nn.Linear(width + pairs, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 1))
@@ -106,8 +106,10 @@ class DLRM(nn.Module):
         self.register_buffer("pairs", rows * (tables + 1) + columns)
 
     def forward(self, dense: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
-        low = self.bottom(dense)
-        rows = torch.stack([low, *(table(categories[:, i]) for i, table in enumerate(self.tables))], 1)
+        return self.meet(self.bottom(dense), [table(categories[:, i]) for i, table in enumerate(self.tables)])
+
+    def meet(self, low: torch.Tensor, bags: Sequence[torch.Tensor]) -> torch.Tensor:
+        rows = torch.stack([low, *bags], 1)
         products = torch.bmm(rows, rows.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
         return self.top(torch.cat([low, products], 1)).squeeze(1)
 

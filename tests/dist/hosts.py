@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.dist.launch import ROOT, Outcome, environment, read_results
+from tests.dist.launch import ROOT, Outcome, end, environment, read_results
 
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 PORT = 29517
@@ -84,6 +84,6 @@ def torchrun_on(hosts: list[Host], per_host: int, module: str, *arguments: str, 
             outputs = [p.communicate(timeout=timeout_s)[0] for p in running]
         finally:
             for p in running:
-                p.kill()
+                end(p)
         code = next((p.returncode for p in running if p.returncode), 0)
         return Outcome(code, "\n".join(o[-6000:] for o in outputs), read_results(folder, len(hosts) * per_host))

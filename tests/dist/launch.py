@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+GRACE_S = 40.0  # torchrun kills workers that haven't ended after 30
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,10 +40,19 @@ def torchrun(
         try:
             out, err = running.communicate(timeout=timeout_s)
         finally:
-            if running.poll() is None:  # the workers too
-                os.killpg(running.pid, signal.SIGKILL)
-                running.wait()
+            end(running)
         return Outcome(running.returncode, out[-6000:] + err[-12000:], read_results(folder, nproc))
+
+
+def end(running: subprocess.Popen[str]) -> None:
+    """Of torchrun, where it still runs. Its workers have sessions of their own: only it ends them, if it is asked."""
+    if running.poll() is None:
+        running.terminate()
+        try:
+            running.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
 
 
 def revision() -> str:
