@@ -218,8 +218,8 @@ class TensorParallel(Contender):
 def held_bytes(name: str, timed: Timed, parameter_bytes: int, world: int) -> int:
     """About what a contender takes from the machine to be there on all processes: parameters, the optimizer's state, DDP's buckets."""
     of_each = 3 if timed.optimizer == "AdamW" else 1
-    if name == "ours":  # planning holds the module twice
-        return 2 * world * parameter_bytes
+    if name == "ours":  # planning holds the module, twins of it and their gradients
+        return 4 * world * parameter_bytes
     if name == "limit":
         return 0
     if name == "one process":
