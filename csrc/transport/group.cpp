@@ -383,7 +383,6 @@ void Group::read_headers(Collective& operation) {
   fail(operation, wrong);
 }
 
-// What comes isn't read, and the caller gets an error; nothing where nothing is wrong.
 void Group::fail(Collective& operation, const std::string& wrong) {
   if (wrong.empty()) return;
   operation.skipped = true;

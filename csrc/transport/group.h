@@ -70,7 +70,7 @@ class Group final : public Runner {
   void end_operations(Ended& ended);
   bool advance_collective(Ended& ended);
   void read_headers(Collective& operation);
-  void fail(Collective& operation, const std::string& wrong);
+  void fail(Collective& operation, const std::string& wrong);  // what comes isn't read, the caller gets an error; wrong empty: nothing
   bool all_at_least(std::atomic<uint64_t> RankControl::* counter, uint64_t stage) const;
   void ring_others();
   void rest(Waiting& waiting, const std::atomic<bool>* done);
