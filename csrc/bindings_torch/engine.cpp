@@ -201,20 +201,17 @@ void bind_engine(py::module_& m) {
            py::arg("random"))
       .def_static("take_gradients", &Engine::take_gradients, py::arg("state"), py::arg("values"), py::arg("dtypes"))
       .def("take_counts", &taken, "Exchanges, their bytes, all-reduces, their bytes, since this was called.")
-      .def_property_readonly(
-          "moving", [](const Engine& e) { return e.moving == nullptr ? std::vector<Values>() : *e.moving; }, "Among whom the movement that failed was.")
+      .def_property_readonly("moving", &Engine::moving, "Among whom the movement that failed was; empty: none did.")
       .def_readwrite("timed", &Engine::timed)
       .def_readwrite("spent_ns", &Engine::spent_ns, "While `timed`: in segments' operators, their backward, and movements between ranks.");
   m.def("run_backward", torch::wrap_pybind_function(&backward), py::arg("state"), py::arg("segment"));
-  py::class_<GradientWatch, std::shared_ptr<GradientWatch>>(m, "GradientWatch", "Contracts are in csrc/engine/gradient_watch.h.")
-      .def(py::init([](const py::function& other) {
-             return std::make_shared<GradientWatch>([other](int index) {
-               const py::gil_scoped_acquire locked;
-               other(index);
-             });
-           }),
-           py::arg("other"))
-      .def("attach", &GradientWatch::attach, py::arg("parameter"))
+  py::class_<GradientWatch>(m, "GradientWatch", "Contracts are in csrc/engine/gradient_watch.h.")
+      .def(py::init())
+      .def("add", &GradientWatch::add)
+      .def(
+          "is_ours",
+          [](GradientWatch& watch, int index, const std::optional<at::Tensor>& gradient) { return watch.is_ours(index, gradient.value_or(at::Tensor())); },
+          py::arg("index"), py::arg("gradient"))
       .def(
           "expect",
           [](GradientWatch& watch, const Values& indices, const std::vector<std::optional<at::Tensor>>& gradients) {

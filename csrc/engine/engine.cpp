@@ -1,16 +1,38 @@
 #include "engine/engine.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <chrono>
+#include <map>
 
 #include "base/error.h"
 #include "fmt/ranges.h"
 
 namespace soap::engine {
 namespace {
+
+// Memory of gradients. Autograd keeps what it is given as it is, and each is then changed in place by itself.
+class Ranges {
+ public:
+  // Whether no other has any of its memory.
+  bool add(const at::Tensor& tensor) {
+    if (tensor.numel() == 0) return true;
+    const auto* begin = static_cast<const std::byte*>(tensor.const_data_ptr());
+    const auto* end = begin + at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size());
+    const auto after = begin_to_end_.upper_bound(begin);
+    if (after != begin_to_end_.end() && after->first < end) return false;
+    if (after != begin_to_end_.begin() && std::prev(after)->second > begin) return false;
+    begin_to_end_.emplace(begin, end);
+    return true;
+  }
+
+ private:
+  std::map<const std::byte*, const std::byte*> begin_to_end_;
+};
 
 // Adds what passes until its end to a part of the time.
 class Spent {
@@ -47,7 +69,7 @@ void Engine::begin(State& state, const std::vector<at::Tensor>& stored) const {
 
 void Engine::run(State& state, int begin, int end, bool grad, const Host& host) {
   using Kind = Instruction::Kind;
-  moving = nullptr;
+  moving_ = nullptr;
   const at::AutoGradMode off(false);  // but where a segment's graph is recorded
   const Compute compute = [&](int segment, std::vector<at::Tensor> arguments) {
     const Spent spent(timed, spent_ns[kCompute]);
@@ -96,9 +118,16 @@ void Engine::move(State& state, const Instruction& instruction, bool of_gradient
     }
   };
   const Spent spent(timed && step.communicates(), spent_ns[kMove]);
-  moving = &step.ranks;
+  moving_ = &step;
+  moved_before_ = counts.exchanges + counts.all_reduces;
   step.run(read, put, counts);
-  moving = nullptr;
+  moving_ = nullptr;
+}
+
+std::vector<int> Engine::moving() const {
+  if (moving_ == nullptr || moving_->ranks.empty()) return {};
+  const auto done = static_cast<size_t>(counts.exchanges + counts.all_reduces - moved_before_);
+  return moving_->ranks[std::min(done, moving_->ranks.size() - 1)];
 }
 
 void Engine::tidy(State& state, const Instruction& instruction, bool grad) const {
@@ -115,10 +144,12 @@ void Engine::tidy(State& state, const Instruction& instruction, bool grad) const
 
 std::vector<at::Tensor> Engine::take_gradients(State& state, const std::vector<int>& values, const std::vector<at::ScalarType>& dtypes) {
   std::vector<at::Tensor> out(values.size());
+  Ranges known;
   for (size_t i = 0; i < values.size(); ++i) {
     if (values[i] < 0 || !state.grads.has(values[i])) continue;
     out[i] = state.grads.take(values[i]);
     if (out[i].scalar_type() != dtypes[i]) out[i] = out[i].to(dtypes[i]);
+    if (!out[i].is_sparse() && !known.add(out[i])) out[i] = out[i].clone();
   }
   return out;
 }

@@ -53,14 +53,19 @@ class Engine {
   // The gradients of these values, in these types, out of the state; undefined where there is none.
   static std::vector<at::Tensor> take_gradients(State& state, const std::vector<int>& values, const std::vector<at::ScalarType>& dtypes);
 
-  movement::Counts counts;                                // since they were taken
-  const std::vector<std::vector<int>>* moving = nullptr;  // among whom the movement that failed was
+  // Among whom the movement that failed was; empty: none did.
+  std::vector<int> moving() const;
+
+  movement::Counts counts;  // since they were taken
   bool timed = false;
   std::array<int64_t, kNumParts> spent_ns{};  // while `timed`, in segments' operators, their backward and movements between ranks
 
  private:
   void move(State& state, const Instruction& instruction, bool of_gradients);
   void tidy(State& state, const Instruction& instruction, bool grad) const;
+
+  const movement::Step* moving_ = nullptr;
+  int64_t moved_before_ = 0;  // it
 };
 
 }  // namespace soap::engine

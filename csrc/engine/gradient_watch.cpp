@@ -2,13 +2,9 @@
 
 namespace soap::engine {
 
-int GradientWatch::attach(const at::Tensor& parameter) {
-  const int index = static_cast<int>(expected_.size());
+int GradientWatch::add() {
   expected_.emplace_back();
-  parameter.register_hook([watch = weak_from_this(), index](const at::Tensor& gradient) {
-    if (const auto self = watch.lock()) self->look(index, gradient);
-  });
-  return index;
+  return static_cast<int>(expected_.size()) - 1;
 }
 
 void GradientWatch::expect(const std::vector<int>& indices, const std::vector<at::Tensor>& gradients) {
@@ -21,10 +17,9 @@ void GradientWatch::expect(const std::vector<int>& indices, const std::vector<at
   }
 }
 
-void GradientWatch::look(int index, const at::Tensor& gradient) {
-  const Expected expected = std::exchange(expected_[index], {});
-  if (!gradient.defined() || expected.any || (expected.waits && !gradient.is_sparse() && gradient.const_data_ptr() == expected.data)) return;
-  other_(index);
+bool GradientWatch::is_ours(int index, const at::Tensor& gradient) {
+  const Expected expected = std::exchange(expected_.at(index), {});
+  return !gradient.defined() || expected.any || (expected.waits && !gradient.is_sparse() && gradient.const_data_ptr() == expected.data);
 }
 
 }  // namespace soap::engine

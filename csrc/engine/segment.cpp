@@ -36,6 +36,18 @@ const void* storage_of(const at::Tensor& tensor) {
   return tensor.storage().data();
 }
 
+// Taken off again, whatever happens.
+struct Hooks {
+  std::vector<std::pair<at::Tensor, unsigned>> all;
+
+  Hooks() = default;
+  ~Hooks() {
+    for (const auto& [tensor, hook] : all) tensor.remove_hook(hook);
+  }
+  Hooks(const Hooks&) = delete;
+  Hooks& operator=(const Hooks&) = delete;
+};
+
 // Zeros of its shape, without memory.
 at::Tensor stand_in_for(const at::Tensor& grad) {
   return at::zeros({1}, grad.options().layout(at::kStrided)).expand(grad.sizes());
@@ -121,20 +133,19 @@ void run_backward(State& state, int index) {
   if (roots.empty() || graph.leaves.empty()) return;
   const auto add = [&state](int value, const at::Tensor& grad) { accumulate(state, value, grad.is_sparse() ? grad.to_dense() : grad); };
   // A gradient that is added to a known one is so as it comes: those of a whole segment are never there beside their sums.
-  std::vector<std::pair<const Leaf*, unsigned>> hooks;
+  Hooks hooks;
   std::vector<char> hooked;
   for (const Leaf& leaf : graph.leaves) {
     ends.push_back(leaf.edge);
     hooked.push_back(leaf.tensor.defined() && state.grads.has(leaf.value));
     if (!hooked.back()) continue;
-    hooks.emplace_back(&leaf, leaf.tensor.register_hook([&add, value = leaf.value](const at::Tensor& grad) {
+    hooks.all.emplace_back(leaf.tensor, leaf.tensor.register_hook([&add, value = leaf.value](const at::Tensor& grad) {
       add(value, grad);
       return stand_in_for(grad);
     }));
   }
   auto& engine = torch::autograd::Engine::get_default_engine();
   const std::vector<at::Tensor> results = engine.execute(roots, grads, state.retain_graph, false, false, ends);
-  for (const auto& [leaf, hook] : hooks) leaf->tensor.remove_hook(hook);
   for (size_t i = 0; i < results.size(); ++i) {
     if (results[i].defined() && !hooked[i]) add(graph.leaves[i].value, results[i]);
   }

@@ -130,7 +130,7 @@ class TorchComm:
         self.everyone = tuple(range(self.world_size))
         self.small: dict[tuple[tuple[int, ...], torch.device], int] = {}  # group, device -> bytes up to which sums are made at once
         self.options = {maximum: reduce_options(maximum) for maximum in (False, True)}
-        self.said = torch.zeros(HEADER_INTS, dtype=torch.int64), torch.zeros(self.world_size * HEADER_INTS, dtype=torch.int64)  # by this rank, by all
+        self.said = tuple(torch.zeros(n * HEADER_INTS, dtype=torch.int64, device="cpu") for n in (1, self.world_size))  # by this rank, by all
         self.by_memory: dict[tuple[int, ...], Shared | None] = {}
         _alive.add(self)
 

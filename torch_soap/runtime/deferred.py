@@ -7,7 +7,7 @@ is a DeferredGradient: reading it is an error, and clearing it drops what waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ class Deferred:
             grad = state.grads.get(value)
             if grad is not None and node in reached:
                 grad = grad if scale is None else grad * scale.to(grad.dtype)
-                known[value] = known[value] + grad if value in known else grad
+                # A copy of its own: another value may be the same memory, and become a parameter's gradient, which is changed in place.
+                known[value] = known[value] + grad if value in known else grad.clone()
         parameters = dict(self.parameters())
         for node in engine.filled_params & reached:
             name = engine.names[node].removeprefix("param:")
@@ -117,4 +118,5 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def hooks_of(p: nn.Parameter) -> bool:
     """Whether the user put hooks on the parameter."""
-    return bool(p._backward_hooks) or bool(p._post_accumulate_grad_hooks)
+    hooks: Mapping[int, Any] = p._backward_hooks or {}
+    return any(not getattr(hook, "torch_soap", False) for hook in hooks.values()) or bool(p._post_accumulate_grad_hooks)

@@ -331,7 +331,7 @@ class Engine:
         except RuntimeError as error:
             if not core.moving:
                 raise
-            raise RuntimeError(f"[comm] a movement among ranks {core.moving[0]} failed: one of them ended, failed, or is elsewhere") from error
+            raise RuntimeError(f"[comm] a movement among ranks {core.moving} failed: one of them ended, failed, or is elsewhere") from error
         self.comm.traffic.add_all(*core.take_counts())
         state.position = end
 

@@ -4,6 +4,7 @@ will never fire.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -112,20 +113,21 @@ class GradientWatch:
     def __init__(self) -> None:
         self.told: set[str] = set()
         self.attached: dict[str, tuple[nn.Parameter, int]] = {}
-        self.names: list[str] = []
-        me = weakref.ref(self)
-
-        def other(index: int) -> None:
-            if (watch := me()) is not None:
-                watch.tell(watch.names[index])
-
-        self.core = _backend.GradientWatch(other)
+        self.core = _backend.GradientWatch()
 
     def attach(self, named: Mapping[str, nn.Parameter]) -> None:
+        me = weakref.ref(self)
+
+        def look(index: int, name: str, grad: torch.Tensor | None) -> None:
+            if (watch := me()) is not None and not watch.core.is_ours(index, grad):
+                watch.tell(name)
+
         for name, p in named.items():
             if p.requires_grad and (name not in self.attached or self.attached[name][0] is not p):
-                self.attached[name] = p, self.core.attach(p)
-                self.names.append(name)
+                self.attached[name] = p, self.core.add()
+                hook = functools.partial(look, self.attached[name][1], name)
+                hook.torch_soap = True  # type: ignore[attr-defined]
+                p.register_hook(hook)
 
     def indices(self, nodes: Iterable[str]) -> list[int]:
         """Of nodes the number of their parameter; -1: none is looked at."""
