@@ -42,12 +42,15 @@ def test_hooks_of_the_user_and_ours_both_run(when: str) -> None:
         p.register_hook(halve)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if when != "before":  # theirs before ours gives another gradient: told as such
-            backward(watch, p)
-            assert p.grad is not None and p.grad.tolist() == [1.0] * 3
+        backward(watch, p)
+        assert p.grad is not None and p.grad.tolist() == [1.0] * 3
     with pytest.warns(UserWarning, match="the gradient of p has a part from outside"):
         backward(watch, p, ours=False)
-    assert seen == [2.0] * (1 if when == "before" else 2)
+    assert seen == [2.0] * 2
+    if when == "before":
+        handle.remove()
+        backward(watch, p)
+        assert len(seen) == 2 and not hooks_of(p)
 
 
 class Planned(torch.autograd.Function):

@@ -9,7 +9,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -127,7 +127,11 @@ class GradientWatch:
                 self.attached[name] = p, self.core.add()
                 hook = functools.partial(look, self.attached[name][1], name)
                 hook.torch_soap = True  # type: ignore[attr-defined]
+                theirs = list(p._backward_hooks or ())
                 p.register_hook(hook)
+                hooks = cast(dict[int, Any], p._backward_hooks)
+                for key in theirs:  # behind ours, which is to see what comes as it comes
+                    hooks[key] = hooks.pop(key)
 
     def indices(self, nodes: Iterable[str]) -> list[int]:
         """Of nodes the number of their parameter; -1: none is looked at."""
