@@ -7,6 +7,7 @@ that changes them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import socket
 import statistics
 import time
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ LOOKED_AT, OFF_MOVING = 256 << 10, 1.2  # of the sizes of movements; what a tabl
 SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
-FORMAT = 11  # of the cache
+UNCACHED = 64 << 20  # bytes that no cache holds beside what else goes on
+FORMAT = 12  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 
@@ -426,6 +429,9 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
         torch.zeros((64 << 10 if small else OTHER) // 4),
     )
     step = movement(comm, kind, ranks, source)
+    # What is moved in training was made a while ago, and what comes is kept: large ones are in no cache.
+    sources = [source] if small else [source, *(torch.zeros_like(source) for _ in range(UNCACHED // size))]
+    turns, kept = itertools.cycle(sources), deque[Any](maxlen=len(sources) - 1)
     cycles = 30 if size <= 256 << 10 else 10 if size <= 1 << 20 else 3  # one of a small tensor now and then takes ten times as long: the mean counts
 
     def loop(moving: bool) -> float:
@@ -437,7 +443,8 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
             if small:
                 source.clone()
             if moving:
-                execute(step, comm, lambda value, dtype: source)
+                mine = next(turns)
+                kept.append(execute(step, comm, lambda value, dtype, mine=mine: mine))  # type: ignore[misc]
         return (time.perf_counter_ns() - begin) / cycles
 
     loop(True)
