@@ -27,7 +27,7 @@ from torch_soap import _C
 from torch_soap.backend import host
 from torch_soap.machine import Machine
 from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
-from torch_soap.operator_times import OFF, OTHER, RECENT, doubt
+from torch_soap.operator_times import OFF, RECENT, doubt
 from torch_soap.plan import as_plan
 from torch_soap.runtime.comm import Comm, transport
 from torch_soap.runtime.heap import keep_freed_memory
@@ -44,8 +44,9 @@ LOOKED_AT, OFF_MOVING = 256 << 10, 1.2  # of the sizes of movements; what a tabl
 SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 # Beyond all caches; measured where it doesn't take long.
 LARGE, LARGE_NS = 40 << 20, 50_000_000
+OTHER = 8 << 20  # bytes that a core's own cache doesn't hold
 UNCACHED = 64 << 20  # bytes that no cache holds beside what else goes on
-FORMAT = 12  # of the cache
+FORMAT = 13  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 

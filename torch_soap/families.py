@@ -15,7 +15,7 @@ from torch_soap import _C, calibrate
 from torch_soap.capture import capture
 from torch_soap.machine import Machine
 from torch_soap.measuring import mark
-from torch_soap.operator_times import product_side, time_operator
+from torch_soap.operator_times import time_tiles
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.runtime.comm import Comm
 
@@ -49,14 +49,15 @@ def measure_families(machine: Machine, comm: Comm | None, known: dict[str, Any])
     graph = captured.instantiate(captured.inputs)
     op_graph = to_op_graph(graph)
     program = _C.lower(op_graph, _C.parse_plan(op_graph, "* @ [0]", 1), [8])
-    parts, timings, side = defaultdict(list), [], product_side(program)
+    samples = _C.CostModel(machine).missing(program)
+    works = [_C.work_of(program, sample.node, sample.tile, sample.chunk) for sample in samples]
     calibrate.barrier(comm)
-    for sample in _C.CostModel(machine).missing(program):
-        work = _C.work_of(program, sample.node, sample.tile, sample.chunk)
+    timings = [forward for forward, _ in time_tiles(program, graph, samples)]
+    parts = defaultdict(list)
+    for work, timing in zip(works, timings, strict=True):
         if work.num_bytes == 0:
             continue
-        timings.append(time_operator(program, graph, sample, side)[0])
-        taken = timings[-1].ns
+        taken = timing.ns
         ideal = max(work.flops / machine.flops_per_s, work.num_bytes / machine.memory_bytes_per_s) * 1e9
         parts[work.family].append(ideal / max(taken - machine.op_overhead_ns, 0.1 * taken))
     found = {family: round(statistics.median(values), 3) for family, values in parts.items()}

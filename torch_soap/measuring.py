@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -69,26 +69,36 @@ class Pace:
 PACE = Pace()  # of this process
 
 
+class Calm(Generic[Sample]):
+    """Samples of the calmest moments."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted, self.taken, self.begin_ns = wanted, list[tuple[float, Sample]](), time.perf_counter_ns()
+
+    def wants_more(self, patient: bool) -> bool:
+        """Samples go on until as many as wanted are calm, or for long enough; `patient`: for PATIENCE_NS at least."""
+        if sum(pace <= CALM for pace, _ in self.taken) >= self.wanted:
+            return False
+        return len(self.taken) <= AGAIN * self.wanted or (patient and time.perf_counter_ns() - self.begin_ns < PATIENCE_NS)
+
+    def calmest(self) -> tuple[list[Sample], float]:
+        """So many, and the slowest pace among them."""
+        calmest_first = sorted(enumerate(self.taken), key=lambda t: (max(t[1][0], CALM), t[0]))[: self.wanted]
+        return [value for _, (_, value) in calmest_first], max(pace for _, (pace, _) in calmest_first)
+
+
 def calm_samples(
     sample: Callable[[], Sample], wanted: int, pace: Callable[[], float] = PACE, agree: Callable[[float], float] | None = None
 ) -> tuple[list[Sample], float]:
-    """So many samples of the calmest moments, and the slowest pace among them. Samples go on until that many are calm, or for long enough. `agree`: makes
-    one reading of all ranks', where these sample together; all take as many."""
+    """So many samples of the calmest moments, and the slowest pace among them. `agree`: makes one reading of all ranks', where these sample together; all
+    take as many."""
     read = pace if agree is None else lambda: agree(pace())
-    taken: list[tuple[float, int, Sample]] = []
-    last, begin = read(), time.perf_counter_ns()
-
-    def go_on() -> bool:
-        if sum(p <= CALM for p, _, _ in taken) >= wanted:
-            return False
-        return len(taken) <= AGAIN * wanted or (agree is None and time.perf_counter_ns() - begin < PATIENCE_NS)
-
-    while go_on():
+    calm, last = Calm[Sample](wanted), read()
+    while calm.wants_more(patient=agree is None):
         value, first = sample(), last
         last = read()
-        taken.append((max(first, last), len(taken), value))
-    calmest_first = sorted(taken, key=lambda t: t[:2] if t[0] > CALM else (0.0, t[1]))[:wanted]
-    return [value for _, _, value in calmest_first], max(p for p, _, _ in calmest_first)
+        calm.taken.append((max(first, last), value))
+    return calm.calmest()
 
 
 def quiet(samples: Sequence[float]) -> float:
@@ -106,8 +116,7 @@ def timed(
     pace: Callable[[], float] = PACE,
     agree: Callable[[float], float] | None = None,
 ) -> Timing:
-    """Median of a few runs after one to warm up. `before`: runs before each of them, untimed; what it gives, if anything, is fn's argument. A spread is at
-    least what the pace was off."""
+    """Median of a few runs after one to warm up. `before`: runs before each of them, untimed; what it gives, if anything, is fn's argument."""
 
     def sample() -> int:
         given = None if before is None else before()
@@ -119,9 +128,37 @@ def timed(
         return end - begin
 
     sample()
-    samples, slowest = calm_samples(sample, repeats, pace, agree)
+    return middle(*calm_samples(sample, repeats, pace, agree))
+
+
+def timed_in_turns(runs: Sequence[Callable[[], int]], wanted: int, pace: Callable[[], float] = PACE) -> list[Timing]:
+    """Median of what each run says that it took, in rounds over all of them after one to warm up; those that are noisy again, as `calmest`."""
+
+    def attempt(chosen: Sequence[int]) -> dict[int, Timing]:
+        for i in chosen:
+            runs[i]()
+        samples = {i: Calm[int](wanted) for i in chosen}
+        while more := [i for i in chosen if samples[i].wants_more(patient=False)]:
+            last = pace()
+            for position, i in enumerate(more):
+                if i > 0 and (position == 0 or more[position - 1] != i - 1):
+                    runs[i - 1]()  # what it follows
+                value, first = runs[i](), last
+                last = pace()
+                samples[i].taken.append((max(first, last), value))
+        return {i: middle(*calm.calmest()) for i, calm in samples.items()}
+
+    best = attempt(range(len(runs)))
+    for _ in range(ATTEMPTS - 1):
+        for i, again in attempt([i for i, taken in best.items() if taken.noisy]).items():
+            best[i] = min(best[i], again, key=lambda t: t.spread)
+    return [best[i] for i in range(len(runs))]
+
+
+def middle(samples: Sequence[int], slowest_pace: float) -> Timing:
+    """Their median. A spread is at least what the pace was off."""
     median = int(statistics.median(samples))
-    return Timing(median, max((max(samples) - min(samples)) / max(median, 1), slowest - 1 if slowest > CALM else 0.0))
+    return Timing(median, max((max(samples) - min(samples)) / max(median, 1), slowest_pace - 1 if slowest_pace > CALM else 0.0))
 
 
 def calmest(measure: Callable[[], Timing]) -> Timing:

@@ -6,26 +6,24 @@ import functools
 import itertools
 import random
 import statistics
-import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from torch_soap import _C
 from torch_soap.capture.graph import Graph
-from torch_soap.measuring import REPEATS, Timing, calmest, mark, own_clock, timed
+from torch_soap.measuring import REPEATS, Timing, calmest, mark, own_clock, timed, timed_in_turns
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm
 
-# Bytes that are written between two runs of an operator, more than a core's own cache holds, and of what is still there when it begins.
-OTHER, RECENT = 8 << 20, 512 << 10
-PRODUCTS = {"matmul", "convolution", "attention", "recurrent"}  # families
+RECENT = 512 << 10  # bytes of a tensor that is still in the core's cache when what follows begins
 HEAVY, OTHERS, CHECK_NS = 8, 4, 500_000_000  # operators whose times are looked at again: those that take most, others, and how long their runs take at most
 OFF, WORTH_NS = 1.05, 1_000_000  # times of slow minutes are so many times what they are now; of operators that take less than this in all nobody asks
-AHEAD, SIDES = 8, (64, 512)  # how many products' work comes before a forward, as one; its rows and columns, least and most
+ROUNDS, MOST_TURNS, AT_ONCE = 5, 5, 512 << 20  # over operators that are timed in turns; turns of each in a round, and bytes of those in one round
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
@@ -80,11 +78,9 @@ def representative(times: dict[str, list[int]]) -> list[str]:
 
 def time_operators(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSample], comm: Comm | None, known: dict[str, Any]) -> dict[str, list[int]]:
     """Forward and backward of each in ns, the mean over ranks, by its key."""
-    side, mine = product_side(program), []
-    for sample in samples:
-        timings = time_operator(program, graph, sample, side)
-        own = harness(side) if timings[1] is not NOTHING else (NOTHING, NOTHING)  # what has no backward is called by itself
-        mine.append([max(t.ns - o.ns, 0) for t, o in zip(timings, own, strict=True)])
+    mine = []
+    for sample, timings in zip(samples, time_tiles(program, graph, samples), strict=True):
+        mine.append([t.ns for t in timings])
         mark(known, f"operators/{sample.key}", *timings)
     everyone = [mine] if comm is None else comm.gather_objects(mine)
     return {s.key: [int(statistics.mean(way)) for way in zip(*taken, strict=True)] for s, taken in zip(samples, zip(*everyone, strict=True), strict=True)}
@@ -93,107 +89,156 @@ def time_operators(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSam
 NOTHING = Timing(0, 0.0)
 
 
-def product_side(program: _C.Program) -> int:
-    """Rows and columns of a matrix product that is as much work as AHEAD of the program's median products."""
-    smallest, largest = SIDES
-    works = [_C.work_of(program, n, 0, 0) for n, node in enumerate(program.graph.nodes) if node.kind == _C.NodeKind.op]
-    flops = [w.flops for w in works if w.family in PRODUCTS and w.flops > 0]
-    return min(max(round((AHEAD * statistics.median(flops) / 2) ** (1 / 3)), smallest), largest) if flops else smallest
-
-
-class Surroundings:
-    """What ran just before an operator of a step, and has taken the core's caches. `side`: rows and columns of a product."""
-
-    def __init__(self, side: int) -> None:
-        self.written, self.factor = torch.zeros(OTHER // 4), torch.ones(side, side)
-
-    def before_forward(self, recent: Sequence[torch.Tensor]) -> None:
-        """A matrix product too: its code and pages are what forward finds. Without it operators of one pass take a half to four fifths of what they take in
-        a step. Backward finds memory that was freed just now, and takes the same with and without. `recent`: tensors made last, in the cache nevertheless
-        where they are small."""
-        self.written.add_(1.0)
-        torch.mm(self.factor, self.factor)
-        self.touch(recent)
-
-    def before_backward(self, recent: Sequence[torch.Tensor]) -> None:
-        self.written.add_(1.0)
-        self.touch(recent)
-
-    def touch(self, recent: Sequence[torch.Tensor]) -> None:
-        for tensor in recent:
-            if tensor.numel() * tensor.element_size() <= RECENT:
-                tensor.clone()
+def touch(recent: Sequence[torch.Tensor]) -> None:
+    """What was made last is in the cache where it is small."""
+    for _ in range(2):
         for tensor in recent:
             if tensor.numel() * tensor.element_size() <= RECENT:
                 tensor.clone()
 
 
 @functools.cache
-def harness(side: int) -> tuple[Timing, Timing]:
-    """What `time_operator` takes by itself, forward and backward: of an operator that only makes a view."""
-    fx_graph = fx.Graph()
-    fx_graph.output((fx_graph.call_method("view_as", (fx_graph.placeholder("x"),) * 2),))
-    module, x, clock = fx.GraphModule(nn.Module(), fx_graph), torch.ones(1, requires_grad=True), own_clock()
-    grads, surroundings = [torch.ones(1)], Surroundings(side)
-
-    def forward() -> Any:
-        with torch.set_grad_enabled(True):
-            return module(x)
+def harness() -> Timing:
+    """What autograd takes to begin and to end, around an operator that only makes a view."""
+    x, grads = torch.ones(1, requires_grad=True), [torch.ones(1)]
 
     def results() -> Any:
-        out = forward()
-        surroundings.before_backward(grads)
+        out = x.view_as(x)
+        touch(grads)
         return out
 
-    def backward(outs: Any) -> None:
-        torch.autograd.grad(outs, [x], grads, allow_unused=True)
+    def backward(out: Any) -> None:
+        torch.autograd.grad([out], [x], grads, allow_unused=True)
 
-    own = calmest(lambda: timed(forward, 20, clock, before=lambda: surroundings.before_forward([x.detach()])))
-    return own, calmest(lambda: timed(backward, 20, clock, before=results))
+    return calmest(lambda: timed(backward, 20, own_clock(), before=results))
 
 
-def time_operator(program: _C.Program, graph: Graph, sample: _C.OpSample, side: int) -> tuple[Timing, Timing]:
-    """Of one tile of one operator: forward and backward, each as a step finds it: what was computed just before it, a small operand or gradient, is in the
-    cache; parameters, and what forward has kept for backward, are not."""
-    module, shapes, dtypes, needs = build_item(program, sample.node, sample.tile, sample.chunk, graph)
-    node = program.graph.nodes[sample.node]
+class Stopwatch:
+    """Reads the clock inside of a module, between its inputs and its results: what the call takes around them is the segment's, not the operator's."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.clock, self.begin_ns, self.end_ns = own_clock(), 0, 0
+        inside = [node for node in module.graph.nodes if node.op != "placeholder"]
+        for node, read in ((inside[0], self.begin), (inside[-1], self.end)):
+            with module.graph.inserting_before(node):
+                module.graph.call_function(read)
+        module.recompile()
+
+    def begin(self) -> None:
+        self.begin_ns = self.clock()
+
+    def end(self) -> None:
+        self.end_ns = self.clock()
+
+    def reading(self) -> int:
+        return self.end_ns - self.begin_ns
+
+
+def example_inputs(program: _C.Program, node: _C.Node, operands: Sequence[int], shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> list[torch.Tensor]:
+    """Operands of a tile. `operands`: which each is. Indices into a table are anywhere in it: the rows of one index would stay in the cache."""
+    num_rows = 1
+    if _C.family_of(node) == "embedding":
+        table = node.operand_names.index("weight") if "weight" in node.operand_names else 0
+        dim = node.attrs.get("dim")
+        num_rows = program.graph.tensors[node.inputs[table]].shape[dim if isinstance(dim, int) else 0]
     inputs = []
-    for shape, dtype, need in zip(shapes, dtypes, needs, strict=True):
-        if DTYPES[dtype].is_floating_point:
-            inputs.append(torch.rand(shape, dtype=DTYPES[dtype]).requires_grad_(need))
+    for operand, shape, name in zip(operands, shapes, dtypes, strict=True):
+        dtype = DTYPES[name]
+        if dtype.is_floating_point:
+            inputs.append(torch.rand(shape, dtype=dtype))
+        elif dtype == torch.bool:
+            inputs.append(torch.zeros(shape, dtype=dtype))
         else:
-            inputs.append(torch.zeros(shape, dtype=DTYPES[dtype]))
-    random = CounterState(0, 1)
-    differentiable = any(program.graph.tensors[t].requires_grad for t in node.outputs)
-    present = [t for t, box in zip(node.inputs, _C.compute_item(program, sample.node, sample.tile, sample.chunk).operand_boxes, strict=True) if box is not None]
-    stored = [program.graph.nodes[program.graph.tensors[t].producer].kind == _C.NodeKind.param for t in present]
-    computed = [x.detach() for x, is_stored in zip(inputs, stored, strict=True) if not is_stored]
-    surroundings = Surroundings(side)
+            inputs.append(torch.randint(num_rows, shape, dtype=dtype, generator=torch.Generator().manual_seed(operand)))
+    return inputs
 
-    def run() -> Any:
-        with torch.set_grad_enabled(differentiable):
-            return module(*inputs, random)
 
-    begin = time.perf_counter_ns()
-    first = run()
-    repeats = 1 if time.perf_counter_ns() - begin > 100_000_000 else REPEATS
-    clock = own_clock()
-    # What nobody differentiates (running averages, counts, masks) is small and follows small operators: behind a product it took two to six times as long.
-    before = surroundings.before_forward if differentiable else surroundings.before_backward
-    forward = calmest(lambda: timed(run, repeats, clock, before=lambda: before(computed)))
-    outputs = [i for i, r in enumerate(first) if r.requires_grad]
-    leaves = [x for x in inputs if x.requires_grad]
-    if not outputs or not leaves:
-        return forward, NOTHING
-    grads = [torch.ones_like(first[i]) for i in outputs]
-    del first
+class Tile:
+    """One tile of one operator, to be run as a step finds it: what was computed just before it, a small operand or gradient, is in the cache; parameters, and
+    what forward has kept for backward, are not."""
 
-    def results() -> Any:
-        out = run()
-        surroundings.before_backward(grads)
-        return [out[i] for i in outputs]
+    def __init__(self, program: _C.Program, graph: Graph, sample: _C.OpSample) -> None:
+        self.module, shapes, dtypes, needs = build_item(program, sample.node, sample.tile, sample.chunk, graph)
+        node, tensors = program.graph.nodes[sample.node], program.graph.tensors
+        boxes = _C.compute_item(program, sample.node, sample.tile, sample.chunk).operand_boxes
+        present = [i for i, box in enumerate(boxes) if box is not None]
+        self.inputs = [x.requires_grad_(need) for x, need in zip(example_inputs(program, node, present, shapes, dtypes), needs, strict=True)]
+        stored = [program.graph.nodes[tensors[node.inputs[i]].producer].kind == _C.NodeKind.param for i in present]
+        self.computed = [x.detach() for x, is_stored in zip(self.inputs, stored, strict=True) if not is_stored]
+        self.leaves = [x for x in self.inputs if x.requires_grad]
+        self.differentiable = any(tensors[t].requires_grad for t in node.outputs)
+        self.random, self.stopwatch = CounterState(0, 1), Stopwatch(self.module)
+        first = self.forward()
+        self.num_bytes = sum(t.numel() * t.element_size() for t in (*self.inputs, *first))
+        self.outputs = [i for i, r in enumerate(first) if r.requires_grad] if self.leaves else []
+        self.grads = [torch.ones_like(first[i]) for i in self.outputs]
 
-    def back(outs: Any) -> None:
-        torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+    def forward(self) -> Any:
+        with torch.set_grad_enabled(self.differentiable):
+            return self.module(*self.inputs, self.random)
 
-    return forward, calmest(lambda: timed(back, repeats, clock, before=results))
+
+class Turn:
+    """A tile's turn in a round: its forward, and its backward after everybody's forward."""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile = tile
+        self.kept: list[torch.Tensor] | None = None
+
+    def forward(self) -> int:
+        """ns that it took."""
+        touch(self.tile.computed)
+        results = self.tile.forward()
+        self.kept = [results[i] for i in self.tile.outputs]
+        return self.tile.stopwatch.reading()
+
+    def backward(self) -> int:
+        if self.kept is None:
+            self.forward()
+        kept, self.kept, clock = self.kept or [], None, self.tile.stopwatch.clock
+        touch(self.tile.grads)
+        begin = clock()
+        torch.autograd.grad(kept, self.tile.leaves, self.tile.grads, allow_unused=True)
+        return clock() - begin
+
+
+def time_tiles(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSample]) -> list[tuple[Timing, Timing]]:
+    """Forward and backward of each sample, in rounds as steps are: one forward after another and then all backwards, of as many as fit into AT_ONCE bytes. So
+    what ran before an operator has taken the caches, or has brought its code and data there."""
+    occurrences = Counter[str]()
+    turns = []
+    for key in [*(turn.key for turn in _C.CostModel.turns(program)), *(sample.key for sample in samples)]:
+        occurrences[key] += 1
+        if occurrences[key] <= MOST_TURNS:
+            turns.append(key)
+    found = dict[str, tuple[Timing, Timing]]()
+    group, num_bytes = dict[str, Tile](), 0
+    for sample in samples:
+        group[sample.key] = Tile(program, graph, sample)
+        num_bytes += group[sample.key].num_bytes * min(occurrences[sample.key], MOST_TURNS)
+        if num_bytes >= AT_ONCE or sample is samples[-1]:
+            found |= time_group(group, [key for key in turns if key in group])
+            group, num_bytes = {}, 0
+    return [found[sample.key] for sample in samples]
+
+
+def time_group(tiles: dict[str, Tile], keys: Sequence[str]) -> dict[str, tuple[Timing, Timing]]:
+    """`keys`: whose turn it is, in the order of a step's forward."""
+    turns = [Turn(tiles[key]) for key in keys]
+    backward = [i for i in reversed(range(len(turns))) if turns[i].tile.outputs]
+    timings = timed_in_turns([*(turn.forward for turn in turns), *(turns[i].backward for i in backward)], ROUNDS)
+    forwards, backwards = defaultdict(list), defaultdict(list)
+    for position, timing in enumerate(timings):
+        if position < len(turns):
+            forwards[keys[position]].append(timing)
+        else:
+            backwards[keys[backward[position - len(turns)]]].append(timing)
+    return {key: (mean(forwards[key]), beyond(mean(backwards[key]), harness()) if key in backwards else NOTHING) for key in tiles}
+
+
+def mean(timings: Sequence[Timing]) -> Timing:
+    return Timing(int(statistics.mean(t.ns for t in timings)), statistics.mean(t.spread for t in timings))
+
+
+def beyond(whole: Timing, own: Timing) -> Timing:
+    return Timing(max(whole.ns - own.ns, 0), whole.spread)

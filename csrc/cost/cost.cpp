@@ -1,10 +1,12 @@
 #include "cost/cost.h"
 
 #include <algorithm>
+#include <set>
 
 #include "base/error.h"
 #include "cost/work.h"
 #include "fmt/ranges.h"
+#include "program/project.h"
 
 namespace soap {
 namespace {
@@ -133,6 +135,24 @@ std::vector<OpSample> CostModel::missing(const Program& p) const {
   std::vector<OpSample> list;
   for (auto& [k, sample] : out) list.push_back(std::move(sample));
   return list;
+}
+
+std::vector<OpSample> CostModel::turns(const Program& p) {
+  std::vector<OpSample> out;
+  std::set<std::string> seen;
+  for (int rank = 0; rank < p.world_size; ++rank) {
+    std::set<std::string> of_rank;
+    for (const Segment& segment : project(p, rank).segments) {
+      for (const ComputeItem& item : segment.items) {
+        std::string k = key(p, item.node, item.tile, item.chunk);
+        if (item.empty || seen.count(k)) continue;
+        of_rank.insert(k);
+        out.push_back({std::move(k), item.node, item.tile, item.chunk});
+      }
+    }
+    seen.merge(of_rank);
+  }
+  return out;
 }
 
 }  // namespace soap

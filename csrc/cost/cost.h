@@ -43,6 +43,8 @@ class CostModel {
   const std::map<std::string, OpTime>& measured() const { return measured_; }
   // What a program needs and nobody has measured, one sample for each key.
   std::vector<OpSample> missing(const Program& program) const;
+  // What the ranks compute in a step's forward, each time that they do, in their order: rank 0, then of each other rank what none before it computes.
+  static std::vector<OpSample> turns(const Program& program);
 
  private:
   struct Ratio {

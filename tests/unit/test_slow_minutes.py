@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -41,11 +42,10 @@ class Machine:
         self.program = _C.lower(graph, _C.parse_plan(graph, "* @ [0]", 1), rows)
         self.known = calibrate.nothing_known()
 
-    def time_operator(self, program: _C.Program, graph: Any, sample: _C.OpSample, side: int) -> tuple[Timing, Timing]:
-        self.timed.append(sample.key)
-        columns = program.graph.tensors[program.graph.nodes[sample.node].outputs[0]].shape[-1]
-        ns = int(columns * self.unit_ns * self.pace)
-        return Timing(ns, 0.0), Timing(2 * ns, 0.0)
+    def time_tiles(self, program: _C.Program, graph: Any, samples: Sequence[_C.OpSample]) -> list[tuple[Timing, Timing]]:
+        self.timed += [sample.key for sample in samples]
+        columns = [program.graph.tensors[program.graph.nodes[sample.node].outputs[0]].shape[-1] for sample in samples]
+        return [(Timing(ns, 0.0), Timing(2 * ns, 0.0)) for ns in (int(c * self.unit_ns * self.pace) for c in columns)]
 
     def measure(self, comm: Other | None = None) -> tuple[int, int, list[tuple[int, int]]]:
         """How many figures are new, how many operators were timed, and the prices."""
