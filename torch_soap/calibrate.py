@@ -26,8 +26,24 @@ from torch import nn
 from torch_soap import _C
 from torch_soap.backend import host
 from torch_soap.machine import Machine
-from torch_soap.measuring import CALM, PACE, REPEATS, Timing, calm_samples, calmest, forget_doubtful, load_per_core, mark, own_clock, quiet, timed
-from torch_soap.operator_times import OFF, RECENT, doubt
+from torch_soap.measuring import (
+    CALM,
+    CORES,
+    PACE,
+    REPEATS,
+    Timing,
+    alike,
+    calm_samples,
+    calmest,
+    forget_doubtful,
+    load_per_core,
+    mark,
+    own_clock,
+    quiet,
+    timed,
+    undisturbed,
+)
+from torch_soap.operator_times import OFF, RECENT, Ranks, doubt
 from torch_soap.plan import as_plan
 from torch_soap.runtime.comm import Comm, transport
 from torch_soap.runtime.heap import keep_freed_memory
@@ -46,7 +62,7 @@ SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 OTHER = 8 << 20  # bytes that a core's own cache doesn't hold
 UNCACHED = 64 << 20  # bytes that no cache holds beside what else goes on
-FORMAT = 13  # of the cache
+FORMAT = 14  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 
@@ -71,20 +87,21 @@ def cache_file(num_ranks: int, host_of: Sequence[int] = ()) -> Path:
     return root / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
-def nothing_known() -> dict[str, Any]:
-    return {"operators": {}, "doubted": [], "looks": 0, "tables": {}, "marks": {}, "load": round(load_per_core(), 2)}
+def nothing_known(cores_ns: int = 0) -> dict[str, Any]:
+    """`cores_ns`: how far apart the cores are; 0: not asked yet."""
+    return {"cores_ns": cores_ns, "operators": {}, "doubted": [], "looks": 0, "tables": {}, "marks": {}, "load": round(load_per_core(), 2)}
 
 
 def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) -> dict[str, Any]:
-    """What rank 0's host knows and doesn't doubt, on all ranks, so that all measure the same things in the same order. Collective when `comm` is given."""
-    known = nothing_known()
-    path = cache_file(num_ranks, host_of)
-    if path.exists() and (comm is None or comm.rank == 0):
-        try:
-            known = dict(json.loads(path.read_text()))
-            forget_doubtful(known, load_per_core())
-        except json.JSONDecodeError:  # cut short by a killed run: measure again
-            path.unlink()
+    """What rank 0's host knows of moments like this one and doesn't doubt, on all ranks, so that all measure the same things in the same order. Collective
+    when `comm` is given."""
+    distance_ns = 0 if comm is None else Ranks(comm).core_distance_ns()
+    known = nothing_known(distance_ns)
+    if comm is None or comm.rank == 0:
+        for moment in moments(cache_file(num_ranks, host_of)):
+            if alike(moment["cores_ns"], distance_ns):
+                known = moment
+                forget_doubtful(known, load_per_core())
     if comm is not None:
         known = dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
     if known.setdefault("looks", 0) < LOOKS:
@@ -94,11 +111,23 @@ def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) 
     return known
 
 
+def moments(path: Path) -> list[dict[str, Any]]:
+    """What a cache knows, by how far apart the cores were."""
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text())["moments"])
+    except json.JSONDecodeError:  # cut short by a killed run: measure again
+        path.unlink()
+        return []
+
+
 def save(num_ranks: int, data: dict[str, Any], host_of: Sequence[int] = ()) -> None:
     path = cache_file(num_ranks, host_of)
     path.parent.mkdir(parents=True, exist_ok=True)
+    others = [moment for moment in moments(path) if not alike(moment["cores_ns"], data["cores_ns"])]
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data | {"doubted": [], "pace_ns": PACE.fastest_ns}))
+    temporary.write_text(json.dumps({"moments": [*others, data | {"doubted": [], "pace_ns": PACE.fastest_ns}]}))
     temporary.replace(path)
 
 
@@ -111,6 +140,8 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
     """The machine that this job runs on; its tables are measured unless they are known. `known` is the same on all ranks."""
     if comm is not None:
         keep_freed_memory()  # as in training
+        known["cores_ns"] = known.get("cores_ns") or Ranks(comm).core_distance_ns()
+        CORES.distance_ns = known["cores_ns"]
     machine = Machine(world_size, 1)
     machine.name = platform.node()
     if host_of:
@@ -149,34 +180,34 @@ def measure_update(comm: Comm | None, known: dict[str, Any]) -> list[tuple[int, 
     """AdamW's step for one parameter, by its bytes, the mean over ranks. In a slow minute it takes half as long again: where it is doubted, one size is looked
     at, and, where that takes less now, all."""
 
-    def mean(timings: list[Timing]) -> list[int]:
-        everyone = [[t.ns for t in timings]] if comm is None else comm.gather_ints([t.ns for t in timings])
-        return [int(statistics.mean(ns)) for ns in zip(*everyone, strict=True)]
-
     def measured() -> list[list[int]]:
         barrier(comm)
-        timings = [calmest(lambda s=size: time_update(s)) for size in UPDATES]  # type: ignore[misc]
+        timings = [calmest(lambda s=size: time_update(s, comm)) for size in UPDATES]  # type: ignore[misc]
         mark(known, "update", *timings)
-        return [[size, ns] for size, ns in zip(UPDATES, mean(timings), strict=True)]
+        return [[size, t.ns] for size, t in zip(UPDATES, timings, strict=True)]
 
     if "update" not in known:
         known["update"] = measured()
     elif "update" in known.get("doubted", []):
         known["doubted"] = [name for name in known["doubted"] if name != "update"]
         barrier(comm)
-        (now_ns,) = mean([time_update(UPDATE_LOOKED_AT)])
-        if dict(known["update"])[UPDATE_LOOKED_AT] > OFF * now_ns:
+        if dict(known["update"])[UPDATE_LOOKED_AT] > OFF * time_update(UPDATE_LOOKED_AT, comm).ns:
             known["update"] = lesser(known["update"], measured())
     return [(size, ns) for size, ns in known["update"]]
 
 
-def time_update(size: int) -> Timing:
-    """Of one parameter of so many bytes, among others alike: parameters, gradients and state don't stay in the cache from step to step."""
+def time_update(size: int, comm: Comm | None) -> Timing:
+    """Of one parameter of so many bytes, among others alike: parameters, gradients and state don't stay in the cache from step to step. The mean over ranks,
+    and the largest spread."""
     parameters = [torch.zeros(size // 4, requires_grad=True) for _ in range(min(max(2, (64 << 20) // size), 256))]
     for p in parameters:
         p.grad = torch.ones_like(p)
-    taken = timed(torch.optim.AdamW(parameters).step, 2 * REPEATS + 1, clock=own_clock())
-    return Timing(taken.ns // len(parameters), taken.spread)
+    together = None if comm is None else Ranks(comm)
+    taken = timed(torch.optim.AdamW(parameters).step, 2 * REPEATS + 1, clock=own_clock(), together=together)
+    each_ns = taken.ns // len(parameters)
+    if comm is None or together is None:
+        return Timing(each_ns, taken.spread)
+    return Timing(int(statistics.mean(ns for (ns,) in comm.gather_ints([each_ns]))), together.worst(taken.spread))
 
 
 def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> list[float]:
@@ -202,7 +233,7 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
 
         walls, own = [], 0
         for num_busy in range(machine.host_of.count(machine.host_of[0]) + 1):  # 0: what the barriers take
-            samples, _ = calm_samples(lambda n=num_busy: sample(n), REPEATS, agree=lambda pace: worst(comm, pace))  # type: ignore[misc]
+            samples, _ = calm_samples(lambda n=num_busy: sample(n), REPEATS, together=Ranks(comm))  # type: ignore[misc]
             everyone = comm.gather_ints([int(statistics.median(v)) for v in zip(*samples, strict=True)])
             walls.append(max(wall for wall, _ in everyone))
             own = max(taken for _, taken in everyone)  # the last round's: all at work
@@ -225,7 +256,7 @@ def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
                 x.add_(1.0)
             return time.perf_counter_ns() - begin
 
-        taken, _ = calm_samples(between_meetings, MEETINGS, agree=lambda pace: worst(comm, pace))
+        taken, _ = calm_samples(between_meetings, MEETINGS, together=Ranks(comm))
         late = sorted(max(t) / statistics.mean(t) - 1 for t in zip(*comm.gather_ints(taken), strict=True))
         known["jitter"] = round(statistics.mean(late[: len(late) * 9 // 10]) / latest(comm.world_size), 4)
         mark(known, "jitter")
@@ -262,7 +293,7 @@ def time_step(comm: Comm, num_parameters: int) -> tuple[int, int, Timing]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS, agree=lambda pace: worst(comm, pace))))
+        taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS, together=Ranks(comm))))
         engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
         beyond, segments = [], []
         for _ in range(10):
@@ -273,11 +304,6 @@ def time_step(comm: Comm, num_parameters: int) -> tuple[int, int, Timing]:
             segments += [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
     everyone = comm.gather_ints([int(quiet(beyond)), int(quiet(segments))])
     return max(v[0] for v in everyone), max(v[1] for v in everyone), taken
-
-
-def worst(comm: Comm, pace: float) -> float:
-    """Of all ranks' readings."""
-    return max(v for (v,) in comm.gather_ints([int(1000 * pace)])) / 1000
 
 
 def slowest(comm: Comm, mine: Timing) -> Timing:
@@ -299,7 +325,7 @@ def measure_pieces(comm: Comm, known: dict[str, Any]) -> float:
                 execute(step, comm, lambda value, dtype: source)
 
             barrier(comm)
-            timings.append(slowest(comm, timed(assemble, 10 * REPEATS, own_clock(), before=lambda: a @ a, agree=lambda pace: worst(comm, pace))))
+            timings.append(slowest(comm, timed(assemble, 10 * REPEATS, own_clock(), before=lambda: a @ a, together=Ranks(comm))))
         few, many = timings
         known["piece_ns"] = max(many.ns - few.ns, 1) / (PIECES[1] - PIECES[0])
         mark(known, "piece_ns", *timings)
@@ -363,7 +389,7 @@ def measure_cold(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> floa
                     execute(step, comm, lambda value, dtype: source)
                     return [begin, time.perf_counter_ns()]
 
-                taken = [[meet(before) for _ in range(COLD_MEETINGS)] for before in (short, long)]
+                taken = undisturbed(lambda meet=meet: [[meet(before) for _ in range(COLD_MEETINGS)] for before in (short, long)], Ranks(comm))  # type: ignore[misc]
                 both = [after_the_last(comm.gather_ints([ns for meeting in meetings for ns in meeting]), machine.host_of) for meetings in taken]
                 more.append(both[1] - both[0])
         known["cold_ns"] = float(max(statistics.median(more), 0.0))
@@ -450,7 +476,7 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
 
     loop(True)
     wanted = REPEATS if size > 1 << 20 else 2 * REPEATS - 1
-    pairs, pace = calm_samples(lambda: (loop(True), loop(False)), wanted, agree=lambda pace: worst(comm, pace))  # in turns: a machine gets slower and faster
+    pairs, pace = calm_samples(lambda: (loop(True), loop(False)), wanted, together=Ranks(comm))  # in turns: a machine gets slower and faster
     together, alone = zip(*pairs, strict=True)
     mine = [int(quiet(together) - quiet(alone)), int(max(together) - min(together)), int(statistics.median(together))]
     taken, spread, total = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))

@@ -52,7 +52,7 @@ def measure_families(machine: Machine, comm: Comm | None, known: dict[str, Any])
     samples = _C.CostModel(machine).missing(program)
     works = [_C.work_of(program, sample.node, sample.tile, sample.chunk) for sample in samples]
     calibrate.barrier(comm)
-    timings = [forward for forward, _ in time_tiles(program, graph, samples)]
+    timings = [forward for forward, _ in time_tiles(program, graph, samples, comm)]
     parts = defaultdict(list)
     for work, timing in zip(works, timings, strict=True):
         if work.num_bytes == 0:

@@ -6,6 +6,9 @@ want to run for each core) when its job began to measure, and how often it was m
 A virtual machine's core is half of a core, and somebody else's work on the other half costs ours up to half of its speed: for milliseconds, or for most of a
 minute. No load shows it, and the thread's own clock neither. So a reading of the machine's pace stands before and after each sample, and samples of slow
 moments are taken again.
+
+Its cores are moved about as well, every now and then: with a cache in common they exchange data several times as fast as without, and get less of it each.
+Where ranks measure together, all samples are of moments when the cores were as far apart as at first (`Cores`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +32,9 @@ TRIES = 3  # runs that try a doubtful figure: a machine that is never quiet gets
 BUSY = 0.5  # load above which a figure is doubtful once the host is quieter
 SMALL = 100  # operators of one reading of the pace: a quarter of a millisecond
 CALM = 1.3  # readings up to so many times the fastest are the machine's usual pace; with a neighbour at work they are 1.6 to 1.8
+NEAR = 2.0  # distances of cores up to so many times another are alike: with a cache in common they are 50 to 90 ns apart, without 200 to 300
+MOVED = 10.0  # the pace while cores are elsewhere
+NAP_S, NAPS = 0.2, 100  # a wait until cores are back, and how many of them in one run
 AGAIN, PATIENCE_NS = 2, 20_000_000  # in slow moments up to so many times as many samples as wanted are taken, and for so long
 
 
@@ -69,6 +75,53 @@ class Pace:
 PACE = Pace()  # of this process
 
 
+class Cores:
+    """How far apart this host's cores are, as figures count on it; the same on all ranks."""
+
+    def __init__(self) -> None:
+        self.distance_ns, self.naps = 0, NAPS  # 0: nothing counts on it
+
+    def alike(self, distance_ns: int) -> bool:
+        return self.distance_ns == 0 or alike(distance_ns, self.distance_ns)
+
+
+def alike(a_ns: int, b_ns: int) -> bool:
+    return max(a_ns, b_ns) <= NEAR * min(a_ns, b_ns)
+
+
+CORES = Cores()  # of this process
+
+
+class Together(Protocol):
+    """Ranks that measure together, and decide alike."""
+
+    def worst(self, value: float) -> float:
+        """Of all ranks'. Collective."""
+
+    def moved(self) -> bool:
+        """Whether cores are elsewhere than CORES says. Collective."""
+
+
+def settled(together: Together) -> bool:
+    """Waits until cores are back, as long as there are naps left. Whether they are. Collective."""
+    while together.moved():
+        if CORES.naps <= 0:
+            return False
+        CORES.naps -= 1
+        time.sleep(NAP_S)
+    return True
+
+
+def undisturbed(measure: Callable[[], Sample], together: Together) -> Sample:
+    """What it measures while cores stay where they are."""
+    for _ in range(ATTEMPTS):
+        here = settled(together)
+        value = measure()
+        if not here or not together.moved():
+            break
+    return value
+
+
 class Calm(Generic[Sample]):
     """Samples of the calmest moments."""
 
@@ -87,17 +140,22 @@ class Calm(Generic[Sample]):
         return [value for _, (_, value) in calmest_first], max(pace for _, (pace, _) in calmest_first)
 
 
-def calm_samples(
-    sample: Callable[[], Sample], wanted: int, pace: Callable[[], float] = PACE, agree: Callable[[float], float] | None = None
-) -> tuple[list[Sample], float]:
-    """So many samples of the calmest moments, and the slowest pace among them. `agree`: makes one reading of all ranks', where these sample together; all
-    take as many."""
-    read = pace if agree is None else lambda: agree(pace())
-    calm, last = Calm[Sample](wanted), read()
-    while calm.wants_more(patient=agree is None):
+def calm_samples(sample: Callable[[], Sample], wanted: int, pace: Callable[[], float] = PACE, together: Together | None = None) -> tuple[list[Sample], float]:
+    """So many samples of the calmest moments, and the slowest pace among them. `together`: with other ranks; all take as many."""
+
+    def read(wait: bool) -> float:
+        if together is None:
+            return pace()
+        here = settled(together) if wait else not together.moved()
+        return together.worst(pace()) if here else MOVED
+
+    calm, last = Calm[Sample](wanted), read(wait=True)
+    while calm.wants_more(patient=together is None):
         value, first = sample(), last
-        last = read()
+        last = read(wait=False)
         calm.taken.append((max(first, last), value))
+        if last == MOVED:
+            last = read(wait=True)
     return calm.calmest()
 
 
@@ -114,7 +172,7 @@ def timed(
     *,
     before: Callable[[], Any] | None = None,
     pace: Callable[[], float] = PACE,
-    agree: Callable[[float], float] | None = None,
+    together: Together | None = None,
 ) -> Timing:
     """Median of a few runs after one to warm up. `before`: runs before each of them, untimed; what it gives, if anything, is fn's argument."""
 
@@ -128,29 +186,36 @@ def timed(
         return end - begin
 
     sample()
-    return middle(*calm_samples(sample, repeats, pace, agree))
+    return middle(*calm_samples(sample, repeats, pace, together))
 
 
-def timed_in_turns(runs: Sequence[Callable[[], int]], wanted: int, pace: Callable[[], float] = PACE) -> list[Timing]:
-    """Median of what each run says that it took, in rounds over all of them after one to warm up; those that are noisy again, as `calmest`."""
+def timed_in_turns(runs: Sequence[Callable[[], int]], wanted: int, pace: Callable[[], float] = PACE, together: Together | None = None) -> list[Timing]:
+    """Median of what each run says that it took, in rounds over all of them after one to warm up; those that are noisy again, as `calmest`. `together`: with
+    other ranks, round by round."""
 
-    def attempt(chosen: Sequence[int]) -> dict[int, Timing]:
+    def rounds(chosen: Sequence[int]) -> dict[int, Timing]:
         for i in chosen:
             runs[i]()
         samples = {i: Calm[int](wanted) for i in chosen}
-        while more := [i for i in chosen if samples[i].wants_more(patient=False)]:
-            last = pace()
+        while True:
+            more = [i for i in chosen if samples[i].wants_more(patient=False)]
+            if not (more if together is None else together.worst(float(bool(more)))):
+                return {i: middle(*calm.calmest()) for i, calm in samples.items()}
+            here = together is None or settled(together)
+            taken, last = [], pace()
             for position, i in enumerate(more):
                 if i > 0 and (position == 0 or more[position - 1] != i - 1):
                     runs[i - 1]()  # what it follows
                 value, first = runs[i](), last
                 last = pace()
-                samples[i].taken.append((max(first, last), value))
-        return {i: middle(*calm.calmest()) for i, calm in samples.items()}
+                taken.append((i, max(first, last), value))
+            here = here and (together is None or not together.moved())
+            for i, slowest, value in taken:
+                samples[i].taken.append((slowest if here else MOVED, value))
 
-    best = attempt(range(len(runs)))
+    best = rounds(range(len(runs)))
     for _ in range(ATTEMPTS - 1):
-        for i, again in attempt([i for i, taken in best.items() if taken.noisy]).items():
+        for i, again in rounds([i for i, taken in best.items() if taken.noisy]).items():
             best[i] = min(best[i], again, key=lambda t: t.spread)
     return [best[i] for i in range(len(runs))]
 

@@ -7,15 +7,15 @@ import itertools
 import random
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from torch_soap import _C
+from torch_soap import _C, _backend
 from torch_soap.capture.graph import Graph
-from torch_soap.measuring import REPEATS, Timing, calmest, mark, own_clock, timed, timed_in_turns
+from torch_soap.measuring import CORES, REPEATS, Timing, calmest, mark, own_clock, timed, timed_in_turns
 from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm
@@ -23,7 +23,7 @@ from torch_soap.runtime.comm import Comm
 RECENT = 512 << 10  # bytes of a tensor that is still in the core's cache when what follows begins
 HEAVY, OTHERS, CHECK_NS = 8, 4, 500_000_000  # operators whose times are looked at again: those that take most, others, and how long their runs take at most
 OFF, WORTH_NS = 1.05, 1_000_000  # times of slow minutes are so many times what they are now; of operators that take less than this in all nobody asks
-ROUNDS, MOST_TURNS, AT_ONCE = 5, 5, 512 << 20  # over operators that are timed in turns; turns of each in a round, and bytes of those in one round
+ROUNDS, MOST_TURNS, AT_ONCE = 5, 8, 512 << 20  # over operators that are timed in turns; turns of each in a round, and bytes of those in one round
 
 
 def measure_operators(cost: _C.CostModel, program: _C.Program, graph: Graph, comm: Comm | None, known: dict[str, Any], limit: int = 120) -> int:
@@ -79,7 +79,7 @@ def representative(times: dict[str, list[int]]) -> list[str]:
 def time_operators(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSample], comm: Comm | None, known: dict[str, Any]) -> dict[str, list[int]]:
     """Forward and backward of each in ns, the mean over ranks, by its key."""
     mine = []
-    for sample, timings in zip(samples, time_tiles(program, graph, samples), strict=True):
+    for sample, timings in zip(samples, time_tiles(program, graph, samples, comm), strict=True):
         mine.append([t.ns for t in timings])
         mark(known, f"operators/{sample.key}", *timings)
     everyone = [mine] if comm is None else comm.gather_objects(mine)
@@ -87,6 +87,24 @@ def time_operators(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSam
 
 
 NOTHING = Timing(0, 0.0)
+
+
+class Ranks:
+    """All of a job, which measure together (`measuring.Together`)."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+
+    def worst(self, value: float) -> float:
+        return max(v for (v,) in self.comm.gather_ints([int(1000 * value)])) / 1000
+
+    def core_distance_ns(self) -> int:
+        """On rank 0's host."""
+        ((distance_ns,), *_) = self.comm.gather_ints([_backend.core_distance_ns() if self.comm.rank == 0 else 0])
+        return distance_ns
+
+    def moved(self) -> bool:
+        return not CORES.alike(self.core_distance_ns())
 
 
 def touch(recent: Sequence[torch.Tensor]) -> None:
@@ -166,6 +184,7 @@ class Tile:
         stored = [program.graph.nodes[tensors[node.inputs[i]].producer].kind == _C.NodeKind.param for i in present]
         self.computed = [x.detach() for x, is_stored in zip(self.inputs, stored, strict=True) if not is_stored]
         self.leaves = [x for x in self.inputs if x.requires_grad]
+        self.stored = [is_stored for x, is_stored in zip(self.inputs, stored, strict=True) if x.requires_grad]  # of leaves
         self.differentiable = any(tensors[t].requires_grad for t in node.outputs)
         self.random, self.stopwatch = CounterState(0, 1), Stopwatch(self.module)
         first = self.forward()
@@ -184,9 +203,11 @@ class Turn:
     def __init__(self, tile: Tile) -> None:
         self.tile = tile
         self.kept: list[torch.Tensor] | None = None
+        self.gradients: list[torch.Tensor | None] = []  # of parameters: they stay until the next step
 
     def forward(self) -> int:
         """ns that it took."""
+        self.gradients = []
         touch(self.tile.computed)
         results = self.tile.forward()
         self.kept = [results[i] for i in self.tile.outputs]
@@ -198,16 +219,19 @@ class Turn:
         kept, self.kept, clock = self.kept or [], None, self.tile.stopwatch.clock
         touch(self.tile.grads)
         begin = clock()
-        torch.autograd.grad(kept, self.tile.leaves, self.tile.grads, allow_unused=True)
-        return clock() - begin
+        gradients = torch.autograd.grad(kept, self.tile.leaves, self.tile.grads, allow_unused=True)
+        end = clock()
+        self.gradients = [g for g, stays in zip(gradients, self.tile.stored, strict=True) if stays]
+        return end - begin
 
 
-def time_tiles(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSample]) -> list[tuple[Timing, Timing]]:
-    """Forward and backward of each sample, in rounds as steps are: one forward after another and then all backwards, of as many as fit into AT_ONCE bytes. So
-    what ran before an operator has taken the caches, or has brought its code and data there."""
+def time_tiles(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSample], comm: Comm | None) -> list[tuple[Timing, Timing]]:
+    """On this rank, forward and backward of each sample, in rounds as steps are: one forward after another and then all backwards, of as many as fit into
+    AT_ONCE bytes. So what ran before an operator has taken the caches, or has brought its code and data there."""
+    of_step = [turn.key for turn in _C.CostModel.turns(program)]
     occurrences = Counter[str]()
     turns = []
-    for key in [*(turn.key for turn in _C.CostModel.turns(program)), *(sample.key for sample in samples)]:
+    for key in [*of_step, *sorted({sample.key for sample in samples} - set(of_step))]:
         occurrences[key] += 1
         if occurrences[key] <= MOST_TURNS:
             turns.append(key)
@@ -217,28 +241,34 @@ def time_tiles(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSample]
         group[sample.key] = Tile(program, graph, sample)
         num_bytes += group[sample.key].num_bytes * min(occurrences[sample.key], MOST_TURNS)
         if num_bytes >= AT_ONCE or sample is samples[-1]:
-            found |= time_group(group, [key for key in turns if key in group])
+            found |= time_group(group, [key for key in turns if key in group], occurrences, comm)
             group, num_bytes = {}, 0
     return [found[sample.key] for sample in samples]
 
 
-def time_group(tiles: dict[str, Tile], keys: Sequence[str]) -> dict[str, tuple[Timing, Timing]]:
-    """`keys`: whose turn it is, in the order of a step's forward."""
+def time_group(tiles: dict[str, Tile], keys: Sequence[str], occurrences: Mapping[str, int], comm: Comm | None) -> dict[str, tuple[Timing, Timing]]:
+    """`keys`: whose turn it is, in the order of a step's forward. `occurrences`: of each in a step."""
     turns = [Turn(tiles[key]) for key in keys]
-    backward = [i for i in reversed(range(len(turns))) if turns[i].tile.outputs]
-    timings = timed_in_turns([*(turn.forward for turn in turns), *(turns[i].backward for i in backward)], ROUNDS)
+    back = [i for i in reversed(range(len(turns))) if turns[i].tile.outputs]
+    runs = [*(turn.forward for turn in turns), *(turns[i].backward for i in back)]
+    timings = timed_in_turns(runs, ROUNDS, together=None if comm is None else Ranks(comm))
     forwards, backwards = defaultdict(list), defaultdict(list)
-    for position, timing in enumerate(timings):
-        if position < len(turns):
-            forwards[keys[position]].append(timing)
-        else:
-            backwards[keys[backward[position - len(turns)]]].append(timing)
-    return {key: (mean(forwards[key]), beyond(mean(backwards[key]), harness()) if key in backwards else NOTHING) for key in tiles}
+    for key, timing in zip(keys, timings[: len(turns)], strict=True):
+        forwards[key].append(timing)
+    for i, timing in zip(back, timings[len(turns) :], strict=True):
+        backwards[keys[i]].append(timing)
+    found = {}
+    for key in tiles:
+        forward, backward = mean(forwards[key], occurrences[key]), NOTHING
+        if key in backwards:
+            whole = mean(backwards[key], occurrences[key])
+            backward = Timing(max(whole.ns - harness().ns, 0), whole.spread)
+        found[key] = forward, backward
+    return found
 
 
-def mean(timings: Sequence[Timing]) -> Timing:
-    return Timing(int(statistics.mean(t.ns for t in timings)), statistics.mean(t.spread for t in timings))
-
-
-def beyond(whole: Timing, own: Timing) -> Timing:
-    return Timing(max(whole.ns - own.ns, 0), whole.spread)
+def mean(timings: Sequence[Timing], of: int) -> Timing:
+    """Of so many turns, of which these are the first. The rest are as the later half of these: who comes again and again finds its code in the cache."""
+    later = statistics.mean(t.ns for t in timings[len(timings) // 2 :])
+    total = sum(t.ns for t in timings) + (max(of, len(timings)) - len(timings)) * later
+    return Timing(int(total / max(of, len(timings))), statistics.mean(t.spread for t in timings))

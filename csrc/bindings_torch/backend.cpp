@@ -5,6 +5,7 @@
 #include "backend/soap_backend.h"
 #include "bindings_torch/engine.h"
 #include "bindings_torch/movement.h"
+#include "transport/cores.h"
 
 namespace py = pybind11;
 using soap::backend::SoapBackend;
@@ -28,6 +29,8 @@ PYBIND11_MODULE(_backend, m) {
       .def("set_profiler_name", &SoapBackend::set_profiler_name, py::arg("name"), "What the profiler shows before ':all_reduce'.")
       .def("set_random_delay", &SoapBackend::set_random_delay, py::arg("most"), "For tests: delays every step by a random time up to this.");
   m.def("leave_all_groups", &soap::backend::leave_all_groups, py::call_guard<py::gil_scoped_release>(), "To be called before the interpreter ends.");
+  m.def("core_distance_ns", &soap::transport::core_distance_ns, py::call_guard<py::gil_scoped_release>(),
+        "Of a cache line from one core that this process may run on to another, and back; 0 where it has only one.");
   soap::bind_movement(m);
   soap::bind_engine(m);
 }

@@ -245,10 +245,19 @@ def test_calibrate_writes_a_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(("busy_speed", "counts"), [([1.0, 0.98, 0.97, 0.95], True), ([1.08, 0.92, 0.65, 0.5], False)])
-def test_ranks_that_take_turns_on_cores_lose_nothing_while_they_wait(busy_speed: list[float], counts: bool) -> None:
+def test_ranks_that_take_turns_on_cores_lose_nothing_while_they_wait(busy_speed: list[float], counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others compute then: what a rank comes late, and what caches it finds, is in the tables of movements."""
+    monkeypatch.setattr(calibrate, "CORES", measuring.Cores())
     layouts = {f"{kind}/{ranks}/1": [[4096, 1000]] for ranks in (2, 4) for kind in ("exchange", "all_reduce")}
-    data = {"rates": [1e10, 1e10, 100.0], "update": [[1024, 10]], "busy_speed": busy_speed, "jitter": 0.2, "step_overhead": [1, 2, 3], "piece_ns": 4.0}
+    data = {
+        "cores_ns": 50,
+        "rates": [1e10, 1e10, 100.0],
+        "update": [[1024, 10]],
+        "busy_speed": busy_speed,
+        "jitter": 0.2,
+        "step_overhead": [1, 2, 3],
+        "piece_ns": 4.0,
+    }
     comm: Any = SimpleNamespace(rank=0, world_size=4, join=lambda groups: None)
     machine = calibrate.detect(4, comm, data | {"tables": layouts, "cold_ns": 3e6}, [0] * 4)
     assert machine.busy_speed == busy_speed and set(machine.tables) == set(layouts)
@@ -307,7 +316,7 @@ def test_samples_of_slow_moments_are_taken_again() -> None:
     assert measuring.calm_samples(lambda: next(samples), 3, pace=lambda: next(readings)) == ([0, 3, 4], 1.2)
     assert next(samples) == 5, "no more than needed"
     slow = iter([1.5, 1.5, 1.9, 1.6, 1.4, 1.4, 1.8, 2.0])
-    values, worst = measuring.calm_samples(lambda: next(samples), 3, pace=lambda: next(slow), agree=float)
+    values, worst = measuring.calm_samples(lambda: next(samples), 3, pace=lambda: next(slow), together=SimpleNamespace(worst=float, moved=lambda: False))
     assert values == [10, 6, 9] and worst == 1.6, "the calmest of seven, where none is calm"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import torch_soap
 from torch_soap import _C, calibrate, operator_times
 from torch_soap.measuring import Timing
-from torch_soap.operator_times import HEAVY, NOTHING, OTHERS, doubt, measure_operators, representative
+from torch_soap.operator_times import HEAVY, OTHERS, doubt, measure_operators, representative
 from torch_soap.planner import graph_for
 
 WIDTHS = [10 + i for i in range(20)]
@@ -35,14 +35,13 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pace, self.unit_ns, self.timed = 1.0, 1_000_000, list[str]()
-        monkeypatch.setattr(operator_times, "harness", lambda side: (NOTHING, NOTHING))
-        monkeypatch.setattr(operator_times, "time_operator", self.time_operator)
+        monkeypatch.setattr(operator_times, "time_tiles", self.time_tiles)
         module = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairwise(WIDTHS)))
         graph, self.captured, rows = graph_for(module, torch.randn(4, WIDTHS[0]), None, 1)
         self.program = _C.lower(graph, _C.parse_plan(graph, "* @ [0]", 1), rows)
         self.known = calibrate.nothing_known()
 
-    def time_tiles(self, program: _C.Program, graph: Any, samples: Sequence[_C.OpSample]) -> list[tuple[Timing, Timing]]:
+    def time_tiles(self, program: _C.Program, graph: Any, samples: Sequence[_C.OpSample], comm: Any) -> list[tuple[Timing, Timing]]:
         self.timed += [sample.key for sample in samples]
         columns = [program.graph.tensors[program.graph.nodes[sample.node].outputs[0]].shape[-1] for sample in samples]
         return [(Timing(ns, 0.0), Timing(2 * ns, 0.0)) for ns in (int(c * self.unit_ns * self.pace) for c in columns)]
@@ -128,7 +127,7 @@ def test_the_update_is_looked_at_again(known_ns: int, now_ns: int, timed: int, k
     """now_ns 0: nobody doubts it."""
     known, seen = calibrate.nothing_known() | {"update": [[size, known_ns] for size in calibrate.UPDATES]}, list[int]()
 
-    def time_update(size: int) -> Timing:
+    def time_update(size: int, comm: Any) -> Timing:
         seen.append(size)
         return Timing(now_ns, 0.0)
 
