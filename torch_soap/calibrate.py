@@ -16,7 +16,7 @@ import statistics
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 OTHER = 8 << 20  # bytes that a core's own cache doesn't hold
 UNCACHED = 64 << 20  # bytes that no cache holds beside what else goes on
-FORMAT = 14  # of the cache
+FORMAT = 15  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 
@@ -164,7 +164,8 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
     machine.efficiency = known.get("efficiency", {})
     machine.update = measure_update(comm, known)
     if comm is not None and world_size > 1:
-        machine.busy_speed = measure_sharing(machine, comm, known)
+        machine.packs = transport() != "soap"
+        machine.busy_speed, machine.update_speed = measure_sharing(machine, comm, known)
         # Ranks that take turns on cores lose nothing while they wait, as others compute then, and find no core's cache as they left it: what movements
         # take after computation is in their tables.
         own_core = machine.busy_speed[-1] > OWN_CORE
@@ -210,19 +211,23 @@ def time_update(size: int, comm: Comm | None) -> Timing:
     return Timing(int(statistics.mean(ns for (ns,) in comm.gather_ints([each_ns]))), together.worst(taken.spread))
 
 
-def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> list[float]:
-    """How fast a rank computes while k of its host's ranks do, in times of its own clock with all at work (`Machine.busy_speed`)."""
+def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """How fast a rank computes while k of its host's ranks do, in times of its own clock with all at work (`Machine.busy_speed`); the same of its updates."""
     if "busy_speed" not in known:
         locals_ = [r for r, h in enumerate(machine.host_of) if h == machine.host_of[comm.rank]]
         a, x, clock = torch.randn(256, 256), torch.randn(1 << 20), own_clock()
 
-        def work() -> None:  # long against what ranks come late to a barrier, and take turns on a core
+        def compute() -> None:  # long against what ranks come late to a barrier, and take turns on a core
             for _ in range(20):
                 for _ in range(4):
                     a @ a
                 x.add_(1.0)
 
-        def sample(num_busy: int) -> tuple[int, int]:
+        parameters = [torch.zeros(UPDATE_LOOKED_AT // 4, requires_grad=True) for _ in range((64 << 20) // UPDATE_LOOKED_AT)]
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+
+        def sample(work: Callable[[], Any], num_busy: int) -> tuple[int, int]:
             barrier(comm)
             begin, begin_own = time.perf_counter_ns(), clock()
             if locals_.index(comm.rank) < num_busy:
@@ -231,15 +236,17 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> l
             barrier(comm)  # all have done theirs
             return time.perf_counter_ns() - begin, taken
 
-        walls, own = [], 0
-        for num_busy in range(machine.host_of.count(machine.host_of[0]) + 1):  # 0: what the barriers take
-            samples, _ = calm_samples(lambda n=num_busy: sample(n), REPEATS, together=Ranks(comm))  # type: ignore[misc]
-            everyone = comm.gather_ints([int(statistics.median(v)) for v in zip(*samples, strict=True)])
-            walls.append(max(wall for wall, _ in everyone))
-            own = max(taken for _, taken in everyone)  # the last round's: all at work
-        known["busy_speed"] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
-        mark(known, "busy_speed")
-    return list(known["busy_speed"])
+        for name, work in (("busy_speed", compute), ("update_speed", torch.optim.AdamW(parameters).step)):
+            work()
+            walls, own = [], 0
+            for num_busy in range(machine.host_of.count(machine.host_of[0]) + 1):  # 0: what the barriers take
+                samples, _ = calm_samples(lambda w=work, n=num_busy: sample(w, n), REPEATS, together=Ranks(comm))  # type: ignore[misc]
+                everyone = comm.gather_ints([int(statistics.median(v)) for v in zip(*samples, strict=True)])
+                walls.append(max(wall for wall, _ in everyone))
+                own = max(taken for _, taken in everyone)  # the last round's: all at work
+            known[name] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
+            mark(known, name)
+    return list(known["busy_speed"]), list(known["update_speed"])
 
 
 def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:

@@ -140,7 +140,7 @@ def forget(known: dict[str, Any], suspects: Iterable[str], families: set[str]) -
     suspects = list(suspects)
     links = [s for s in suspects if s not in families]
     if not suspects or len(links) < len(suspects):
-        for name in ("rates", "efficiency", "update", "busy_speed", "jitter", "step_overhead"):
+        for name in ("rates", "efficiency", "update", "busy_speed", "update_speed", "jitter", "step_overhead"):
             known.pop(name, None)
         known["operators"].clear()
     if not suspects or links:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch_soap import _C
 
-FORMAT = 4
+FORMAT = 5
 # What files of an earlier format lack.
 ADDED: dict[int, dict[str, Any]] = {
     1: {
@@ -22,9 +22,12 @@ ADDED: dict[int, dict[str, Any]] = {
         "jitter": 0.0,
         "cold_ns": 0.0,
         "piece_ns": 0.0,
+        "packs": True,
+        "update_speed": [],
     },
-    2: {"curves": {}, "launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0},
-    3: {"launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0},
+    2: {"curves": {}, "launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0, "packs": True, "update_speed": []},
+    3: {"launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0, "packs": True, "update_speed": []},
+    4: {"packs": True, "update_speed": []},
 }
 
 
@@ -164,9 +167,11 @@ FIELDS: dict[str, Reader] = {
     "step_overhead_ns": NUMBER,
     "segment_overhead_ns": NUMBER,
     "busy_speed": array(NUMBER),
+    "update_speed": array(NUMBER),
     "jitter": NUMBER,
     "cold_ns": NUMBER,
     "piece_ns": NUMBER,
+    "packs": FLAG,
     "update": array(point),
     "intra": link,
     "inter": link,

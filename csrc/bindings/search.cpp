@@ -171,7 +171,7 @@ void bind_search(py::module_& m) {
     return std::vector<int64_t>(p.bytes.begin(), p.bytes.end());
   });
   m.def("describe", &describe, py::arg("program"), py::arg("node"));
-  m.def("memory_over_time", &memory_over_time, py::arg("program"), py::arg("simulation"), py::arg("most_points"),
+  m.def("memory_over_time", &memory_over_time, py::arg("program"), py::arg("simulation"), py::arg("machine"), py::arg("most_points"),
         "Per device: stored, tiles, copies, gradients and moving bytes over a recorded step.");
   m.def("explain", &explain, py::arg("program"), py::arg("simulation"));
   m.def("explain_recompute", &explain_recompute, py::arg("graph"), py::arg("strategy"), py::arg("rows"), py::arg("cost"), py::arg("memory_limit_bytes"));

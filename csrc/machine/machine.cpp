@@ -147,6 +147,7 @@ void check(const Machine& m) {
   not_negative("cold_ns", m.cold_ns);
   not_negative("piece_ns", m.piece_ns);
   for (size_t k = 0; k < m.busy_speed.size(); ++k) positive(fmt::format("busy_speed[{}]", k), m.busy_speed[k]);
+  for (size_t k = 0; k < m.update_speed.size(); ++k) positive(fmt::format("update_speed[{}]", k), m.update_speed[k]);
   if (m.overlap && !m.busy_speed.empty()) user_error("[machine] overlap and busy_speed don't go together: devices that share a host's cores don't overlap");
   const auto rising = [](std::string_view field, const SizeTable& table) {
     for (size_t i = 1; i < table.size(); ++i) {

@@ -31,9 +31,9 @@ NodeDescription describe(const Program& p, NodeId node) {
   return out;
 }
 
-std::vector<std::vector<MemoryPoint>> memory_over_time(const Program& p, const Simulation& simulation, int most_points) {
+std::vector<std::vector<MemoryPoint>> memory_over_time(const Program& p, const Simulation& simulation, const Machine& machine, int most_points) {
   SOAP_CHECK(!simulation.events.empty(), "[report] the simulation of a program with {} steps was not recorded", p.steps.size());
-  const std::vector<MemoryCurve> curves = memory_curves(p, step_pieces(p));
+  const std::vector<MemoryCurve> curves = memory_curves(p, step_pieces(p), machine);
   const size_t last = p.steps.size();
   // When each step begins on each device: where it does nothing there, when the step before it does.
   std::vector<std::vector<int64_t>> begins(curves.size(), std::vector<int64_t>(last + 1, -1));

@@ -27,6 +27,6 @@ struct MemoryPoint {
 
 // Per device the memory over a step, in the order of time; each of `most_points` equal stretches of the step shows the fullest moment that begins in it, so
 // the peak is there. `simulation` must have been recorded.
-std::vector<std::vector<MemoryPoint>> memory_over_time(const Program& program, const Simulation& simulation, int most_points);
+std::vector<std::vector<MemoryPoint>> memory_over_time(const Program& program, const Simulation& simulation, const Machine& machine, int most_points);
 
 }  // namespace soap

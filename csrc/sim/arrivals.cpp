@@ -13,6 +13,43 @@ struct Part {
   bool whole = false;  // all of its destination
 };
 
+// What is summed, of messages that are held as they come: not where each rank sends a part of each sum, all on one host, as they are added on their way.
+void hold_messages(const Program& p, const Machine& machine, const Step& step, const std::vector<MovedItem>& moved, std::map<int, Arrived>& arrivals) {
+  struct Message {
+    int64_t bytes = 0;
+    bool summed = false;
+  };
+  std::map<int, std::map<int, Message>> received;  // device -> peer
+  std::map<int, bool> on_the_way;                  // by device
+  for (size_t i = 0; i < moved.size(); ++i) {
+    if (moved[i].movement.pattern != Pattern::kExchange) continue;
+    const CopyGroup& g = p.groups[step.items[i].id];
+    const Tensor& t = p.graph.tensors[g.tensor];
+    std::map<std::pair<int, int>, std::pair<int64_t, std::set<int>>> arriving;  // (coord, device) -> elements and senders
+    for (const Flow& x : moved[i].pieces) {
+      auto& [elements, senders] = arriving[{x.dst, x.to}];
+      elements += x.elements;
+      senders.insert(x.from);
+    }
+    for (const Flow& x : moved[i].pieces) {
+      const auto& [elements, senders] = arriving.at({x.dst, x.to});
+      const int64_t whole = volume(p.tiles[t.id].coords[x.dst].box);
+      const bool summed = elements > whole;
+      const bool from_all = senders.size() == moved[i].movement.ranks.size() && elements == whole * static_cast<int64_t>(senders.size());
+      const auto [it, fresh] = on_the_way.emplace(x.to, machine.num_hosts(moved[i].movement.ranks) == 1);
+      it->second = it->second && summed && from_all;
+      if (x.from == x.to) continue;
+      Message& message = received[x.to][x.from];
+      message.bytes += x.elements * t.element_bytes;
+      message.summed = message.summed || summed;
+    }
+  }
+  for (const auto& [device, peers] : received) {
+    if (on_the_way.at(device)) continue;
+    for (const auto& [peer, message] : peers) arrivals[device].bytes += message.summed ? message.bytes : 0;
+  }
+}
+
 }  // namespace
 
 bool is_stretch(const Box& part, const Box& box) {
@@ -29,9 +66,13 @@ bool is_stretch(const Box& part, const Box& box) {
   return true;
 }
 
-std::vector<std::map<int, Arrived>> find_arrivals(const Program& p, const StepPieces& pieces) {
+std::vector<std::map<int, Arrived>> find_arrivals(const Program& p, const StepPieces& pieces, const Machine& machine) {
   std::vector<std::map<int, Arrived>> arrivals(p.steps.size());
   for (size_t s = 0; s < p.steps.size(); ++s) {
+    if (!machine.packs) {
+      if (p.steps[s].kind == StepKind::kGradFill) hold_messages(p, machine, p.steps[s], pieces[s], arrivals[s]);
+      continue;
+    }
     std::map<int, std::map<int, std::vector<Part>>> received;                  // device -> peer -> in order
     std::map<int, std::map<int, std::vector<std::pair<int64_t, bool>>>> sent;  // device -> peer -> (bytes, a stretch of its source)
     for (size_t i = 0; i < pieces[s].size(); ++i) {

@@ -6,11 +6,13 @@
 #include <utility>
 #include <vector>
 
+#include "machine/machine.h"
 #include "sim/memory.h"
 
 namespace soap {
 
-// Of one exchange on one device. All that comes is one stretch of memory, peer after peer; what comes in one piece is a view of it, where it is aligned.
+// Of one exchange on one device. All that comes is one stretch of memory, peer after peer; what comes in one piece is a view of it, where it is aligned. Where
+// nothing is packed (Machine::packs), all that comes is where it stays, but what is summed of messages from some ranks (csrc/movement/landing.cpp).
 struct Arrived {
   int64_t bytes = 0;                    // that come
   int64_t sent = 0;                     // packed to be sent; views of sources are nothing
@@ -20,7 +22,7 @@ struct Arrived {
 };
 
 // [step][device]
-std::vector<std::map<int, Arrived>> find_arrivals(const Program& program, const StepPieces& pieces);
+std::vector<std::map<int, Arrived>> find_arrivals(const Program& program, const StepPieces& pieces, const Machine& machine);
 
 // Whether a part of a box is one stretch of its memory, row-major: dims of one index, then an interval, then whole dims.
 bool is_stretch(const Box& part, const Box& box);

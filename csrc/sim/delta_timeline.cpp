@@ -232,7 +232,7 @@ int64_t DeltaSimulator::run() {
   run_backward();
   int64_t end = 0;
   if (shared_) {
-    for (size_t d = 0; d < devices_; ++d) timeline_.compute(static_cast<int>(d), updates_.total[d]);
+    for (size_t d = 0; d < devices_; ++d) timeline_.update(static_cast<int>(d), updates_.total[d]);
     const std::vector<int64_t> done = timeline_.run();
     end = *std::max_element(done.begin(), done.begin() + static_cast<int64_t>(devices_));
   } else {

@@ -416,8 +416,8 @@ struct Memory {
   }
 };
 
-Memory filled(const Program& program, const StepPieces& pieces, std::vector<MemoryCurve>* curves) {
-  Memory m{.p = program, .pieces = pieces, .curves = curves, .arrivals = find_arrivals(program, pieces)};
+Memory filled(const Program& program, const StepPieces& pieces, const Machine& machine, std::vector<MemoryCurve>* curves) {
+  Memory m{.p = program, .pieces = pieces, .curves = curves, .arrivals = find_arrivals(program, pieces, machine)};
   m.index_steps();
   m.stored();
   m.find_views();
@@ -445,8 +445,8 @@ StepPieces step_pieces(const Program& p) {
   return out;
 }
 
-std::vector<int64_t> peak_memory(const Program& program, const StepPieces& pieces) {
-  const Memory m = filled(program, pieces, nullptr);
+std::vector<int64_t> peak_memory(const Program& program, const StepPieces& pieces, const Machine& machine) {
+  const Memory m = filled(program, pieces, machine, nullptr);
   std::vector<int64_t> peaks;
   for (const auto& changes : m.changes) {
     int64_t now = 0, peak = 0;
@@ -456,9 +456,9 @@ std::vector<int64_t> peak_memory(const Program& program, const StepPieces& piece
   return peaks;
 }
 
-std::vector<MemoryCurve> memory_curves(const Program& program, const StepPieces& pieces) {
+std::vector<MemoryCurve> memory_curves(const Program& program, const StepPieces& pieces, const Machine& machine) {
   std::vector<MemoryCurve> curves;
-  filled(program, pieces, &curves);
+  filled(program, pieces, machine, &curves);
   for (MemoryCurve& curve : curves) {
     for (size_t s = 1; s < curve.size(); ++s) {
       for (int k = 0; k < kHeldKinds; ++k) curve[s][k] += curve[s - 1][k];

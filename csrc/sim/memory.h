@@ -1,6 +1,6 @@
 // Memory: the peak of what each device holds while a Program runs.
 //
-//   held(d, step) = stored(d) + tiles + copies + gradients that live at that step + what its movement packs
+//   held(d, step) = stored(d) + tiles + copies + gradients that live at that step + what its movement packs (Machine::packs)
 //
 //   stored      parts of parameters with optimizer state, buffers, constants, inputs: always. The gradients of the last step until backward
 //               begins (a loop that calls zero_grad between the two; one that accumulates holds one more set)
@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "machine/machine.h"
 #include "program/item_flows.h"
 
 namespace soap {
@@ -39,13 +40,13 @@ using StepPieces = std::vector<std::vector<MovedItem>>;
 StepPieces step_pieces(const Program& program);
 
 // Bytes per device.
-std::vector<int64_t> peak_memory(const Program& program, const StepPieces& pieces);
+std::vector<int64_t> peak_memory(const Program& program, const StepPieces& pieces, const Machine& machine);
 
 // The terms of `held`; kept parts count as stored, what a movement packs as moving.
 enum class Held { kStored, kTiles, kCopies, kGradients, kMoving };
 constexpr int kHeldKinds = 5;
 // Bytes per device and step (the last is the update), by kind; the sum's peak is `peak_memory`.
 using MemoryCurve = std::vector<std::array<int64_t, kHeldKinds>>;
-std::vector<MemoryCurve> memory_curves(const Program& program, const StepPieces& pieces);
+std::vector<MemoryCurve> memory_curves(const Program& program, const StepPieces& pieces, const Machine& machine);
 
 }  // namespace soap

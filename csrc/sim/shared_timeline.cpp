@@ -71,7 +71,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       waiting = true;
     }
     if (!waiting) break;
-    const auto rate = [&](size_t d) { return machine_.busy_speed_of(busy[machine_.host_of[d]]); };
+    const auto rate = [&](size_t d) { return machine_.busy_speed_of(busy[machine_.host_of[d]], queues_[d][devices[d].next].updates); };
     double next = std::numeric_limits<double>::infinity();
     for (size_t d = 0; d < devices.size(); ++d) {
       if (devices[d].next == queues_[d].size()) continue;

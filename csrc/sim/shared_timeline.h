@@ -1,7 +1,7 @@
 // SharedTimeline: a step on hosts whose devices share what computes (cores, memory bandwidth): a device is the faster the fewer others of its
 // host compute at that moment. Processor sharing, by events:
 //
-//   work left of d falls at rate busy_speed[k - 1], k: devices of d's host that compute now (Machine::busy_speed)
+//   work left of d falls at rate busy_speed[k - 1], k: devices of d's host that compute now (Machine::busy_speed); of the update at update_speed[k - 1]
 //   a movement begins when all its ranks have come to it, and takes its price
 //
 // Where computations take now longer, now shorter (Machine::jitter), ranks that meet wait for the slowest: with each having computed w_i since its last
@@ -44,6 +44,11 @@ class SharedTimeline {
     task.begun[differentiable] = true;
     queue.push_back(task);
   }
+  void update(int device, int64_t work_ns) {
+    if (work_ns <= 0) return;
+    compute(device, work_ns);
+    queues_[device].back().updates = true;
+  }
   // What a device does by itself for a movement (sim/local_work.h): it ends a segment, as the movement does.
   void local_work(int device, int64_t work_ns, int tag = -1) {
     if (work_ns > 0) queues_[device].push_back({.work_ns = work_ns, .tag = tag});
@@ -57,6 +62,7 @@ class SharedTimeline {
     int64_t work_ns = 0;
     int move = -1;  // index in moves_
     int tag = -1;
+    bool updates = false;
     std::array<bool, 2> begun = {};  // segments since the last movement: without and with a backward
   };
   struct Move {

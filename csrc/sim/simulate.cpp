@@ -222,7 +222,7 @@ struct Simulator {
 
   // Clocks hold the update alone so far.
   void run_shared() {
-    for (size_t d = 0; d < devices(); ++d) timeline.compute(static_cast<int>(d), compute[d]);
+    for (size_t d = 0; d < devices(); ++d) timeline.update(static_cast<int>(d), compute[d]);
     std::vector<SharedTimeline::Span> spans;
     compute = timeline.run(&spans);
     compute.resize(devices());
@@ -283,7 +283,7 @@ Simulation simulate(const Program& p, const CostModel& cost, bool record) {
   const StepPieces pieces = step_pieces(p);
   Simulation out = simulate(p, cost, record, false, pieces);
   if (record && out.device_step_ns < out.step_ns) out.events = simulate(p, cost, true, true, pieces).events;
-  out.memory_bytes = peak_memory(p, pieces);
+  out.memory_bytes = peak_memory(p, pieces, cost.machine());
   return out;
 }
 

@@ -95,6 +95,22 @@ TEST(Simulate, DevicesOfAHostSlowEachOtherDown) {
   EXPECT_EQ(t.at({"compute b#1", 1}), (Times{215, 220}));
 }
 
+// Both at rate 1 until 10; the 10 of device 0's update that are left alone at rate 4.
+TEST(SharedTimeline, UpdatesHaveSpeedsOfTheirOwn) {
+  Machine m = make_machine(2, 1);
+  m.busy_speed = {2, 1};
+  m.update_speed = {4, 1};
+  SharedTimeline timeline(m);
+  timeline.update(0, 20);
+  timeline.compute(1, 10);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{12, 10}));
+  timeline.update(1, 20);
+  EXPECT_EQ(timeline.run()[1], 5);
+  m.update_speed.clear();
+  timeline.update(1, 20);
+  EXPECT_EQ(timeline.run()[1], 10);
+}
+
 // A segment's call takes 4. 30 of device 1 beside 10 of device 0: both at rate 1 until 10, the 20 that are left alone at rate 2. Then they meet: 20-70.
 TEST(SharedTimeline, TheRateChangesWhenAnotherIsDone) {
   Machine m = make_machine(2, 1);

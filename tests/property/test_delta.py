@@ -23,6 +23,7 @@ def machine(world: int, overlap: bool, shared: bool, launch: float) -> _C.Machin
     out.step_overhead_ns, out.segment_overhead_ns = 1234.0, 321.0
     if shared and not overlap:
         out.busy_speed, out.jitter, out.cold_ns, out.piece_ns = [1.9, 1.3, 1.0, 0.7], 0.07, 2500.0, 150.0
+        out.update_speed = [2.2, 1.4, 1.0, 0.9]
     elif launch:
         times = {"pointwise": 900.0, "matmul": 1500.0, "view": 300.0, "other": 700.0, "normalization": 1100.0, "collective": 4000.0, "update": 2500.0}
         out.launch = {name: (launch * ns, launch * ns * 1.7) for name, ns in times.items()}

@@ -188,7 +188,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(curves={"attention": []}), 'curves has "attention", a key is <family>/<type> or'),
     (lambda d: d.update(curves={"matmul/bfloat16": [[2, 1, 1], [1, 1, 1]]}), r"curves\[matmul/bfloat16\] must rise in size: 1 follows 2"),
     (lambda d: d.update(memory_bytes_per_s=float("nan")), "memory_bytes_per_s is nan, it must be a positive number"),
-    (lambda d: d.update(format=7), "the file has format 7, this version reads 1 to 4"),
+    (lambda d: d.update(format=7), "the file has format 7, this version reads 1 to 5"),
     (lambda d: d.pop("format"), "the field format is missing"),
 ]
 
@@ -254,6 +254,7 @@ def test_ranks_that_take_turns_on_cores_lose_nothing_while_they_wait(busy_speed:
         "rates": [1e10, 1e10, 100.0],
         "update": [[1024, 10]],
         "busy_speed": busy_speed,
+        "update_speed": busy_speed,
         "jitter": 0.2,
         "step_overhead": [1, 2, 3],
         "piece_ns": 4.0,

@@ -49,7 +49,7 @@ def report_data(plan: Plan, program: _C.Program, *, title: str, timeline: Sequen
             for c, m, b in zip(simulation.compute_ns, simulation.communication_ns, simulation.memory_bytes, strict=True)
         ],
         "timeline": timelines(program, simulation, timeline, index, devices, left_out),
-        "memory": memory(program, simulation, devices),
+        "memory": memory(program, simulation, machine, devices),
         "candidates": candidates(context, plan, now, seconds, left_out),
         "progress": plan.stats.get("progress", []),
         "stats": {k: v for k, v in plan.stats.items() if k != "progress"},
@@ -199,8 +199,8 @@ def timelines(
     }
 
 
-def memory(program: _C.Program, simulation: _C.Simulation, devices: list[int]) -> dict[str, Any]:
-    curves = _C.memory_over_time(program, simulation, MEMORY_POINTS)
+def memory(program: _C.Program, simulation: _C.Simulation, machine: _C.Machine, devices: list[int]) -> dict[str, Any]:
+    curves = _C.memory_over_time(program, simulation, machine, MEMORY_POINTS)
     return {str(d): [[p.time_ns, *p.bytes] for p in curves[d]] for d in devices}
 
 
