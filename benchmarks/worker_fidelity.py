@@ -24,7 +24,7 @@ from torch_soap import _C, calibrate
 from torch_soap.backend import init_string
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import to_json
-from torch_soap.measuring import CORES, PACE, settled
+from torch_soap.measuring import CORES, NAP_S, PACE, settled
 from torch_soap.operator_times import Ranks, doubt
 from torch_soap.plan import as_plan
 from torch_soap.planner import measure, search_plan
@@ -45,7 +45,7 @@ WARM_UP = 1  # steps after each change of plan
 STEADY, ALIKE, ATTEMPTS, PAUSE_S, READINGS = 1.2, 0.1, 3, 2.0, 100
 # A virtual machine's cores come to share a cache, or to share it no longer, every minute or so: what is predicted of the one isn't measured of the other.
 # The launch is of the moments in which they are nearest.
-MOVED, NAPS, ASKED, ASKED_EVERY_S = 100.0, 1500, 25, 0.2
+MOVED, NAPS, ASKED, ASKED_EVERY_S = 100.0, 1000, 25, 0.2
 
 
 def plans_of(graph: _C.OpGraph, found: torch_soap.Plan, rows: list[int]) -> dict[str, str]:
@@ -274,7 +274,7 @@ def main(name: str, rounds: int, steps: int) -> None:
             median = statistics.median(row["measured_ms"])
             ratio = max(row["memory_bytes"]) / max(row.get("measured_bytes", [1]))
             print(f"{label:<14} {row['predicted_ms']:8.1f} {median:8.1f} {row['predicted_ms'] / median:6.2f}   memory {ratio:.3f}", flush=True)
-        print({k: round(v) for k, v in seconds.items()}, {k: v for k, v in to_json(cost.machine).items() if k in ("busy_speed", "step_overhead_ns", "update")})
+        print(f"waited {(NAPS - CORES.naps) * NAP_S:.0f} s for cores to come back", {k: round(v) for k, v in seconds.items()}, {k: v for k, v in to_json(cost.machine).items() if k in ("busy_speed", "step_overhead_ns", "update")})
     dist.destroy_process_group()
 
 
