@@ -9,7 +9,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch_soap import _C, calibrate
 from torch_soap.backend import init_string
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import to_json
-from torch_soap.measuring import CORES, NAP_S, PACE, settled
+from torch_soap.measuring import CORES, NAP_S, NEAR, PACE, apart, settled
 from torch_soap.operator_times import Ranks, doubt
 from torch_soap.plan import as_plan
 from torch_soap.planner import measure, search_plan
@@ -43,9 +44,9 @@ WARM_UP = 1  # steps after each change of plan
 # A plan's steps are run again, after a pause, while small operators before or after them take so many times what they take in calm moments, or the steps
 # themselves differ by so much (quartiles' distance over the median): memory has slow moments that small operators don't show.
 STEADY, ALIKE, ATTEMPTS, PAUSE_S, READINGS = 1.2, 0.1, 3, 2.0, 100
-# A virtual machine's cores come to share a cache, or to share it no longer, every minute or so: what is predicted of the one isn't measured of the other.
-# The launch is of the moments in which they are nearest.
-MOVED, NAPS, ASKED, ASKED_EVERY_S = 100.0, 1000, 25, 0.2
+# A virtual machine's cores come to share a cache, or to share it no longer, every minute or so: what is predicted of the one isn't measured of the other. Plans
+# are run in whichever moment it is until one kind has all of them; predictions are of that kind. So many runs at most, and so many naps until it comes back.
+RUNS, NAPS = 6, 1500
 
 
 def plans_of(graph: _C.OpGraph, found: torch_soap.Plan, rows: list[int]) -> dict[str, str]:
@@ -135,15 +136,6 @@ def pace() -> float:
     return round(float(taken), 3)
 
 
-def nearest(together: Ranks) -> int:
-    """Least distance of cores over some seconds, in ns; the same on all ranks."""
-    distances = []
-    for _ in range(ASKED):
-        distances.append(together.core_distance_ns())
-        time.sleep(ASKED_EVERY_S)
-    return min(distances)
-
-
 def spread(taken: Sequence[float]) -> float:
     """Quartiles' distance over the median, as the slowest rank sees it: all ranks decide alike."""
     low, median, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else [taken[0]] * 3
@@ -171,19 +163,136 @@ def one_step(model: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch.Te
     return time.perf_counter() - start, loss.detach()
 
 
-def parts(model: Any, cost: _C.CostModel) -> dict[str, Any]:
-    """Where the time of the last traced step went on this rank, by kind of instruction, beside what was predicted: [how many, ms]."""
+def traced(model: Any, step: Callable[[], Any]) -> dict[str, list[float]]:
+    """Where the time of a step went on this rank, by kind of instruction: [how many, ms]."""
     engine = next(iter(model._soap.engines.values()))[0]
+    engine.trace = []
+    step()
     measured: dict[str, list[float]] = {}
     for position, begin, end in engine.trace:
-        kind = measured.setdefault(engine.kinds[position].name, [0, 0.0])
-        kind[0], kind[1] = kind[0] + 1, kind[1] + (end - begin) / 1e6
+        add(measured, engine.kinds[position].name, end - begin)
+    engine.trace = None
+    return rounded(measured)
+
+
+def simulated(program: _C.Program, simulation: _C.Simulation, rank: int) -> dict[str, list[float]]:
+    """The same of a recorded simulation."""
     predicted: dict[str, list[float]] = {}
-    for e in _C.simulate(engine.program, cost, record=True).events:
-        if e.device == model._soap.comm.rank:
-            kind = predicted.setdefault(engine.program.steps[e.step].kind.name, [0, 0.0])
-            kind[0], kind[1] = kind[0] + 1, kind[1] + (e.end_ns - e.begin_ns) / 1e6
-    return {name: {k: [n, round(ms, 2)] for k, (n, ms) in table.items()} for name, table in (("measured", measured), ("predicted", predicted))}
+    for e in simulation.events:
+        if e.device == rank:
+            add(predicted, program.steps[e.step].kind.name, e.end_ns - e.begin_ns)
+    return rounded(predicted)
+
+
+def add(parts: dict[str, list[float]], kind: str, ns: int) -> None:
+    number, ms = parts.get(kind, [0, 0.0])
+    parts[kind] = [number + 1, ms + ns / 1e6]
+
+
+def rounded(parts: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {kind: [number, round(ms, 2)] for kind, (number, ms) in parts.items()}
+
+
+class Moments:
+    """Kinds of moments of a launch, by how far apart the cores are; the same on all ranks."""
+
+    def __init__(self, together: Ranks) -> None:
+        self.together, self.distances = together, list[int]()
+
+    def now(self) -> int:
+        """Which it is; what ranks measure counts on it."""
+        now_ns = self.together.core_distance_ns()
+        kinds = [i for i, ns in enumerate(self.distances) if apart(ns, now_ns) <= NEAR]
+        if not kinds:
+            self.distances.append(now_ns)
+            kinds = [len(self.distances) - 1]
+        self.count_on(kinds[0])
+        return kinds[0]
+
+    def count_on(self, kind: int) -> None:
+        CORES.distance_ns = self.distances[kind]
+
+
+@dataclass
+class Run:
+    """A plan's steps, in ms, of one kind of moment."""
+
+    kind: int
+    pace: float
+    attempts: int
+    steps_ms: list[float]
+    moved: bool
+
+
+class Training:
+    """Steps of one model under one plan after another."""
+
+    def __init__(self, model: Any, batch: tuple[torch.Tensor, ...], moments: Moments, steps: int) -> None:
+        self.model, self.batch, self.moments, self.steps = model, batch, moments, steps
+        self.whole = {n: t.detach().clone() for n, t in model.state_dict().items()}
+        self.first_losses: dict[str, float] = {}
+
+    def run(self, label: str, plan: torch_soap.Plan, kind: int) -> Run:
+        parallel, together = self.model._soap, self.moments.together
+        replan(parallel, plan)
+        self.model.load_state_dict(self.whole)
+        parallel.random.call, parallel.meter.count = 0, FIRST_SAMPLE  # no sampled step among the measured ones
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        attempts: list[tuple[float, float, list[float]]] = []  # how unsteady, the pace, the steps
+        moved = False
+        while not moved and (not attempts or (attempts[-1][0] > 1 and len(attempts) < ATTEMPTS)):
+            if attempts:
+                time.sleep(PAUSE_S)
+            before, taken = pace(), []
+            for step in range(WARM_UP + self.steps):
+                seconds_taken, loss = one_step(self.model, self.optimizer, self.batch)
+                taken.append(round(1e3 * seconds_taken, 3))
+                if step == 0:
+                    age(self.optimizer)
+                if step == 0 and label not in self.first_losses:
+                    dist.all_reduce(loss)
+                    self.first_losses[label] = float(loss) / dist.get_world_size()
+            slow, taken = max(before, pace()), taken[WARM_UP:]
+            moved = together.moved()
+            if not moved or not attempts:
+                attempts.append((max(slow / STEADY, spread(taken) / ALIKE), slow, taken))
+        _, slowest, steadiest = min(attempts)
+        return Run(kind, slowest, len(attempts), steadiest, moved and len(attempts) == 1)
+
+
+def train(training: Training, plans: dict[str, torch_soap.Plan], rounds: int, host_of: list[int], graph: Graph) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Runs all plans `rounds` times in one kind of moment: which, and of each plan its runs, a traced step, and its bytes."""
+    out: dict[str, dict[str, Any]] = {label: {"runs": list[Run]()} for label in plans}
+    moments = training.moments
+
+    def runs(label: str, kind: int) -> list[Run]:
+        return [run for run in out[label]["runs"] if run.kind == kind and not run.moved]
+
+    def done(kind: int) -> int:
+        return sum(min(len(runs(label, kind)), rounds) for label in plans)
+
+    for _ in range(RUNS * rounds * len(plans)):
+        kind = moments.now()
+        label = min(plans, key=lambda label: len(runs(label, kind)))
+        row = out[label]
+        row["runs"].append(training.run(label, plans[label], kind))
+        if "parts" not in row:
+            comm = training.model._soap.comm
+            row["parts"] = comm.gather_objects(traced(training.model, lambda: one_step(training.model, training.optimizer, training.batch)))
+            if len(set(host_of)) == 1:  # the same over a network
+                training.optimizer.zero_grad()
+                engine = next(iter(training.model._soap.engines.values()))[0]
+                row["measured_bytes"] = comm.gather_objects(peak_bytes(training.model._soap, engine, graph, training.batch))
+        if done(kind) == rounds * len(plans):
+            break
+    best = max(range(len(moments.distances)), key=done)
+    for label, row in out.items():
+        chosen = runs(label, best) or row["runs"]
+        run = min(chosen, key=lambda run: statistics.median(run.steps_ms))  # what others do on this machine only adds
+        row |= {"measured_ms": run.steps_ms, "pace": [r.pace for r in chosen], "attempts": [r.attempts for r in chosen], "moved": run.kind != best or run.moved}
+        row |= {"rounds_ms": [r.steps_ms for r in chosen], "first_loss": training.first_losses[label]}
+        row["other_moments_ms"] = [r.steps_ms for r in row.pop("runs") if r not in chosen]
+    return best, out
 
 
 def main(name: str, rounds: int, steps: int) -> None:
@@ -195,20 +304,20 @@ def main(name: str, rounds: int, steps: int) -> None:
     torch.manual_seed(0)
     case: Case = MODELS[name]()
     batch = tuple(t[case.rows * rank : case.rows * (rank + 1)].contiguous() for t in case.batch(case.rows * world))
-    whole = {n: t.detach().clone() for n, t in case.module.state_dict().items()}
     model: Any = torch_soap.parallelize(case.module, batch, loss=case.loss, plan="* n=fed")
-    parallel, rows = model._soap, [case.rows] * world
-    captured_graph = next(iter(parallel.engines.values()))[1]
-    comm, graph = parallel.comm, to_op_graph(captured_graph)
-    CORES.naps, together = NAPS, Ranks(comm)
-    CORES.distance_ns = nearest(together)
-    settled(together)
+    rows = [case.rows] * world
+    captured_graph = next(iter(model._soap.engines.values()))[1]
+    comm, graph = model._soap.comm, to_op_graph(captured_graph)
+    CORES.naps = NAPS
     found = search_plan(graph, captured_graph, rows, comm=comm, simulations=SIMULATIONS)
-    cost = found.context.cost
     texts = comm.gather_objects(plans_of(graph, found, rows) if rank == 0 else None)[0]
     plans = {label: as_plan(text, graph, world) for label, text in texts.items()}
     seconds = {"planning": time.perf_counter() - begin}
-    host_of = calibrate.placement(comm)
+    host_of, moments = calibrate.placement(comm), Moments(Ranks(comm))
+    kind, out = train(Training(model, batch, moments, steps), plans, rounds, host_of, captured_graph)
+    seconds["training"] = time.perf_counter() - begin - sum(seconds.values())
+    moments.count_on(kind)
+    settled(moments.together)
     known = calibrate.load(world, comm, host_of)
     for _ in range(2):  # the second time: was that a slow minute?
         cost = _C.CostModel(calibrate.detect(world, comm, known, host_of))
@@ -218,63 +327,21 @@ def main(name: str, rounds: int, steps: int) -> None:
         doubt(known)
     if rank == 0:
         calibrate.save(world, known, host_of)
-    out: dict[str, dict[str, Any]] = {}
-    for label, plan in plans.items():
-        simulation = _C.simulate(_C.lower(graph, plan.strategy, rows), cost)
-        out[label] = {
-            "predicted_ms": simulation.step_ns / 1e6,
-            "memory_bytes": list(simulation.memory_bytes),
-            "measured_ms": [],
-        }
     seconds["measuring operators"] = time.perf_counter() - begin - sum(seconds.values())
-    for turn in range(rounds):
-        for label, plan in plans.items():
-            row = out[label]
-            replan(parallel, plan)
-            model.load_state_dict(whole)
-            parallel.random.call, parallel.meter.count = 0, FIRST_SAMPLE  # no sampled step among the measured ones
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-            attempts: list[tuple[float, float, list[float]]] = []  # how unsteady, the pace, the steps
-            while not attempts or (attempts[-1][0] > 1 and len(attempts) < ATTEMPTS):
-                if attempts:
-                    time.sleep(PAUSE_S)
-                here = settled(together)
-                before, taken = pace(), []
-                for step in range(WARM_UP + steps):
-                    seconds_taken, loss = one_step(model, optimizer, batch)
-                    taken.append(round(1e3 * seconds_taken, 3))
-                    if step == 0:
-                        age(optimizer)
-                    if step == 0 and turn == 0 and not attempts:
-                        dist.all_reduce(loss)
-                        row["first_loss"] = float(loss) / world
-                slow, taken = max(before, pace()), taken[WARM_UP:]
-                here = here and not together.moved()
-                attempts.append((max(slow / STEADY, spread(taken) / ALIKE, 0.0 if here else MOVED), slow, taken))
-            unsteady, slowest, steadiest = min(attempts)
-            row.setdefault("moved", []).append(unsteady >= MOVED)
-            row.setdefault("pace", []).append(slowest)
-            row.setdefault("attempts", []).append(len(attempts))
-            row.setdefault("rounds_ms", []).append(steadiest)
-            calm = [ms for ms, moved in zip(row["rounds_ms"], row["moved"], strict=True) if not moved] or row["rounds_ms"]
-            row["measured_ms"] = min(calm, key=statistics.median)  # what others do on this machine only adds
-            engine = next(iter(parallel.engines.values()))[0]
-            if turn == 0:
-                engine.trace = []
-                one_step(model, optimizer, batch)
-                row["parts"] = comm.gather_objects(parts(model, cost))
-                engine.trace = None
-            if turn == rounds - 1 and len(set(host_of)) == 1:  # the same over a network
-                optimizer.zero_grad()
-                row["measured_bytes"] = comm.gather_objects(peak_bytes(parallel, engine, captured_graph, batch))
-    seconds["training"] = time.perf_counter() - begin - sum(seconds.values())
+    for label, plan in plans.items():
+        program = _C.lower(graph, plan.strategy, rows)
+        simulation = _C.simulate(program, cost, record=True)
+        row = out[label]
+        row |= {"predicted_ms": simulation.step_ns / 1e6, "memory_bytes": list(simulation.memory_bytes)}
+        row["parts"] = [{"measured": m, "predicted": simulated(program, simulation, r)} for r, m in enumerate(row["parts"])]
     if rank == 0:
-        report({"plans": out, "found": found.text.splitlines(), "seconds": seconds, "machine": to_json(cost.machine)})
+        report({"plans": out, "found": found.text.splitlines(), "seconds": seconds, "machine": to_json(cost.machine), "cores_ns": known["cores_ns"]})
         for label, row in out.items():
             median = statistics.median(row["measured_ms"])
             ratio = max(row["memory_bytes"]) / max(row.get("measured_bytes", [1]))
             print(f"{label:<14} {row['predicted_ms']:8.1f} {median:8.1f} {row['predicted_ms'] / median:6.2f}   memory {ratio:.3f}", flush=True)
-        print(f"waited {(NAPS - CORES.naps) * NAP_S:.0f} s for cores to come back", {k: round(v) for k, v in seconds.items()}, {k: v for k, v in to_json(cost.machine).items() if k in ("busy_speed", "step_overhead_ns", "update")})
+        facts = {k: v for k, v in to_json(cost.machine).items() if k in ("busy_speed", "update_speed", "step_overhead_ns", "update")}
+        print({k: round(v) for k, v in seconds.items()}, moments.distances, f"waited {(NAPS - CORES.naps) * NAP_S:.0f} s for cores to come back", facts)
     dist.destroy_process_group()
 
 

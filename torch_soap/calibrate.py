@@ -27,12 +27,12 @@ from torch_soap import _C
 from torch_soap.backend import host
 from torch_soap.machine import Machine
 from torch_soap.measuring import (
-    CALM,
     CORES,
+    NEAR,
     PACE,
     REPEATS,
     Timing,
-    alike,
+    apart,
     calm_samples,
     calmest,
     forget_doubtful,
@@ -40,6 +40,7 @@ from torch_soap.measuring import (
     mark,
     own_clock,
     quiet,
+    spread_of,
     timed,
     undisturbed,
 )
@@ -98,10 +99,10 @@ def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) 
     distance_ns = 0 if comm is None else Ranks(comm).core_distance_ns()
     known = nothing_known(distance_ns)
     if comm is None or comm.rank == 0:
-        for moment in moments(cache_file(num_ranks, host_of)):
-            if alike(moment["cores_ns"], distance_ns):
-                known = moment
-                forget_doubtful(known, load_per_core())
+        like = [(apart(m["cores_ns"], distance_ns), i, m) for i, m in enumerate(moments(cache_file(num_ranks, host_of)))]
+        if like and min(like)[0] <= NEAR:
+            known = min(like)[2]
+            forget_doubtful(known, load_per_core())
     if comm is not None:
         known = dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
     if known.setdefault("looks", 0) < LOOKS:
@@ -125,7 +126,7 @@ def moments(path: Path) -> list[dict[str, Any]]:
 def save(num_ranks: int, data: dict[str, Any], host_of: Sequence[int] = ()) -> None:
     path = cache_file(num_ranks, host_of)
     path.parent.mkdir(parents=True, exist_ok=True)
-    others = [moment for moment in moments(path) if not alike(moment["cores_ns"], data["cores_ns"])]
+    others = [moment for moment in moments(path) if apart(moment["cores_ns"], data["cores_ns"]) > NEAR]
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"moments": [*others, data | {"doubted": [], "pace_ns": PACE.fastest_ns}]}))
     temporary.replace(path)
@@ -213,7 +214,7 @@ def time_update(size: int, comm: Comm | None) -> Timing:
 
 def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> tuple[list[float], list[float]]:
     """How fast a rank computes while k of its host's ranks do, in times of its own clock with all at work (`Machine.busy_speed`); the same of its updates."""
-    if "busy_speed" not in known:
+    if not {"busy_speed", "update_speed"} <= known.keys():
         locals_ = [r for r, h in enumerate(machine.host_of) if h == machine.host_of[comm.rank]]
         a, x, clock = torch.randn(256, 256), torch.randn(1 << 20), own_clock()
 
@@ -238,14 +239,15 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> t
 
         for name, work in (("busy_speed", compute), ("update_speed", torch.optim.AdamW(parameters).step)):
             work()
-            walls, own = [], 0
+            walls, paces, own = [], [], 0
             for num_busy in range(machine.host_of.count(machine.host_of[0]) + 1):  # 0: what the barriers take
-                samples, _ = calm_samples(lambda w=work, n=num_busy: sample(w, n), REPEATS, together=Ranks(comm))  # type: ignore[misc]
+                samples, pace = calm_samples(lambda w=work, n=num_busy: sample(w, n), REPEATS, together=Ranks(comm))  # type: ignore[misc]
+                paces.append(pace)
                 everyone = comm.gather_ints([int(statistics.median(v)) for v in zip(*samples, strict=True)])
                 walls.append(max(wall for wall, _ in everyone))
                 own = max(taken for _, taken in everyone)  # the last round's: all at work
             known[name] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
-            mark(known, name)
+            mark(known, name, at_pace(max(paces)))
     return list(known["busy_speed"]), list(known["update_speed"])
 
 
@@ -263,10 +265,10 @@ def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
                 x.add_(1.0)
             return time.perf_counter_ns() - begin
 
-        taken, _ = calm_samples(between_meetings, MEETINGS, together=Ranks(comm))
+        taken, pace = calm_samples(between_meetings, MEETINGS, together=Ranks(comm))
         late = sorted(max(t) / statistics.mean(t) - 1 for t in zip(*comm.gather_ints(taken), strict=True))
         known["jitter"] = round(statistics.mean(late[: len(late) * 9 // 10]) / latest(comm.world_size), 4)
-        mark(known, "jitter")
+        mark(known, "jitter", at_pace(pace))
     return float(known["jitter"])
 
 
@@ -311,6 +313,11 @@ def time_step(comm: Comm, num_parameters: int) -> tuple[int, int, Timing]:
             segments += [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
     everyone = comm.gather_ints([int(quiet(beyond)), int(quiet(segments))])
     return max(v[0] for v in everyone), max(v[1] for v in everyone), taken
+
+
+def at_pace(pace: float) -> Timing:
+    """For the mark of a figure that isn't a time."""
+    return Timing(10**9, spread_of(pace))
 
 
 def slowest(comm: Comm, mine: Timing) -> Timing:
@@ -382,7 +389,7 @@ def measure_cold(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> floa
         world = list(range(comm.world_size))
         short = torch.randn(128, 128), torch.zeros((64 << 10) // 4)
         long = torch.randn(512, 512), torch.zeros(OTHER // 4)
-        more = []
+        more, paces = [], []
         for kind in ("exchange", "all_reduce"):
             for size in COLD_SIZES:
                 source = torch.zeros(size // 4)
@@ -396,11 +403,15 @@ def measure_cold(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> floa
                     execute(step, comm, lambda value, dtype: source)
                     return [begin, time.perf_counter_ns()]
 
-                taken = undisturbed(lambda meet=meet: [[meet(before) for _ in range(COLD_MEETINGS)] for before in (short, long)], Ranks(comm))  # type: ignore[misc]
-                both = [after_the_last(comm.gather_ints([ns for meeting in meetings for ns in meeting]), machine.host_of) for meetings in taken]
+                def meetings(meet: Any = meet) -> list[list[list[int]]]:
+                    return [[meet(before) for _ in range(COLD_MEETINGS)] for before in (short, long)]
+
+                taken, pace = undisturbed(meetings, Ranks(comm))
+                paces.append(pace)
+                both = [after_the_last(comm.gather_ints([ns for pair in each for ns in pair]), machine.host_of) for each in taken]
                 more.append(both[1] - both[0])
         known["cold_ns"] = float(max(statistics.median(more), 0.0))
-        mark(known, "cold_ns")
+        mark(known, "cold_ns", at_pace(max(paces)))
     return float(known["cold_ns"])
 
 
@@ -487,4 +498,4 @@ def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
     together, alone = zip(*pairs, strict=True)
     mine = [int(quiet(together) - quiet(alone)), int(max(together) - min(together)), int(statistics.median(together))]
     taken, spread, total = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
-    return Timing(max(taken, 1), max(spread / max(total, 1), pace - 1 if pace > CALM else 0.0))
+    return Timing(max(taken, 1), max(spread / max(total, 1), spread_of(pace)))

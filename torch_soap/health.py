@@ -208,9 +208,8 @@ def health_of(plan: Plan, parallel: Parallel) -> Health:
 def note_error(comm: Any, found: Health) -> None:
     """For the next search on this machine: how far off this prediction was. Collective."""
     host_of = calibrate.placement(comm)
-    path = calibrate.cache_file(comm.world_size, host_of)
-    if comm.rank == 0 and path.exists():
-        known = calibrate.load(comm.world_size, None, host_of)
+    known = calibrate.load(comm.world_size, comm, host_of)
+    if comm.rank == 0 and known["operators"]:
         known["error"] = round(abs(found.step.ratio - 1), 3)
         calibrate.save(comm.world_size, known, host_of)
 

@@ -26,13 +26,14 @@ Sample = TypeVar("Sample")
 
 REPEATS = 3
 NOISY = 0.3  # spread above which a figure is doubtful
+DOUBTFUL = 1.01 * NOISY
 JITTER_NS = 50_000  # a spread below this says nothing of the machine
 ATTEMPTS = 3  # of a doubtful figure in one run
 TRIES = 3  # runs that try a doubtful figure: a machine that is never quiet gets on with what it has
 BUSY = 0.5  # load above which a figure is doubtful once the host is quieter
 SMALL = 100  # operators of one reading of the pace: a quarter of a millisecond
 CALM = 1.3  # readings up to so many times the fastest are the machine's usual pace; with a neighbour at work they are 1.6 to 1.8
-NEAR = 2.5  # distances of cores up to so many times another are alike: with a cache in common they are 50 to 90 ns apart, without 200 to 300
+NEAR = 2.0  # distances of cores up to so many times another are alike: with a cache in common they were 50 to 90 ns apart, without 270 to 320
 MOVED = 10.0  # the pace while cores are elsewhere
 NAP_S, NAPS = 0.2, 100  # a wait until cores are back, and how many of them in one run
 AGAIN, PATIENCE_NS = 2, 20_000_000  # in slow moments up to so many times as many samples as wanted are taken, and for so long
@@ -82,11 +83,12 @@ class Cores:
         self.distance_ns, self.naps = 0, NAPS  # 0: nothing counts on it
 
     def alike(self, distance_ns: int) -> bool:
-        return self.distance_ns == 0 or alike(distance_ns, self.distance_ns)
+        return 0 in (distance_ns, self.distance_ns) or apart(distance_ns, self.distance_ns) <= NEAR
 
 
-def alike(a_ns: int, b_ns: int) -> bool:
-    return max(a_ns, b_ns) <= NEAR * min(a_ns, b_ns)
+def apart(a_ns: int, b_ns: int) -> float:
+    """How many times one distance of cores is another. What isn't known (0) is like nothing else."""
+    return max(a_ns, b_ns) / min(a_ns, b_ns) if a_ns and b_ns else 1.0 if a_ns == b_ns else float("inf")
 
 
 CORES = Cores()  # of this process
@@ -97,6 +99,9 @@ class Together(Protocol):
 
     def worst(self, value: float) -> float:
         """Of all ranks'. Collective."""
+
+    def all_of(self, chosen: Sequence[int]) -> list[int]:
+        """What any rank has chosen, in order. Collective."""
 
     def moved(self) -> bool:
         """Whether cores are elsewhere than CORES says. Collective."""
@@ -112,14 +117,16 @@ def settled(together: Together) -> bool:
     return True
 
 
-def undisturbed(measure: Callable[[], Sample], together: Together) -> Sample:
-    """What it measures while cores stay where they are."""
+def undisturbed(measure: Callable[[], Sample], together: Together) -> tuple[Sample, float]:
+    """What it measures while cores stay where they are, and the pace: 1, or MOVED where they didn't."""
     for _ in range(ATTEMPTS):
         here = settled(together)
         value = measure()
-        if not here or not together.moved():
+        if here and not together.moved():
+            return value, 1.0
+        if not here:
             break
-    return value
+    return value, MOVED
 
 
 class Calm(Generic[Sample]):
@@ -129,8 +136,9 @@ class Calm(Generic[Sample]):
         self.wanted, self.taken, self.begin_ns = wanted, list[tuple[float, Sample]](), time.perf_counter_ns()
 
     def wants_more(self, patient: bool) -> bool:
-        """Samples go on until as many as wanted are calm, or for long enough; `patient`: for PATIENCE_NS at least."""
-        if sum(pace <= CALM for pace, _ in self.taken) >= self.wanted:
+        """Samples go on until as many as wanted are calm, or for long enough; `patient`: for PATIENCE_NS at least. Where nobody
+        waits for cores any more, nobody wants them back."""
+        if sum(pace <= CALM or (pace == MOVED and CORES.naps <= 0) for pace, _ in self.taken) >= self.wanted:
             return False
         return len(self.taken) <= AGAIN * self.wanted or (patient and time.perf_counter_ns() - self.begin_ns < PATIENCE_NS)
 
@@ -154,7 +162,7 @@ def calm_samples(sample: Callable[[], Sample], wanted: int, pace: Callable[[], f
         value, first = sample(), last
         last = read(wait=False)
         calm.taken.append((max(first, last), value))
-        if last == MOVED:
+        if last == MOVED and calm.wants_more(patient=together is None):
             last = read(wait=True)
     return calm.calmest()
 
@@ -191,16 +199,16 @@ def timed(
 
 def timed_in_turns(runs: Sequence[Callable[[], int]], wanted: int, pace: Callable[[], float] = PACE, together: Together | None = None) -> list[Timing]:
     """Median of what each run says that it took, in rounds over all of them after one to warm up; those that are noisy again, as `calmest`. `together`: with
-    other ranks, round by round."""
+    other ranks, all the same at the same time."""
+
+    def anybodys(mine: list[int]) -> list[int]:
+        return mine if together is None else together.all_of(mine)
 
     def rounds(chosen: Sequence[int]) -> dict[int, Timing]:
         for i in chosen:
             runs[i]()
         samples = {i: Calm[int](wanted) for i in chosen}
-        while True:
-            more = [i for i in chosen if samples[i].wants_more(patient=False)]
-            if not (more if together is None else together.worst(float(bool(more)))):
-                return {i: middle(*calm.calmest()) for i, calm in samples.items()}
+        while more := anybodys([i for i in chosen if samples[i].wants_more(patient=False)]):
             here = together is None or settled(together)
             taken, last = [], pace()
             for position, i in enumerate(more):
@@ -212,10 +220,11 @@ def timed_in_turns(runs: Sequence[Callable[[], int]], wanted: int, pace: Callabl
             here = here and (together is None or not together.moved())
             for i, slowest, value in taken:
                 samples[i].taken.append((slowest if here else MOVED, value))
+        return {i: middle(*calm.calmest()) for i, calm in samples.items()}
 
     best = rounds(range(len(runs)))
     for _ in range(ATTEMPTS - 1):
-        for i, again in rounds([i for i, taken in best.items() if taken.noisy]).items():
+        for i, again in rounds(anybodys([i for i, taken in best.items() if taken.noisy])).items():
             best[i] = min(best[i], again, key=lambda t: t.spread)
     return [best[i] for i in range(len(runs))]
 
@@ -223,7 +232,12 @@ def timed_in_turns(runs: Sequence[Callable[[], int]], wanted: int, pace: Callabl
 def middle(samples: Sequence[int], slowest_pace: float) -> Timing:
     """Their median. A spread is at least what the pace was off."""
     median = int(statistics.median(samples))
-    return Timing(median, max((max(samples) - min(samples)) / max(median, 1), slowest_pace - 1 if slowest_pace > CALM else 0.0))
+    return Timing(median, max((max(samples) - min(samples)) / max(median, 1), spread_of(slowest_pace)))
+
+
+def spread_of(pace: float) -> float:
+    """At least so much do samples differ that were taken at such a pace, for all that is known; cores elsewhere make a figure doubtful, no more."""
+    return 0.0 if pace <= CALM else DOUBTFUL if pace == MOVED else pace - 1
 
 
 def calmest(measure: Callable[[], Timing]) -> Timing:

@@ -20,6 +20,7 @@ from torch_soap.random import CounterState
 from torch_soap.rewrite.segment import DTYPES, build_item
 from torch_soap.runtime.comm import Comm
 
+READINGS = 3  # of the distance of cores: one may be off
 RECENT = 512 << 10  # bytes of a tensor that is still in the core's cache when what follows begins
 HEAVY, OTHERS, CHECK_NS = 8, 4, 500_000_000  # operators whose times are looked at again: those that take most, others, and how long their runs take at most
 OFF, WORTH_NS = 1.05, 1_000_000  # times of slow minutes are so many times what they are now; of operators that take less than this in all nobody asks
@@ -98,13 +99,17 @@ class Ranks:
     def worst(self, value: float) -> float:
         return max(v for (v,) in self.comm.gather_ints([int(1000 * value)])) / 1000
 
+    def all_of(self, chosen: Sequence[int]) -> list[int]:
+        return sorted(set().union(*self.comm.gather_objects(list(chosen))))
+
     def core_distance_ns(self) -> int:
-        """On rank 0's host."""
-        ((distance_ns,), *_) = self.comm.gather_ints([_backend.core_distance_ns() if self.comm.rank == 0 else 0])
-        return distance_ns
+        """On rank 0's host, the middle of a few readings; the same on all ranks."""
+        mine = int(statistics.median(_backend.core_distance_ns() for _ in range(READINGS))) if self.comm.rank == 0 else 0
+        return self.comm.gather_ints([mine])[0][0]
 
     def moved(self) -> bool:
-        return not CORES.alike(self.core_distance_ns())
+        mine = self.comm.rank == 0 and not any(CORES.alike(_backend.core_distance_ns()) for _ in range(READINGS))
+        return self.comm.gather_ints([int(mine)])[0][0] == 1
 
 
 def touch(recent: Sequence[torch.Tensor]) -> None:
@@ -226,12 +231,13 @@ class Turn:
 
 
 def time_tiles(program: _C.Program, graph: Graph, samples: Sequence[_C.OpSample], comm: Comm | None) -> list[tuple[Timing, Timing]]:
-    """On this rank, forward and backward of each sample, in rounds as steps are: one forward after another and then all backwards, of as many as fit into
-    AT_ONCE bytes. So what ran before an operator has taken the caches, or has brought its code and data there."""
-    of_step = [turn.key for turn in _C.CostModel.turns(program)]
+    """On this rank, forward and backward of each sample, in rounds as steps are: one forward after another and then all backwards, of about
+    AT_ONCE bytes at a time. So what ran before an operator has taken the caches, or has brought its code and data there."""
+    wanted = {sample.key for sample in samples}
+    of_step = [turn.key for turn in _C.CostModel.turns(program, wanted)]
     occurrences = Counter[str]()
     turns = []
-    for key in [*of_step, *sorted({sample.key for sample in samples} - set(of_step))]:
+    for key in [*of_step, *sorted(wanted - set(of_step))]:
         occurrences[key] += 1
         if occurrences[key] <= MOST_TURNS:
             turns.append(key)

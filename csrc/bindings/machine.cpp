@@ -132,7 +132,7 @@ void bind_machine(py::module_& m) {
           "measure", [](CostModel& c, const Program& p, const OpSample& s, int64_t forward, int64_t backward) { c.measure(p, s, {forward, backward}); },
           py::arg("program"), py::arg("sample"), py::arg("forward_ns"), py::arg("backward_ns"))
       .def("missing", &CostModel::missing, py::arg("program"))
-      .def_static("turns", &CostModel::turns, py::arg("program"));
+      .def_static("turns", &CostModel::turns, py::arg("program"), py::arg("keys"));
 }
 
 }  // namespace soap

@@ -1,7 +1,6 @@
 #include "cost/cost.h"
 
 #include <algorithm>
-#include <set>
 
 #include "base/error.h"
 #include "cost/work.h"
@@ -137,15 +136,15 @@ std::vector<OpSample> CostModel::missing(const Program& p) const {
   return list;
 }
 
-std::vector<OpSample> CostModel::turns(const Program& p) {
+std::vector<OpSample> CostModel::turns(const Program& p, const std::set<std::string>& keys) {
   std::vector<OpSample> out;
   std::set<std::string> seen;
-  for (int rank = 0; rank < p.world_size; ++rank) {
+  for (int rank = 0; rank < p.world_size && seen.size() < keys.size(); ++rank) {
     std::set<std::string> of_rank;
     for (const Segment& segment : project(p, rank).segments) {
       for (const ComputeItem& item : segment.items) {
         std::string k = key(p, item.node, item.tile, item.chunk);
-        if (item.empty || seen.count(k)) continue;
+        if (item.empty || !keys.count(k) || seen.count(k)) continue;
         of_rank.insert(k);
         out.push_back({std::move(k), item.node, item.tile, item.chunk});
       }

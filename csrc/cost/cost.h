@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -43,8 +44,8 @@ class CostModel {
   const std::map<std::string, OpTime>& measured() const { return measured_; }
   // What a program needs and nobody has measured, one sample for each key.
   std::vector<OpSample> missing(const Program& program) const;
-  // What the ranks compute in a step's forward, each time that they do, in their order: rank 0, then of each other rank what none before it computes.
-  static std::vector<OpSample> turns(const Program& program);
+  // Of what has these keys, each time that a rank computes it in a step's forward, in its order: rank 0, then of each other rank what none before it computes.
+  static std::vector<OpSample> turns(const Program& program, const std::set<std::string>& keys);
 
  private:
   struct Ratio {

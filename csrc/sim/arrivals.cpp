@@ -13,41 +13,33 @@ struct Part {
   bool whole = false;  // all of its destination
 };
 
-// What is summed, of messages that are held as they come: not where each rank sends a part of each sum, all on one host, as they are added on their way.
-void hold_messages(const Program& p, const Machine& machine, const Step& step, const std::vector<MovedItem>& moved, std::map<int, Arrived>& arrivals) {
-  struct Message {
-    int64_t bytes = 0;
-    bool summed = false;
-  };
-  std::map<int, std::map<int, Message>> received;  // device -> peer
-  std::map<int, bool> on_the_way;                  // by device
+Reduce combined_by(const Program& p, const Step& step, const StepItem& item) {
+  return step.kind == StepKind::kGradFill ? Reduce::kSum : p.tiles[p.groups[item.id].tensor].partial;
+}
+
+// Devices on which everything that a step brings is a sum of whole pieces of all ranks that exchange, all on one host: addends are added on their way
+// (Assembly::sums_all in csrc/movement/movement.h).
+std::set<int> summing(const Program& p, const Machine& machine, const Step& step, const std::vector<MovedItem>& moved) {
+  std::set<int> ranks, out, others;
+  for (const MovedItem& m : moved) {
+    if (m.movement.pattern == Pattern::kExchange) ranks.insert(m.movement.ranks.begin(), m.movement.ranks.end());
+  }
+  if (ranks.empty() || machine.num_hosts({ranks.begin(), ranks.end()}) > 1) return {};
   for (size_t i = 0; i < moved.size(); ++i) {
-    if (moved[i].movement.pattern != Pattern::kExchange) continue;
+    if (moved[i].movement.pattern == Pattern::kAllReduce) continue;
     const CopyGroup& g = p.groups[step.items[i].id];
     const Tensor& t = p.graph.tensors[g.tensor];
-    std::map<std::pair<int, int>, std::pair<int64_t, std::set<int>>> arriving;  // (coord, device) -> elements and senders
+    const Sharding& to = step.kind == StepKind::kGradFill ? p.tiles[t.id] : g.copies;
+    const bool adds = combined_by(p, step, step.items[i]) == Reduce::kSum && is_float(t);
+    std::map<std::pair<int, int>, std::set<int>> senders;  // of whole pieces, by (coord, device)
     for (const Flow& x : moved[i].pieces) {
-      auto& [elements, senders] = arriving[{x.dst, x.to}];
-      elements += x.elements;
-      senders.insert(x.from);
+      auto& list = senders[{x.dst, x.to}];
+      if (x.elements == volume(to.coords[x.dst].box)) list.insert(x.from);
     }
-    for (const Flow& x : moved[i].pieces) {
-      const auto& [elements, senders] = arriving.at({x.dst, x.to});
-      const int64_t whole = volume(p.tiles[t.id].coords[x.dst].box);
-      const bool summed = elements > whole;
-      const bool from_all = senders.size() == moved[i].movement.ranks.size() && elements == whole * static_cast<int64_t>(senders.size());
-      const auto [it, fresh] = on_the_way.emplace(x.to, machine.num_hosts(moved[i].movement.ranks) == 1);
-      it->second = it->second && summed && from_all;
-      if (x.from == x.to) continue;
-      Message& message = received[x.to][x.from];
-      message.bytes += x.elements * t.element_bytes;
-      message.summed = message.summed || summed;
-    }
+    for (const auto& [where, list] : senders) (adds && list == ranks ? out : others).insert(where.second);
   }
-  for (const auto& [device, peers] : received) {
-    if (on_the_way.at(device)) continue;
-    for (const auto& [peer, message] : peers) arrivals[device].bytes += message.summed ? message.bytes : 0;
-  }
+  for (const int device : others) out.erase(device);
+  return out;
 }
 
 }  // namespace
@@ -69,10 +61,7 @@ bool is_stretch(const Box& part, const Box& box) {
 std::vector<std::map<int, Arrived>> find_arrivals(const Program& p, const StepPieces& pieces, const Machine& machine) {
   std::vector<std::map<int, Arrived>> arrivals(p.steps.size());
   for (size_t s = 0; s < p.steps.size(); ++s) {
-    if (!machine.packs) {
-      if (p.steps[s].kind == StepKind::kGradFill) hold_messages(p, machine, p.steps[s], pieces[s], arrivals[s]);
-      continue;
-    }
+    const std::set<int> on_the_way = machine.packs ? std::set<int>{} : summing(p, machine, p.steps[s], pieces[s]);
     std::map<int, std::map<int, std::vector<Part>>> received;                  // device -> peer -> in order
     std::map<int, std::map<int, std::vector<std::pair<int64_t, bool>>>> sent;  // device -> peer -> (bytes, a stretch of its source)
     for (size_t i = 0; i < pieces[s].size(); ++i) {
@@ -81,6 +70,7 @@ std::vector<std::map<int, Arrived>> find_arrivals(const Program& p, const StepPi
       const CopyGroup& g = p.groups[item.id];
       const Tensor& t = p.graph.tensors[g.tensor];
       const bool back = p.steps[s].kind == StepKind::kGradFill;
+      const bool lands = !machine.packs && combined_by(p, p.steps[s], item) == Reduce::kNone;  // where it stays
       const Sharding &from = back ? g.copies : p.tiles[t.id], &to = back ? p.tiles[t.id] : g.copies;
       std::map<std::pair<int, int>, int> arriving;
       for (const Flow& x : pieces[s][i].pieces) ++arriving[{x.dst, x.to}];
@@ -92,8 +82,8 @@ std::vector<std::map<int, Arrived>> find_arrivals(const Program& p, const StepPi
         if (x.from == x.to) continue;
         const Box &source = from.coords[x.src].box, &target = to.coords[x.dst].box;
         const int64_t bytes = x.elements * t.element_bytes;
-        received[x.to][x.from].push_back({item.id, x.dst, bytes, arriving[{x.dst, x.to}] == 1 && x.elements == volume(target)});
-        sent[x.from][x.to].emplace_back(bytes, is_stretch(intersect(source, target), source));
+        if (!lands && !on_the_way.count(x.to)) received[x.to][x.from].push_back({item.id, x.dst, bytes, arriving[{x.dst, x.to}] == 1 && x.elements == volume(target)});
+        if (machine.packs) sent[x.from][x.to].emplace_back(bytes, is_stretch(intersect(source, target), source));
       }
     }
     for (const auto& [device, peers] : received) {

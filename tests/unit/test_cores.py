@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torch_soap import _C, _backend, calibrate, measuring, operator_times
-from torch_soap.measuring import Timing, alike, calm_samples, timed_in_turns, undisturbed
+from torch_soap.measuring import MOVED, Timing, apart, calm_samples, timed_in_turns, undisturbed
 from torch_soap.operator_times import ROUNDS, Stopwatch, Tile, time_tiles
 from torch_soap.planner import graph_for
 
@@ -27,6 +27,9 @@ class Moved:
 
     def worst(self, value: float) -> float:
         return value
+
+    def all_of(self, chosen: list[int]) -> list[int]:
+        return chosen
 
     def moved(self) -> bool:
         self.asked += 1
@@ -42,16 +45,19 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[measuring.Cores]:
     yield cores
 
 
-def test_cores_are_alike_up_to_a_factor() -> None:
-    assert alike(50, 90) and alike(90, 50) and not alike(60, 250) and not alike(0, 50) and alike(0, 0)
+def test_cores_are_alike_up_to_a_factor(cores: measuring.Cores) -> None:
+    assert apart(50, 100) == apart(100, 50) == 2 and apart(0, 0) == 1 and apart(0, 50) == float("inf")
+    assert cores.alike(50) and cores.alike(0), "nothing counts on it"
+    cores.distance_ns = 60
+    assert cores.alike(90) and not cores.alike(250) and cores.alike(0), "not known: as before"
 
 
 def test_this_machine_says_how_far_its_cores_are_apart() -> None:
     code = "from torch_soap import _backend; import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(_backend.core_distance_ns())"
     alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert alone.stdout.strip() == "0"
-    distance_ns = _backend.core_distance_ns()
-    assert (10 < distance_ns < 100_000) if len(os.sched_getaffinity(0)) > 1 else distance_ns == 0
+    distances = [_backend.core_distance_ns() for _ in range(20)]  # others may want the cores
+    assert (10 < max(distances) < 100_000) if len(os.sched_getaffinity(0)) > 1 else not any(distances)
 
 
 def test_samples_of_other_moments_are_taken_again(cores: measuring.Cores) -> None:
@@ -67,12 +73,12 @@ def test_who_waits_too_long_measures_all_the_same_and_trusts_it_less(cores: meas
     values, pace = calm_samples(lambda: 5, 2, pace=lambda: 1.0, together=Moved(True))
     assert values == [5, 5] and pace == measuring.MOVED and cores.naps == 0
     assert measuring.middle([10**6, 10**6], pace).noisy
-    assert undisturbed(lambda: "value", Moved(True)) == "value"
+    assert undisturbed(lambda: "value", Moved(True)) == ("value", MOVED)
 
 
 def test_a_measurement_is_done_again_where_cores_moved_in_it() -> None:
     tries = iter(range(9))
-    assert undisturbed(lambda: next(tries), Moved(False, True, False, False)) == 1
+    assert undisturbed(lambda: next(tries), Moved(False, True, False, False)) == (1, 1.0)
 
 
 def test_turns_are_taken_in_rounds_and_rounds_of_other_moments_again() -> None:
@@ -88,6 +94,26 @@ def test_turns_are_taken_in_rounds_and_rounds_of_other_moments_again() -> None:
     timings = timed_in_turns([run("a", 10), run("b", 20)], 2, pace=lambda: 1.0, together=Moved(False, False, False, True, False))
     assert [t.ns for t in timings] == [10, 20]
     assert "".join(order) == "ab" + 3 * "ab", "one to warm up, two, and one for that in which cores moved"
+
+
+def test_ranks_take_turns_alike() -> None:
+    """Another rank wants the second turn once more, and it again for its noise."""
+    order = list[str]()
+    wanted = iter([[0, 1], [0, 1], [1], [], [1], [], []])
+
+    class Two(Moved):
+        def all_of(self, chosen: list[int]) -> list[int]:
+            return sorted({*chosen, *next(wanted)})
+
+    def run(name: str) -> Any:
+        def once() -> int:
+            order.append(name)
+            return 10**6
+
+        return once
+
+    timed_in_turns([run("a"), run("b")], 2, pace=lambda: 1.0, together=Two(False))
+    assert "".join(order) == "ab" + "ab" * 2 + "ab" + "b" + "ab" + "ab", order
 
 
 def test_a_noisy_turn_is_taken_again_behind_what_it_follows() -> None:
