@@ -33,6 +33,7 @@ from torch_soap.measuring import (
     REPEATS,
     Timing,
     apart,
+    at_pace,
     calm_samples,
     calmest,
     forget_doubtful,
@@ -313,11 +314,6 @@ def time_step(comm: Comm, num_parameters: int) -> tuple[int, int, Timing]:
             segments += [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
     everyone = comm.gather_ints([int(quiet(beyond)), int(quiet(segments))])
     return max(v[0] for v in everyone), max(v[1] for v in everyone), taken
-
-
-def at_pace(pace: float) -> Timing:
-    """For the mark of a figure that isn't a time."""
-    return Timing(10**9, spread_of(pace))
 
 
 def slowest(comm: Comm, mine: Timing) -> Timing:
