@@ -31,7 +31,7 @@ REPLACEMENTS = [
     (r"__members__: (.*) = \.\.\. *# read-only", r"__members__: \1"),
     (r"(?m)^import .*\n|^from .*\n", ""),
 ]
-IMPORTS = "from collections.abc import Callable, Iterator, Mapping, Sequence\nfrom typing import Any, ClassVar, overload\n\n"
+IMPORTS = "from collections.abc import Callable, Iterator, Mapping, Sequence, Set\nfrom typing import Any, ClassVar, overload\n\n"
 
 
 def generate() -> str:

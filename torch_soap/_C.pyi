@@ -1,6 +1,6 @@
 """The planning library. Made by tools/stubs.py; the contracts are in the headers of csrc/."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, ClassVar, overload
 
 OP_FAMILIES: list

@@ -55,7 +55,7 @@ from torch_soap.runtime.parallel import Parallel
 COLD_SIZES, COLD_MEETINGS = (32 << 10, 256 << 10), 30  # of movements after short and after long computations
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 MEETINGS, BETWEEN = 60, 16  # of ranks, and products that each computes between two of them: five milliseconds
-MANY_PARAMETERS = 64  # of a model that computes nothing
+LAYERS, LAYER = 8, 256  # of a model that computes little, their inputs and outputs
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 UPDATE_LOOKED_AT = 8 << 20  # of these
 LOOKED_AT, OFF_MOVING = 256 << 10, 1.2  # of the sizes of movements; what a table of a slow minute is off by: movements differ from time to time
@@ -64,7 +64,7 @@ SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 OTHER = 8 << 20  # bytes that a core's own cache doesn't hold
 UNCACHED = 64 << 20  # bytes that no cache holds beside what else goes on
-FORMAT = 15  # of the cache
+FORMAT = 16  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 
@@ -274,12 +274,14 @@ def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
 
 
 def measure_step(machine: Machine, comm: Comm, known: dict[str, Any]) -> None:
-    """A step of a model that computes nothing, and one segment of it: the agreement of ranks, Python around it. What of it each parameter takes comes on
-    top of the parameter's update."""
+    """What a step takes beyond its operators and movements: the agreement of ranks, Python and autograd around it; what of it each parameter takes comes on top
+    of the parameter's update. Layers that take the caches are between them, as in training: a step that computes nothing takes a third of it. And what the
+    call of a segment takes that computes nothing."""
     if "step_overhead" not in known:
-        few, segment, taken = time_step(comm, 1)
-        many, _, _ = time_step(comm, MANY_PARAMETERS)
-        each = max(many - few, 0) // (MANY_PARAMETERS - 1)
+        few, _, taken = time_step(comm, 1, LAYER)
+        many, _, _ = time_step(comm, LAYERS, LAYER)
+        _, segment, _ = time_step(comm, 1, 1)
+        each = max(many - few, 0) // (LAYERS - 1)
         known["step_overhead"] = [max(few - each, 0), segment, each]
         mark(known, "step_overhead", taken)
     of_step, of_segment, of_parameter = known["step_overhead"]
@@ -287,26 +289,27 @@ def measure_step(machine: Machine, comm: Comm, known: dict[str, Any]) -> None:
     machine.update = [(size, ns + of_parameter) for size, ns in machine.update]
 
 
-def time_step(comm: Comm, num_parameters: int) -> tuple[int, int, Timing]:
-    """ns of a step beyond its instructions, of a segment, and the step."""
-    model = Parallel(
-        nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(num_parameters))),
-        comm,
-        loss=None,
-        planner=lambda graph, _, rows: as_plan("* n=fed", graph, len(rows)),
-    )
+def time_step(comm: Comm, num_layers: int, width: int) -> tuple[int, int, Timing]:
+    """ns of a step of linear layers beyond its instructions, of one of its segments, and the step."""
+    layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(num_layers)))
+    model = Parallel(layers, comm, loss=None, planner=lambda graph, _, rows: as_plan("* n=fed", graph, len(rows)))
     model.label = "calibration"
-    x = torch.ones(1, 1)
+    x, other = torch.ones(width, width), torch.zeros(OTHER // 4 if width > 1 else 1)
+
+    def between_steps() -> None:
+        layers.zero_grad()
+        other.add_(1.0)
 
     def one_step() -> None:
         model.call((x,), {}).sum().backward()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS, together=Ranks(comm))))
+        taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS, before=between_steps, together=Ranks(comm))))
         engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
         beyond, segments = [], []
         for _ in range(10):
+            between_steps()
             engine.trace = []
             begin = time.perf_counter_ns()
             one_step()
