@@ -136,17 +136,18 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "prediction by how much slower they were then than in calm moments. While they take 1.2 times as long, or the "
         "steps' quartiles are 10 % of the median apart, a plan's steps are run again, three times at most, and the steadiest count; "
         "of rounds the one with the least median, as what others do on the machine only adds. AdamW's state is that of a "
-        "training in progress: without zeros.",
+        "training in progress: without zeros. Cores: ns that a cache line takes from one to the other and back when the launch's operators were measured, which a "
+        "virtual machine's host changes every minute or so; a launch's predictions and steps are of one kind of moment (docs/decisions/0022).",
         "",
-        "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed | cores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r, f in measured:
         shown = " | ".join(f"{f[k]:.1%}" for k in ("mean error", "p95"))
         memory = "-" if math.isnan(f["memory"]) else f"{f['memory']:.1%}"
         lines.append(
             f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['regret']:.1%} | {memory} | "
-            f"{f['bias']:.2f} | {f['noise']:.1%} | {f['drift']:.0%} | {f['at its speed']:.1%} |"
+            f"{f['bias']:.2f} | {f['noise']:.1%} | {f['drift']:.0%} | {f['at its speed']:.1%} | {r.get('cores_ns', '-')} |"
         )
     lines += [
         "",
