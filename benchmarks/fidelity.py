@@ -136,10 +136,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "prediction by how much slower they were then than in calm moments. While they take 1.2 times as long, or the "
         "steps' quartiles are 10 % of the median apart, a plan's steps are run again, three times at most, and the steadiest count; "
         "of rounds the one with the least median, as what others do on the machine only adds. AdamW's state is that of a "
-        "training in progress: without zeros. Cores: ns that a cache line takes from one to the other and back when the launch's operators were measured, which a "
-        "virtual machine's host changes every minute or so; a launch's predictions and steps are of one kind of moment (docs/decisions/0022).",
+        "training in progress: without zeros. Cores: ns that a cache line takes from one to the other and back when operators were "
+        "measured, which a virtual machine's host changes every minute or so; predictions and steps of a launch are of one kind of "
+        "moment (docs/decisions/0022).",
         "",
-        "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed | cores |",
+        "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed "
+        "| cores |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r, f in measured:
