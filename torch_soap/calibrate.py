@@ -55,7 +55,7 @@ from torch_soap.runtime.parallel import Parallel
 COLD_SIZES, COLD_MEETINGS = (32 << 10, 256 << 10), 30  # of movements after short and after long computations
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 MEETINGS, BETWEEN = 60, 16  # of ranks, and products that each computes between two of them: five milliseconds
-LAYERS, LAYER = 8, 256  # of a model that computes little, their inputs and outputs
+MANY_PARAMETERS, LAYER = 64, 512  # of a model that computes nothing; inputs and outputs of one that takes the caches
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 UPDATE_LOOKED_AT = 8 << 20  # of these
 LOOKED_AT, OFF_MOVING = 256 << 10, 1.2  # of the sizes of movements; what a table of a slow minute is off by: movements differ from time to time
@@ -64,7 +64,7 @@ SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 OTHER = 8 << 20  # bytes that a core's own cache doesn't hold
 UNCACHED = 64 << 20  # bytes that no cache holds beside what else goes on
-FORMAT = 16  # of the cache
+FORMAT = 17  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 
@@ -274,15 +274,15 @@ def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
 
 
 def measure_step(machine: Machine, comm: Comm, known: dict[str, Any]) -> None:
-    """What a step takes beyond its operators and movements: the agreement of ranks, Python and autograd around it; what of it each parameter takes comes on top
-    of the parameter's update. Layers that take the caches are between them, as in training: a step that computes nothing takes a third of it. And what the
-    call of a segment takes that computes nothing."""
+    """What a step takes beyond its operators and movements: the agreement of ranks, Python and autograd around it. Something that takes the caches is computed
+    in it, as in training: a step that computes nothing takes a third of it. What of it each parameter takes, one after another, comes on top of the
+    parameter's update; and what the call of a segment takes that computes nothing."""
     if "step_overhead" not in known:
-        few, _, taken = time_step(comm, 1, LAYER)
-        many, _, _ = time_step(comm, LAYERS, LAYER)
-        _, segment, _ = time_step(comm, 1, 1)
-        each = max(many - few, 0) // (LAYERS - 1)
-        known["step_overhead"] = [max(few - each, 0), segment, each]
+        whole, _, taken = time_step(comm, 1, LAYER)
+        one, segment, _ = time_step(comm, 1, 1)
+        many, _, _ = time_step(comm, MANY_PARAMETERS, 1)
+        each = max(many - one, 0) // (MANY_PARAMETERS - 1)
+        known["step_overhead"] = [max(whole - each, 0), segment, each]
         mark(known, "step_overhead", taken)
     of_step, of_segment, of_parameter = known["step_overhead"]
     machine.step_overhead_ns, machine.segment_overhead_ns = float(of_step), float(of_segment)
