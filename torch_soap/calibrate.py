@@ -94,10 +94,10 @@ def nothing_known(cores_ns: int = 0) -> dict[str, Any]:
     return {"cores_ns": cores_ns, "operators": {}, "doubted": [], "looks": 0, "tables": {}, "marks": {}, "load": round(load_per_core(), 2)}
 
 
-def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = ()) -> dict[str, Any]:
-    """What rank 0's host knows of moments like this one and doesn't doubt, on all ranks, so that all measure the same things in the same order. Collective
-    when `comm` is given."""
-    distance_ns = 0 if comm is None else Ranks(comm).core_distance_ns()
+def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = (), cores_ns: int = 0) -> dict[str, Any]:
+    """What rank 0's host knows of moments like this one, or of those of `cores_ns`, and doesn't doubt, on all ranks, so that all measure the same things in the
+    same order. Collective when `comm` is given."""
+    distance_ns = cores_ns if cores_ns or comm is None else Ranks(comm).core_distance_ns()
     known = nothing_known(distance_ns)
     if comm is None or comm.rank == 0:
         like = [(apart(m["cores_ns"], distance_ns), i, m) for i, m in enumerate(moments(cache_file(num_ranks, host_of)))]

@@ -58,13 +58,13 @@ struct Machine {
   // How fast a device computes while k devices of its host do, in times of the rates here, by k - 1; beyond the last as the last. Empty: always 1.
   std::vector<double> busy_speed;
   std::vector<double> update_speed;  // the same of the optimizer's update, which takes the memory more than anything else; empty: as busy_speed
-  double jitter = 0;    // standard deviation of what a computation takes, in parts of it: ranks that meet wait for the slowest; with busy_speed
+  double jitter = 0;                 // standard deviation of what a computation takes, in parts of it: ranks that meet wait for the slowest; with busy_speed
   double cold_ns = 0;   // of a movement after a millisecond or more of computation, which has taken the cache; after less in proportion; with busy_speed
   double piece_ns = 0;  // of a piece of a movement's tensor that is packed, put in its place or added, beside its bytes; with busy_speed
   // Whether what moves is packed before it is sent, and held as it came until it is put together. Ranks that share memory move it from where it lies to where
   // it stays; only what is summed from some of them is held.
   bool packs = true;
-  SizeTable update;     // measured (bytes, ns) of the optimizer's update of one parameter; empty: by memory_bytes_per_s
+  SizeTable update;                             // measured (bytes, ns) of the optimizer's update of one parameter; empty: by memory_bytes_per_s
   Link intra{20e3, 2e9}, inter{100e3, 1e9, 1};  // within a host, between hosts
   // By "<kind>/<ranks>/<hosts>", kind exchange (bytes that one rank sends and receives, each; see Traffic::busiest) or all_reduce (bytes of the tensor).
   std::map<std::string, SizeTable> tables;

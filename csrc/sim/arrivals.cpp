@@ -82,7 +82,8 @@ std::vector<std::map<int, Arrived>> find_arrivals(const Program& p, const StepPi
         if (x.from == x.to) continue;
         const Box &source = from.coords[x.src].box, &target = to.coords[x.dst].box;
         const int64_t bytes = x.elements * t.element_bytes;
-        if (!lands && !on_the_way.count(x.to)) received[x.to][x.from].push_back({item.id, x.dst, bytes, arriving[{x.dst, x.to}] == 1 && x.elements == volume(target)});
+        if (!lands && !on_the_way.count(x.to))
+          received[x.to][x.from].push_back({item.id, x.dst, bytes, arriving[{x.dst, x.to}] == 1 && x.elements == volume(target)});
         if (machine.packs) sent[x.from][x.to].emplace_back(bytes, is_stretch(intersect(source, target), source));
       }
     }

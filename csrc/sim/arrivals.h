@@ -12,8 +12,8 @@
 namespace soap {
 
 // Of one exchange on one device. All that comes is one stretch of memory, peer after peer; what comes in one piece is a view of it, where it is aligned. Where
-// nothing is packed (Machine::packs), nothing is for what is sent, and what comes is where it stays, unless it is combined with something; sums of all ranks are made
-// on the way (csrc/movement/landing.cpp).
+// nothing is packed (Machine::packs), nothing is for what is sent, and what comes is where it stays, unless it is combined with something; sums of all ranks
+// are made on the way (csrc/movement/landing.cpp).
 struct Arrived {
   int64_t bytes = 0;                    // that come
   int64_t sent = 0;                     // packed to be sent; views of sources are nothing

@@ -23,6 +23,11 @@ def test_all_ranks_are_told_the_same(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["health"]["rows"] == ["step", "matmul", "other", "pointwise", "all_reduce of 2 ranks within a host"]
 
 
+def test_the_next_search_is_told_how_far_off_this_one_was(ranks: list[dict[str, Any]]) -> None:
+    (noted,) = ranks[0]["health"]["noted"]
+    assert noted >= 0
+
+
 def test_a_wrong_operator_family_is_named(ranks: list[dict[str, Any]]) -> None:
     """Three times too fast in the figures: the one suspect; backward is attributed, so not three to the point."""
     (suspect,) = ranks[0]["health"]["matmul"]
