@@ -18,7 +18,7 @@ def test_two_processes(tmp_path: Path) -> None:
     machine = torch_soap.Machine.load(path)
     assert machine.num_devices == 2 and sorted(machine.tables) == ["all_reduce/2/1", "exchange/2/1"]
     (cache,) = (tmp_path / "cache").iterdir()
-    known = json.loads(cache.read_text())
+    (known,) = json.loads(cache.read_text())["moments"]
     assert {k: [tuple(p) for p in v] for k, v in known["tables"].items()} == machine.tables
     assert known["rates"] == [machine.flops_per_s, machine.memory_bytes_per_s, machine.op_overhead_ns]
     for name in ("rates", "tables/all_reduce/2/1", "tables/exchange/2/1"):

@@ -99,7 +99,7 @@ def test_memory_goes_up_to_the_peak(plan: Plan, data: dict[str, Any]) -> None:
         assert [t for t, *_ in curve] == sorted(t for t, *_ in curve) and curve[-1][0] <= simulation.step_ns
         assert all(h >= 0 for _, *held in curve for h in held)
     program = lowered(plan)[0]
-    coarse = _C.memory_over_time(program, simulation, 5)  # the peak is never thinned away
+    coarse = _C.memory_over_time(program, simulation, plan.known_context("test").cost.machine, 5)  # the peak is never thinned away
     assert [max(sum(p.bytes) for p in c) for c in coarse] == list(simulation.memory_bytes) and all(len(c) <= 6 for c in coarse)
 
 
