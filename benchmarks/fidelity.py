@@ -71,10 +71,11 @@ def read_rows() -> list[dict[str, Any]]:
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------------
-def kendall_tau(predicted: list[float], measured: list[float]) -> float:
-    """tau-b: 1 where both order all pairs alike; pairs that are equal in either count for neither (Kendall 1945)."""
-    pairs = list(itertools.combinations(zip(predicted, measured, strict=True), 2))
-    signs = [(sign(a[0] - b[0]), sign(a[1] - b[1])) for a, b in pairs]
+def kendall_tau(predicted: list[float], measured: list[float], noise: list[float] | None = None) -> float:
+    """tau-b: 1 where both order all pairs alike; pairs that are equal in either count for neither (Kendall 1945). `noise`: of each that was measured; pairs
+    that differ by no more than the larger of theirs are left out."""
+    pairs = list(itertools.combinations(zip(predicted, measured, noise or [-1.0] * len(measured), strict=True), 2))
+    signs = [(sign(a[0] - b[0]), sign(a[1] - b[1])) for a, b in pairs if abs(a[1] - b[1]) > max(a[2], b[2])]
     untied = [sum(s[i] != 0 for s in signs) for i in (0, 1)]
     return sum(p * m for p, m in signs) / max((untied[0] * untied[1]) ** 0.5, 1e-9)
 
@@ -95,7 +96,8 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
     measured = [statistics.median(p["measured_ms"]) for p in plans]
     errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     chosen = measured[predicted.index(min(predicted))]
-    noise = [iqr(p["measured_ms"]) / m for p, m in zip(plans, measured, strict=True)]
+    spreads = [iqr(p["measured_ms"]) for p in plans]
+    noise = [spread / m for spread, m in zip(spreads, measured, strict=True)]
     drift = [statistics.mean(p["pace"]) for p in plans]
     memory = [abs(max(p["memory_bytes"]) / max(p["measured_bytes"]) - 1) for p in plans if "measured_bytes" in p]
     return {
@@ -103,6 +105,7 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
         "mean error": statistics.mean(errors),
         "p95": percentile(errors, 0.95),
         "tau": kendall_tau(predicted, measured),
+        "tau beyond noise": kendall_tau(predicted, measured, spreads),
         "regret": chosen / min(measured) - 1,
         "memory": statistics.mean(memory) if memory else float("nan"),
         "noise": statistics.mean(noise),
@@ -123,38 +126,39 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     whole = [r for r in rows if "plans" in r]
     measured = [(r, figures(r)) for r in whole]
     errors = [abs(p["predicted_ms"] / statistics.median(p["measured_ms"]) - 1) for r in whole for p in r["plans"].values()]
-    num_steps = len(next(iter(whole[0]["plans"].values()))["measured_ms"])
+    num_steps = max(len(p["measured_ms"]) for r in whole for p in r["plans"].values())
     lines = [
         "# Predicted and measured step times",
         "",
         "`python -m benchmarks.fidelity`: processes of one thread, shared memory within a host and gloo between hosts, AdamW; "
         f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of {num_steps} steps, "
+        f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of up to {num_steps} steps, "
         "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "
         "fullest device). Noise: quartiles' distance over the median, the mean of a launch's plans: where it is larger than the error, the error says "
-        "little. Drift: what small operators took before and after each plan's steps, 90th over 10th percentile; the last column scales each "
-        "prediction by how much slower they were then than in calm moments. While they take 1.2 times as long, or the "
-        "steps' quartiles are 10 % of the median apart, a plan's steps are run again, three times at most, and the steadiest count; "
-        "of rounds the one with the least median, as what others do on the machine only adds. AdamW's state is that of a "
+        "little. Tau beyond noise: without the pairs of plans that differ by no more than the larger of their steps' quartiles' distances. "
+        "Drift: what small operators took before and after each plan's steps, 90th over 10th percentile; the last column scales each prediction by how "
+        "much slower they were then than in calm moments. Steps count while they take at most 1.2 times as long, and of visits to a "
+        "plan the one with the least median, as what others do on the machine only adds. AdamW's state is that of a "
         "training in progress: without zeros. Cores: ns that a cache line takes from one to the other and back when operators were "
         "measured, which a virtual machine's host changes every minute or so; predictions and steps of a launch are of one kind of "
         "moment (docs/decisions/0022).",
         "",
-        "| model | ranks | network | plans | mean error | p95 | tau | regret | memory error | predicted / measured | noise | drift | error at its speed "
-        "| cores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | ranks | network | plans | mean error | p95 | tau | tau beyond noise | regret | memory error | predicted / measured | noise | drift "
+        "| error at its speed | cores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r, f in measured:
         shown = " | ".join(f"{f[k]:.1%}" for k in ("mean error", "p95"))
         memory = "-" if math.isnan(f["memory"]) else f"{f['memory']:.1%}"
         lines.append(
-            f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['regret']:.1%} | {memory} | "
-            f"{f['bias']:.2f} | {f['noise']:.1%} | {f['drift']:.0%} | {f['at its speed']:.1%} | {r.get('cores_ns', '-')} |"
+            f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['tau beyond noise']:.2f} | {f['regret']:.1%} "
+            f"| {memory} | {f['bias']:.2f} | {f['noise']:.1%} | {f['drift']:.0%} | {f['at its speed']:.1%} | {r.get('cores_ns', '-')} |"
         )
     lines += [
         "",
         f"All {len(errors)} plans: mean error {statistics.mean(errors):.1%}, median {statistics.median(errors):.1%}, p95 {percentile(errors, 0.95):.1%}; "
-        f"tau >= 0.9 in {sum(f['tau'] >= BARS['tau'] for _, f in measured)} of {len(measured)} launches, regret <= 2 % in "
+        f"tau >= 0.9 in {sum(f['tau'] >= BARS['tau'] for _, f in measured)} of {len(measured)} launches, "
+        f"beyond noise in {sum(f['tau beyond noise'] >= BARS['tau'] for _, f in measured)}; regret <= 2 % in "
         f"{sum(f['regret'] <= BARS['regret'] for _, f in measured)}; mean regret {statistics.mean(f['regret'] for _, f in measured):.1%}.",
     ]
     for r in rows:

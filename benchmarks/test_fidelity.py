@@ -23,6 +23,8 @@ def test_kendall_tau() -> None:
     """By hand: of six pairs one is the other way round, and one is a tie in the prediction."""
     assert fidelity.kendall_tau([1.0, 2.0, 3.0], [5.0, 6.0, 7.0]) == pytest.approx(1.0)
     assert fidelity.kendall_tau([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 4.0, 3.0]) == pytest.approx((4 - 1) / (5 * 6) ** 0.5)
+    assert fidelity.kendall_tau([1.0, 2.0, 3.0], [5.0, 4.9, 7.0], [0.1, 0.2, 0.0]) == pytest.approx(1.0), "the first two are within the noise"
+    assert fidelity.kendall_tau([1.0, 2.0, 3.0], [5.0, 4.7, 7.0], [0.1, 0.2, 0.0]) == pytest.approx(1 / 3)
 
 
 def test_plans_train_alike(rows: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ import torch_soap
 from benchmarks.fidelity_models import MODELS, Case
 from tests.dist.launch import report
 from tests.unit.test_memory import OPTIMIZER_COPIES, LiveBytes
-from torch_soap import _C, calibrate
+from torch_soap import _C, cache, calibrate
 from torch_soap.backend import init_string
 from torch_soap.capture.graph import Graph
 from torch_soap.machine import to_json
@@ -41,12 +41,13 @@ FIRST = ("found", "ddp", "one device", "zero-1", "zero-3", "megatron", "owt", "1
 SIMULATIONS = 300  # of the search: a plan that is nearly the best is enough here
 FRESH = 128 << 10
 WARM_UP = 1  # steps after each change of plan
-# A plan's steps are run again, after a pause, while small operators before or after them take so many times what they take in calm moments, or the steps
-# themselves differ by so much (quartiles' distance over the median): memory has slow moments that small operators don't show.
-STEADY, ALIKE, ATTEMPTS, PAUSE_S, READINGS = 1.2, 0.1, 3, 2.0, 100
+# A step counts where small operators before and after it take up to so many times what they take in calm moments, and cores are as far apart after it as
+# before; a visit to a plan where half of its steps count.
+STEADY, READINGS = 1.2, 20
 # A virtual machine's cores come to share a cache, or to share it no longer, every minute or so: what is predicted of the one isn't measured of the other. Plans
-# are run in whichever moment it is until one kind has all of them; predictions are of that kind. So many runs at most, and so many naps until it comes back.
-RUNS, NAPS = 6, 1500
+# are run in whichever moment it is until one kind has all of them; predictions are of that kind. So many visits to a plan at most, for each that is wanted; no
+# more than are wanted after so many seconds; and so many naps until cores come back.
+VISITS, PATIENCE_S, NAPS = 3, 120.0, 600
 
 
 def plans_of(graph: _C.OpGraph, found: torch_soap.Plan, rows: list[int]) -> dict[str, str]:
@@ -136,14 +137,6 @@ def pace() -> float:
     return round(float(taken), 3)
 
 
-def spread(taken: Sequence[float]) -> float:
-    """Quartiles' distance over the median, as the slowest rank sees it: all ranks decide alike."""
-    low, median, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else [taken[0]] * 3
-    worst = torch.tensor([(high - low) / median])
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return float(worst)
-
-
 def age(optimizer: torch.optim.Optimizer) -> None:
     """AdamW's state as a training in progress has it, without zeros. Torch's square root takes five to nine times as long for a zero as for another number, and
     the first steps with one batch have many: whatever that batch left out, behind ReLU, dropout or in an embedding."""
@@ -200,28 +193,20 @@ class Moments:
         self.together, self.distances = together, list[int]()
 
     def now(self) -> int:
-        """Which it is; what ranks measure counts on it."""
+        """Which it is."""
         now_ns = self.together.core_distance_ns()
         kinds = [i for i, ns in enumerate(self.distances) if apart(ns, now_ns) <= NEAR]
         if not kinds:
             self.distances.append(now_ns)
             kinds = [len(self.distances) - 1]
-        self.count_on(kinds[0])
         return kinds[0]
-
-    def count_on(self, kind: int) -> None:
-        CORES.distance_ns = self.distances[kind]
 
 
 @dataclass
-class Run:
-    """A plan's steps, in ms, of one kind of moment."""
-
-    kind: int
+class Step:
+    ms: float
+    kind: int  # of the moment; -1: cores moved meanwhile
     pace: float
-    attempts: int
-    steps_ms: list[float]
-    moved: bool
 
 
 class Training:
@@ -232,67 +217,72 @@ class Training:
         self.whole = {n: t.detach().clone() for n, t in model.state_dict().items()}
         self.first_losses: dict[str, float] = {}
 
-    def run(self, label: str, plan: torch_soap.Plan, kind: int) -> Run:
-        parallel, together = self.model._soap, self.moments.together
+    def visit(self, label: str, plan: torch_soap.Plan) -> list[Step]:
+        """A few steps under a plan, after one to warm up."""
+        parallel = self.model._soap
         replan(parallel, plan)
         self.model.load_state_dict(self.whole)
         parallel.random.call, parallel.meter.count = 0, FIRST_SAMPLE  # no sampled step among the measured ones
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        attempts: list[tuple[float, float, list[float]]] = []  # how unsteady, the pace, the steps
-        moved = False
-        while not moved and (not attempts or (attempts[-1][0] > 1 and len(attempts) < ATTEMPTS)):
-            if attempts:
-                time.sleep(PAUSE_S)
-            before, taken = pace(), []
-            for step in range(WARM_UP + self.steps):
-                seconds_taken, loss = one_step(self.model, self.optimizer, self.batch)
-                taken.append(round(1e3 * seconds_taken, 3))
-                if step == 0:
-                    age(self.optimizer)
-                if step == 0 and label not in self.first_losses:
-                    dist.all_reduce(loss)
-                    self.first_losses[label] = float(loss) / dist.get_world_size()
-            slow, taken = max(before, pace()), taken[WARM_UP:]
-            moved = together.moved()
-            if not moved or not attempts:
-                attempts.append((max(slow / STEADY, spread(taken) / ALIKE), slow, taken))
-        _, slowest, steadiest = min(attempts)
-        return Run(kind, slowest, len(attempts), steadiest, moved and len(attempts) == 1)
+        _, loss = one_step(self.model, self.optimizer, self.batch)
+        age(self.optimizer)
+        if label not in self.first_losses:
+            dist.all_reduce(loss)
+            self.first_losses[label] = float(loss) / dist.get_world_size()
+        out, kind, slow = [], self.moments.now(), pace()
+        for _ in range(self.steps):
+            seconds_taken, _ = one_step(self.model, self.optimizer, self.batch)
+            kind_before, slow_before, kind, slow = kind, slow, self.moments.now(), pace()
+            out.append(Step(round(1e3 * seconds_taken, 3), kind if kind == kind_before else -1, max(slow, slow_before)))
+        return out
 
 
 def train(training: Training, plans: dict[str, torch_soap.Plan], rounds: int, host_of: list[int], graph: Graph) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Runs all plans `rounds` times in one kind of moment: which, and of each plan its runs, a traced step, and its bytes."""
-    out: dict[str, dict[str, Any]] = {label: {"runs": list[Run]()} for label in plans}
-    moments = training.moments
+    """Visits all plans until `rounds` visits to each count in one kind of moment: which, and of each plan its steps, a traced one, and its bytes."""
+    visits = {label: list[list[Step]]() for label in plans}
+    out = {label: dict[str, Any]() for label in plans}
+    distances = training.moments.distances
 
-    def runs(label: str, kind: int) -> list[Run]:
-        return [run for run in out[label]["runs"] if run.kind == kind and not run.moved]
+    def counting(label: str, kind: int) -> list[list[Step]]:
+        """Of each visit the steps that count, where there are enough."""
+        of_kind = [[step for step in visit if step.kind == kind and step.pace <= STEADY] for visit in visits[label]]
+        return [steps for steps in of_kind if 2 * len(steps) >= training.steps]
 
-    def done(kind: int) -> int:
-        return sum(min(len(runs(label, kind)), rounds) for label in plans)
+    def best() -> int:
+        return max(range(len(distances)), key=lambda kind: sum(min(len(counting(label, kind)), rounds) for label in plans))
 
-    for _ in range(RUNS * rounds * len(plans)):
-        kind = moments.now()
-        label = min(plans, key=lambda label: len(runs(label, kind)))
-        row = out[label]
-        row["runs"].append(training.run(label, plans[label], kind))
-        if "parts" not in row:
-            comm = training.model._soap.comm
-            row["parts"] = comm.gather_objects(traced(training.model, lambda: one_step(training.model, training.optimizer, training.batch)))
-            if len(set(host_of)) == 1:  # the same over a network
-                training.optimizer.zero_grad()
-                engine = next(iter(training.model._soap.engines.values()))[0]
-                row["measured_bytes"] = comm.gather_objects(peak_bytes(training.model._soap, engine, graph, training.batch))
-        if done(kind) == rounds * len(plans):
+    begin = time.perf_counter()
+    for number in range(VISITS * rounds):
+        (over,) = training.model._soap.comm.gather_ints([int(time.perf_counter() - begin > PATIENCE_S)])[0]  # rank 0's clock
+        if over and number >= rounds:
             break
-    best = max(range(len(moments.distances)), key=done)
+        wanting = [label for label in plans if number < rounds or len(counting(label, best())) < rounds]
+        if not wanting:
+            break
+        for label in wanting:
+            visits[label].append(training.visit(label, plans[label]))
+            if number == 0:
+                out[label] |= looked_at(training, host_of, graph)
+    kind = best()
     for label, row in out.items():
-        chosen = runs(label, best) or row["runs"]
-        run = min(chosen, key=lambda run: statistics.median(run.steps_ms))  # what others do on this machine only adds
-        row |= {"measured_ms": run.steps_ms, "pace": [r.pace for r in chosen], "attempts": [r.attempts for r in chosen], "moved": run.kind != best or run.moved}
-        row |= {"rounds_ms": [r.steps_ms for r in chosen], "first_loss": training.first_losses[label]}
-        row["other_moments_ms"] = [r.steps_ms for r in row.pop("runs") if r not in chosen]
-    return best, out
+        steps = [step for visit in visits[label] for step in visit]
+        calmest = sorted(steps, key=lambda step: (step.kind != kind, step.pace))[: training.steps]  # where no visit counts
+        chosen = min(counting(label, kind) or [calmest], key=lambda steps: statistics.median(step.ms for step in steps))  # what others do only adds
+        row |= {"measured_ms": [step.ms for step in chosen], "pace": [step.pace for step in chosen], "visits": len(visits[label])}
+        row |= {"counting": len(counting(label, kind)), "all_steps": [[step.ms, step.kind, step.pace] for step in steps]}
+        row["first_loss"] = training.first_losses[label]
+    return kind, out
+
+
+def looked_at(training: Training, host_of: list[int], graph: Graph) -> dict[str, Any]:
+    """Of the plan that runs: where a step's time goes, and its tensors' bytes."""
+    comm = training.model._soap.comm
+    row = {"parts": comm.gather_objects(traced(training.model, lambda: one_step(training.model, training.optimizer, training.batch)))}
+    if len(set(host_of)) == 1:  # the same over a network
+        training.optimizer.zero_grad()
+        engine = next(iter(training.model._soap.engines.values()))[0]
+        row["measured_bytes"] = comm.gather_objects(peak_bytes(training.model._soap, engine, graph, training.batch))
+    return row
 
 
 def main(name: str, rounds: int, steps: int) -> None:
@@ -308,7 +298,6 @@ def main(name: str, rounds: int, steps: int) -> None:
     rows = [case.rows] * world
     captured_graph = next(iter(model._soap.engines.values()))[1]
     comm, graph = model._soap.comm, to_op_graph(captured_graph)
-    CORES.naps = NAPS
     found = search_plan(graph, captured_graph, rows, comm=comm, simulations=SIMULATIONS)
     texts = comm.gather_objects(plans_of(graph, found, rows) if rank == 0 else None)[0]
     plans = {label: as_plan(text, graph, world) for label, text in texts.items()}
@@ -316,9 +305,10 @@ def main(name: str, rounds: int, steps: int) -> None:
     host_of, moments = calibrate.placement(comm), Moments(Ranks(comm))
     kind, out = train(Training(model, batch, moments, steps), plans, rounds, host_of, captured_graph)
     seconds["training"] = time.perf_counter() - begin - sum(seconds.values())
-    moments.count_on(kind)
+    CORES.distance_ns = moments.distances[kind]
+    CORES.naps = NAPS
     settled(moments.together)
-    known = calibrate.load(world, comm, host_of)
+    known = cache.load(world, comm, host_of)
     for _ in range(2):  # the second time: was that a slow minute?
         cost = _C.CostModel(calibrate.detect(world, comm, known, host_of))
         for plan in plans.values():
@@ -326,7 +316,7 @@ def main(name: str, rounds: int, steps: int) -> None:
                 pass
         doubt(known)
     if rank == 0:
-        calibrate.save(world, known, host_of)
+        cache.save(world, known, host_of)
     seconds["measuring operators"] = time.perf_counter() - begin - sum(seconds.values())
     for label, plan in plans.items():
         program = _C.lower(graph, plan.strategy, rows)

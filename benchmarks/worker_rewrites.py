@@ -17,7 +17,7 @@ from torch import nn
 
 import torch_soap
 from tests.dist.launch import report
-from torch_soap import _C, calibrate
+from torch_soap import _C, cache, calibrate
 from torch_soap.operator_times import measure_operators
 
 ROWS = 8  # of each process
@@ -95,7 +95,7 @@ def main(name: str, steps: int) -> None:
         models[label] = (model, torch.optim.SGD(model.parameters(), lr=1e-3), x)
     costs = [cost]
     predicted = {}
-    known = calibrate.load(world, next(iter(models.values()))[0]._soap.comm, [0] * world)
+    known = cache.load(world, next(iter(models.values()))[0]._soap.comm, [0] * world)
     for label, (model, _, _) in models.items():  # what the plans by hand need is measured too, on all ranks
         engine, graph = next(iter(model._soap.engines.values()))
         own = costs[0] or _C.CostModel(_C.Machine(world))

@@ -6,9 +6,7 @@ that changes them.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
 import platform
 import socket
@@ -17,7 +15,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,16 +25,11 @@ from torch_soap.backend import host
 from torch_soap.machine import Machine
 from torch_soap.measuring import (
     CORES,
-    NEAR,
-    PACE,
     REPEATS,
     Timing,
-    apart,
     at_pace,
     calm_samples,
     calmest,
-    forget_doubtful,
-    load_per_core,
     mark,
     own_clock,
     quiet,
@@ -45,7 +37,7 @@ from torch_soap.measuring import (
     timed,
     undisturbed,
 )
-from torch_soap.operator_times import OFF, RECENT, Ranks, doubt
+from torch_soap.operator_times import OFF, RECENT, Ranks
 from torch_soap.plan import as_plan
 from torch_soap.runtime.comm import Comm, transport
 from torch_soap.runtime.heap import keep_freed_memory
@@ -64,9 +56,7 @@ SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
 LARGE, LARGE_NS = 40 << 20, 50_000_000
 OTHER = 8 << 20  # bytes that a core's own cache doesn't hold
 UNCACHED = 64 << 20  # bytes that no cache holds beside what else goes on
-FORMAT = 17  # of the cache
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
-LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 
 
 def placement(comm: Comm | None) -> list[int]:
@@ -76,61 +66,6 @@ def placement(comm: Comm | None) -> list[int]:
     hosts = comm.gather_objects(socket.gethostname() + host() + os.environ.get("GROUP_RANK", ""))
     names = list(dict.fromkeys(hosts))
     return [names.index(h) for h in hosts]
-
-
-def cache_file(num_ranks: int, host_of: Sequence[int] = ()) -> Path:
-    """One file per (kind of host, torch, threads, what carries tensors, ranks on each host)."""
-    root = Path(os.environ.get("TORCH_SOAP_CACHE", Path.home() / ".cache" / "torch_soap"))
-    key = f"{FORMAT}|{platform.processor()}|{platform.machine()}|{os.cpu_count()}|{torch.__version__}|{torch.get_num_threads()}|{num_ranks}"
-    if num_ranks > 1:
-        key += f"|{transport()}"
-    if len(set(host_of)) > 1:
-        key += f"|{list(host_of)}"
-    return root / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-
-
-def nothing_known(cores_ns: int = 0) -> dict[str, Any]:
-    """`cores_ns`: how far apart the cores are; 0: not asked yet."""
-    return {"cores_ns": cores_ns, "operators": {}, "doubted": [], "looks": 0, "tables": {}, "marks": {}, "load": round(load_per_core(), 2)}
-
-
-def load(num_ranks: int, comm: Comm | None = None, host_of: Sequence[int] = (), cores_ns: int = 0) -> dict[str, Any]:
-    """What rank 0's host knows of moments like this one, or of those of `cores_ns`, and doesn't doubt, on all ranks, so that all measure the same things in the
-    same order. Collective when `comm` is given."""
-    distance_ns = cores_ns if cores_ns or comm is None else Ranks(comm).core_distance_ns()
-    known = nothing_known(distance_ns)
-    if comm is None or comm.rank == 0:
-        like = [(apart(m["cores_ns"], distance_ns), i, m) for i, m in enumerate(moments(cache_file(num_ranks, host_of)))]
-        if like and min(like)[0] <= NEAR:
-            known = min(like)[2]
-            forget_doubtful(known, load_per_core())
-    if comm is not None:
-        known = dict(comm.gather_objects(known if comm.rank == 0 else None)[0])
-    if known.setdefault("looks", 0) < LOOKS:
-        doubt(known)
-    if "pace_ns" in known and (comm is None or not host_of or host_of[comm.rank] == host_of[0]):
-        PACE.fastest_ns = min(PACE.fastest_ns or known["pace_ns"], known["pace_ns"])
-    return known
-
-
-def moments(path: Path) -> list[dict[str, Any]]:
-    """What a cache knows, by how far apart the cores were."""
-    if not path.exists():
-        return []
-    try:
-        return list(json.loads(path.read_text())["moments"])
-    except json.JSONDecodeError:  # cut short by a killed run: measure again
-        path.unlink()
-        return []
-
-
-def save(num_ranks: int, data: dict[str, Any], host_of: Sequence[int] = ()) -> None:
-    path = cache_file(num_ranks, host_of)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    others = [moment for moment in moments(path) if apart(moment["cores_ns"], data["cores_ns"]) > NEAR]
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"moments": [*others, data | {"doubted": [], "pace_ns": PACE.fastest_ns}]}))
-    temporary.replace(path)
 
 
 def barrier(comm: Comm | None) -> None:
@@ -247,7 +182,8 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> t
                 everyone = comm.gather_ints([int(statistics.median(v)) for v in zip(*samples, strict=True)])
                 walls.append(max(wall for wall, _ in everyone))
                 own = max(taken for _, taken in everyone)  # the last round's: all at work
-            known[name] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
+            speeds = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
+            known[name] = [max(speeds[i:]) for i in range(len(speeds))]  # with fewer at work nobody is slower: that was a slow moment
             mark(known, name, at_pace(max(paces)))
     return list(known["busy_speed"]), list(known["update_speed"])
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_soap import _C, calibrate
+from torch_soap import _C, cache, calibrate
 from torch_soap.capture import capture
 from torch_soap.machine import Machine
 from torch_soap.measuring import mark
@@ -71,11 +71,11 @@ def measure_now(comm: Comm | None) -> tuple[Machine, str]:
     begin = time.perf_counter()
     world = 1 if comm is None else comm.world_size
     host_of = calibrate.placement(comm)
-    known = calibrate.nothing_known()
+    known = cache.nothing_known()
     machine = calibrate.detect(world, comm, known, host_of)
     machine.efficiency = measure_families(machine, comm, known)
     if comm is None or comm.rank == 0:
-        calibrate.save(world, known, host_of)
+        cache.save(world, known, host_of)
     return machine, report(machine, known, time.perf_counter() - begin)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch_soap import _C, calibrate
+from torch_soap import _C, cache, calibrate
 from torch_soap.measuring import CORES
 from torch_soap.runtime.replan import replan
 
@@ -118,10 +118,10 @@ class Health:
             raise RuntimeError("[health] the model that this was measured of is gone")
         comm = parallel.comm
         host_of = calibrate.placement(comm)
-        known = calibrate.load(comm.world_size, comm, host_of)
+        known = cache.load(comm.world_size, comm, host_of)
         forget(known, [r.name for r in self.suspects], {r.name for r in self.families})
         if comm.rank == 0:
-            calibrate.save(comm.world_size, known, host_of)
+            cache.save(comm.world_size, known, host_of)
         comm.gather_ints([])  # written before anyone reads
         captured_graph = next(iter(parallel.engines.values()))[1]
         context = parallel.plan.known_context("health") if parallel.plan is not None else None
@@ -210,9 +210,9 @@ def note_error(comm: Any, found: Health) -> None:
     """For the next search on this machine: how far off this prediction was. Collective."""
     host_of = calibrate.placement(comm)
     if comm.rank == 0:
-        known = calibrate.load(comm.world_size, None, host_of, CORES.distance_ns)
+        known = cache.load(comm.world_size, None, host_of, CORES.distance_ns)
         known["error"] = round(abs(found.step.ratio - 1), 3)
-        calibrate.save(comm.world_size, known, host_of)
+        cache.save(comm.world_size, known, host_of)
 
 
 def compare(plan: Plan, program: _C.Program, everyone: list[Any]) -> Health:

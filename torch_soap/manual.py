@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_soap import _C, calibrate
+from torch_soap import _C, cache, calibrate
 from torch_soap.compare import Context
 from torch_soap.grids import grid_plan, is_large
 from torch_soap.plan import Plan
@@ -91,11 +91,11 @@ def manual_plan(
         return grid_plan(graph, world, cost, strategy, name, price, stats, [])
     measured = 0
     if machine is None:
-        known = calibrate.load(world)
+        known = cache.load(world)
         cost = _C.CostModel(calibrate.detect(world, None, known))
         measured = measure(cost, graph, captured, strategy, rows, None, known)
         if measured:
-            calibrate.save(world, known)
+            cache.save(world, known)
     else:
         cost = _C.CostModel(machine)
     stats = {"seconds": time.perf_counter() - begin, "capture_seconds": seconds, "simulations": 1, "chains": 0, "measured_operators": measured}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch_soap import _C, calibrate
+from torch_soap import _C, cache, calibrate
 from torch_soap.capture import capture
 from torch_soap.capture.graph import Graph
 from torch_soap.compare import Context, figures
@@ -62,7 +62,7 @@ def search_plan(
     begin = time.perf_counter()
     measuring = machine is None
     host_of = calibrate.placement(comm) if measuring else []
-    known = calibrate.load(world, comm, host_of) if measuring else {"operators": {}, "tables": {}}
+    known = cache.load(world, comm, host_of) if measuring else {"operators": {}, "tables": {}}
     if machine is None:
         machine = calibrate.detect(world, comm, known, host_of)
     cost = _C.CostModel(machine)
@@ -114,9 +114,9 @@ def search_plan(
         interrupted = progress.agreed()
         if interrupted:
             progress.say_interrupted(spent["simulations"], found["step_ns"], found["chosen"])
-    if measured or (known.get("looks", 0) < calibrate.LOOKS and measuring):
+    if measured or (known.get("looks", 0) < cache.LOOKS and measuring):
         known["looks"] = 0 if measured else known["looks"] + 1
-        calibrate.save(world, known, host_of)
+        cache.save(world, known, host_of)
     stats = {"seconds": time.perf_counter() - begin, **spent, "measured_operators": measured, "interrupted": interrupted, "lead": found["lead"]}
     if measuring:
         error = known_error(known)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tests.dist.backend_values import everything, expect, host_ranks, rank, size
-from torch_soap import calibrate
+from torch_soap import cache, calibrate
 from torch_soap.runtime.comm import TorchComm, transport
 
 
@@ -43,8 +43,8 @@ def calibrated() -> None:
     assert transport() == "soap" and (rank() not in ends or transport(comm.group(ends)) == "soap")
     placed = calibrate.placement(comm)
     assert placed == [h for h, ranks in enumerate(host_ranks()) for _ in ranks], placed
-    here = calibrate.cache_file(size(), placed)
-    assert (here == calibrate.cache_file(size())) == (len(host_ranks()) == 1), here
+    here = cache.file_of(size(), placed)
+    assert (here == cache.file_of(size())) == (len(host_ranks()) == 1), here
     assert everything(here.name) == [here.name] * size()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import torch_soap
 from tests.dist.launch import report
-from torch_soap import _C, calibrate
+from torch_soap import _C, cache, calibrate
 from torch_soap.compare import Context
 from torch_soap.health import Health
 from torch_soap.plan import as_plan
@@ -71,7 +71,7 @@ def healths(rank: int) -> dict[str, Any]:
     plan = as_plan("* n=fed", context.graph, 2)
     program = _C.lower(context.graph, plan.strategy, context.rows)
     graph = next(iter(model._soap.engines.values()))[1]
-    known = calibrate.nothing_known()
+    known = cache.nothing_known()
     measure(context.cost, context.graph, graph, plan.strategy, context.rows, model._soap.comm, known)
     plan.context = Context(context.graph, context.rows, context.cost)
     replan(model._soap, plan)
@@ -79,7 +79,7 @@ def healths(rank: int) -> dict[str, Any]:
     losses = train(model, optimizer, batch, 5)
     right = model.plan.health()
     assert model.plan.measured["health"] == right.as_data()  # for the report
-    cached = calibrate.moments(calibrate.cache_file(2, calibrate.placement(model._soap.comm)))
+    cached = cache.moments(cache.file_of(2, calibrate.placement(model._soap.comm)))
     out: dict[str, Any] = {"right": str(right), "noted": [m["error"] for m in cached if m["operators"] and "error" in m]}
     plan.context.cost = with_wrong_figures(program, context.cost, right, "matmul", 3.0, 1.0)
     out["matmul"] = [(r.name, r.ratio) for r in model.plan.health().suspects]

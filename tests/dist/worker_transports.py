@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tests.dist.launch import report
-from torch_soap import calibrate
+from torch_soap import cache
 from torch_soap.runtime import comm as comms
 from torch_soap.runtime.comm import TorchComm, transport
 
@@ -42,7 +42,7 @@ def main(expected: str) -> None:
     if first.rank != 1 and transport(first.group((0, 2))) != expected:
         raise AssertionError("a group of some ranks goes another way")
     sums = [added_up(dtype, maximum, small) for dtype in (torch.float32, torch.float64) for maximum in (False, True) for small in (0, 1 << 20)]
-    report({"sums": sums, "cache": calibrate.cache_file(3).name, "alone": calibrate.cache_file(1).name})
+    report({"sums": sums, "cache": cache.file_of(3).name, "alone": cache.file_of(1).name})
     dist.destroy_process_group()
 
 

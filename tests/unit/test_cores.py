@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_soap import _C, _backend, calibrate, measuring, operator_times
+from torch_soap import _C, _backend, cache, calibrate, measuring, operator_times
 from torch_soap.measuring import MOVED, Timing, apart, calm_samples, timed_in_turns, undisturbed
 from torch_soap.operator_times import ROUNDS, Stopwatch, Tile, time_tiles
 from torch_soap.planner import graph_for
@@ -141,7 +141,7 @@ def test_the_first_turns_are_colder_than_the_rest() -> None:
 def test_the_cache_keeps_moments_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_SOAP_CACHE", str(tmp_path))
     for distance_ns, mean_ns in ((50, 1), (250, 2), (60, 3)):  # the last takes the first one's place
-        calibrate.save(2, calibrate.nothing_known(distance_ns) | {"operators": {"op": [mean_ns, mean_ns]}})
+        cache.save(2, cache.nothing_known(distance_ns) | {"operators": {"op": [mean_ns, mean_ns]}})
     now = [0]
 
     class Alone:
@@ -156,7 +156,7 @@ def test_the_cache_keeps_moments_apart(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(_backend, "core_distance_ns", lambda: now[0])
     found = []
     for now[0] in (55, 300, 900):
-        known = calibrate.load(2, Alone())  # type: ignore[arg-type]
+        known = cache.load(2, Alone())  # type: ignore[arg-type]
         found.append((known["cores_ns"], known["operators"].get("op")))
     assert found == [(60, [3, 3]), (250, [2, 2]), (900, None)]
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import torch_soap
 from tests.unit.planning import graph_of, lowered
-from torch_soap import _C, calibrate, measuring
+from torch_soap import _C, cache, calibrate, measuring
 from torch_soap.cli import main
 from torch_soap.machine import ADDED, FIELDS, from_json, named, to_json
 
@@ -237,10 +237,10 @@ def test_calibrate_writes_a_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "GFLOP/s per device" in text and "recurrent" in text
     machine = torch_soap.Machine.load(tmp_path / "machine.json")
     assert set(machine.efficiency) >= set(_C.OP_FAMILIES) - {"other"} and all(v > 0 for v in machine.efficiency.values())
-    monkeypatch.setattr(calibrate, "forget_doubtful", lambda *_: [])  # this machine may be busy
-    monkeypatch.setattr(calibrate, "doubt", lambda _: None)  # test_slow_minutes.py
+    monkeypatch.setattr(cache, "forget_doubtful", lambda *_: [])  # this machine may be busy
+    monkeypatch.setattr(cache, "doubt", lambda _: None)  # test_slow_minutes.py
     monkeypatch.setattr(calibrate, "timed", None)  # from the cache: nothing is measured
-    again = calibrate.detect(1, None, calibrate.load(1))
+    again = calibrate.detect(1, None, cache.load(1))
     assert again == machine
 
 
@@ -342,12 +342,12 @@ def test_the_pace_is_in_times_of_the_fastest_reading() -> None:
 def test_the_cache_keeps_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_SOAP_CACHE", str(tmp_path))
     data = {
-        **calibrate.nothing_known(),
+        **cache.nothing_known(),
         "operators": {"calm": [1, 2], "noisy": [3, 4]},
         "marks": {"operators/calm": [0.0, 0.0, 1], "operators/noisy": [2.0, 0.0, 1]},
     }
-    calibrate.save(3, data)
-    again = calibrate.load(3)
+    cache.save(3, data)
+    again = cache.load(3)
     assert again["operators"] == {"calm": [1, 2]} and again["marks"] == data["marks"]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import torch_soap
-from torch_soap import _C, calibrate, operator_times
+from torch_soap import _C, cache, calibrate, operator_times
 from torch_soap.measuring import Timing
 from torch_soap.operator_times import HEAVY, OTHERS, doubt, measure_operators, representative
 from torch_soap.planner import graph_for
@@ -39,7 +39,7 @@ class Machine:
         module = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairwise(WIDTHS)))
         graph, self.captured, rows = graph_for(module, torch.randn(4, WIDTHS[0]), None, 1)
         self.program = _C.lower(graph, _C.parse_plan(graph, "* @ [0]", 1), rows)
-        self.known = calibrate.nothing_known()
+        self.known = cache.nothing_known()
 
     def time_tiles(self, program: _C.Program, graph: Any, samples: Sequence[_C.OpSample], comm: Any) -> list[tuple[Timing, Timing]]:
         self.timed += [sample.key for sample in samples]
@@ -105,12 +105,12 @@ def test_a_cache_is_doubted_when_it_is_read(machine: Machine, tmp_path: Any, mon
     monkeypatch.setenv("TORCH_SOAP_CACHE", str(tmp_path))
     machine.pace = 1.2
     machine.measure()
-    calibrate.save(1, machine.known)
-    machine.pace, machine.known = 1.0, calibrate.load(1)
+    cache.save(1, machine.known)
+    machine.pace, machine.known = 1.0, cache.load(1)
     assert machine.measure() == (NUM, NUM, CALM)
-    machine.known["looks"] = calibrate.LOOKS
-    calibrate.save(1, machine.known)
-    machine.pace, machine.known = 0.5, calibrate.load(1)
+    machine.known["looks"] = cache.LOOKS
+    cache.save(1, machine.known)
+    machine.pace, machine.known = 0.5, cache.load(1)
     assert machine.measure() == (0, 0, CALM), "looked at often enough"
 
 
@@ -125,7 +125,7 @@ def test_the_heaviest_and_some_others_are_looked_at_the_same_on_all_ranks() -> N
 @pytest.mark.parametrize(("known_ns", "now_ns", "timed", "kept_ns"), [(1200, 1000, 6, 1000), (1000, 1020, 1, 1000), (1000, 1300, 1, 1000), (1000, 0, 0, 1000)])
 def test_the_update_is_looked_at_again(known_ns: int, now_ns: int, timed: int, kept_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """now_ns 0: nobody doubts it."""
-    known, seen = calibrate.nothing_known() | {"update": [[size, known_ns] for size in calibrate.UPDATES]}, list[int]()
+    known, seen = cache.nothing_known() | {"update": [[size, known_ns] for size in calibrate.UPDATES]}, list[int]()
 
     def time_update(size: int, comm: Any) -> Timing:
         seen.append(size)
@@ -141,7 +141,7 @@ def test_the_update_is_looked_at_again(known_ns: int, now_ns: int, timed: int, k
 @pytest.mark.parametrize(("known_ns", "now_ns", "kept_ns"), [(1300, 1000, 1000), (1100, 1000, 1100), (1000, 2000, 1000)])
 def test_movements_are_looked_at_again(known_ns: int, now_ns: int, kept_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     keys, seen = ("exchange/2/1", "all_reduce/2/1"), list[int]()
-    known = calibrate.nothing_known() | {"tables": {key: [[size, known_ns] for size in calibrate.SIZES] for key in keys}}
+    known = cache.nothing_known() | {"tables": {key: [[size, known_ns] for size in calibrate.SIZES] for key in keys}}
     comm, machine = SimpleNamespace(rank=0, world_size=2, join=lambda groups: None), torch_soap.Machine(2, 1)
 
     def time_movement(comm: Any, kind: str, ranks: list[int], size: int) -> Timing:
@@ -156,3 +156,13 @@ def test_movements_are_looked_at_again(known_ns: int, now_ns: int, kept_ns: int,
         calibrate.measure_movements(machine, comm, known)  # type: ignore[arg-type]
         assert machine.tables == {key: [(size, kept_ns) for size in calibrate.SIZES] for key in keys}
     assert len(seen) == (2 if kept_ns == known_ns else 2 * (2 + len(calibrate.SIZES)))  # and a large one
+
+
+def test_ranks_with_fewer_at_work_are_not_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow moment while one computes is no property of the machine."""
+    walls = iter(2 * [10, 135, 110, 210])  # what barriers take, then with one to three ranks at work
+    monkeypatch.setattr(calibrate, "calm_samples", lambda *_, **__: ([(next(walls), 100)], 1.0))
+    comm: Any = SimpleNamespace(rank=0, gather_ints=lambda mine: [mine])
+    machine: Any = SimpleNamespace(host_of=[0, 0, 0])
+    monkeypatch.setattr(calibrate, "UPDATE_LOOKED_AT", 64 << 20)
+    assert calibrate.measure_sharing(machine, comm, cache.nothing_known()) == ([1.0, 1.0, 0.5], [1.0, 1.0, 0.5])
