@@ -182,10 +182,10 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> t
                 everyone = comm.gather_ints([int(statistics.median(v)) for v in zip(*samples, strict=True)])
                 walls.append(max(wall for wall, _ in everyone))
                 own = max(taken for _, taken in everyone)  # the last round's: all at work
-            speeds = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
-            known[name] = [max(speeds[i:]) for i in range(len(speeds))]  # with fewer at work nobody is slower: that was a slow moment
+            known[name] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
             mark(known, name, at_pace(max(paces)))
-    return list(known["busy_speed"]), list(known["update_speed"])
+    busy, update = ([max(known[name][i:]) for i in range(len(known[name]))] for name in ("busy_speed", "update_speed"))  # fewer at work: else a slow moment
+    return busy, update
 
 
 def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
