@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from torch_soap.runtime.parallel import Parallel
 COLD_SIZES, COLD_MEETINGS = (32 << 10, 256 << 10), 30  # of movements after short and after long computations
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 MEETINGS, BETWEEN = 60, 16  # of ranks, and products that each computes between two of them: five milliseconds
+SHARING_ROUNDS = 5  # over numbers of ranks at work
 MANY_PARAMETERS, LAYER = 64, 512  # of a model that computes nothing; inputs and outputs of one that takes the caches
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 UPDATE_LOOKED_AT = 8 << 20  # of these
@@ -175,17 +177,23 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> t
 
         for name, work in (("busy_speed", compute), ("update_speed", torch.optim.AdamW(parameters).step)):
             work()
-            walls, paces, own = [], [], 0
-            for num_busy in range(machine.host_of.count(machine.host_of[0]) + 1):  # 0: what the barriers take
-                samples, pace = calm_samples(lambda w=work, n=num_busy: sample(w, n), REPEATS, together=Ranks(comm))  # type: ignore[misc]
-                paces.append(pace)
-                everyone = comm.gather_ints([int(statistics.median(v)) for v in zip(*samples, strict=True)])
-                walls.append(max(wall for wall, _ in everyone))
-                own = max(taken for _, taken in everyone)  # the last round's: all at work
-            known[name] = [round(own / max(wall - walls[0], 1), 3) for wall in walls[1:]]
+            most = machine.host_of.count(machine.host_of[0])
+            samples: list[list[tuple[float, ...]]] = [[] for _ in range(most + 1)]  # by how many are at work; 0: what the barriers take
+            for _ in range(SHARING_ROUNDS):  # over these in turns: a slow moment is everybody's
+                for num_busy, of_these in enumerate(samples):
+                    (one,), pace = calm_samples(partial(sample, work, num_busy), 1, together=Ranks(comm))
+                    of_these.append((*one, pace))
+            walls, own, paces = zip(*([quiet(values) for values in zip(*of_these, strict=True)] for of_these in samples), strict=True)
+            everyone = comm.gather_ints([int(own[-1]), *map(int, walls)])
+            slowest, barriers, *busy = (max(times) for times in zip(*everyone, strict=True))
+            known[name] = [round(slowest / max(wall - barriers, 1), 3) for wall in busy]
             mark(known, name, at_pace(max(paces)))
-    busy, update = ([max(known[name][i:]) for i in range(len(known[name]))] for name in ("busy_speed", "update_speed"))  # fewer at work: else a slow moment
-    return busy, update
+    return never_slower(known["busy_speed"]), never_slower(known["update_speed"])
+
+
+def never_slower(speeds: Sequence[float]) -> list[float]:
+    """With fewer at work: else that was a slow moment."""
+    return [max(speeds[i:]) for i in range(len(speeds))]
 
 
 def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
