@@ -132,7 +132,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "`python -m benchmarks.fidelity`: processes of one thread, shared memory within a host and gloo between hosts, AdamW; "
         f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"revision {', '.join(sorted({r['revision'] for r in whole}))}. Measured: median of up to {num_steps} steps, "
+        f"the latest launch of each counts. Measured: median of up to {num_steps} steps, "
         "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "
         "fullest device). Noise: quartiles' distance over the median, the mean of a launch's plans: where it is larger than the error, the error says "
         "little. Tau beyond noise: without the pairs of plans that differ by no more than the larger of their steps' quartiles' distances. "
@@ -144,15 +144,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "moment (docs/decisions/0022).",
         "",
         "| model | ranks | network | plans | mean error | p95 | tau | tau beyond noise | regret | memory error | predicted / measured | noise | drift "
-        "| error at its speed | cores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| error at its speed | cores | revision |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r, f in measured:
         shown = " | ".join(f"{f[k]:.1%}" for k in ("mean error", "p95"))
         memory = "-" if math.isnan(f["memory"]) else f"{f['memory']:.1%}"
         lines.append(
             f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['tau beyond noise']:.2f} | {f['regret']:.1%} "
-            f"| {memory} | {f['bias']:.2f} | {f['noise']:.1%} | {f['drift']:.0%} | {f['at its speed']:.1%} | {r.get('cores_ns', '-')} |"
+            f"| {memory} | {f['bias']:.2f} | {f['noise']:.1%} | {f['drift']:.0%} | {f['at its speed']:.1%} | {r.get('cores_ns', '-')} | {r['revision']} |"
         )
     lines += [
         "",
