@@ -40,7 +40,6 @@ FEWEST_RANDOM, FEWEST_PLANS, MOST_PLANS = 3, 12, 12
 FIRST = ("found", "ddp", "one device", "zero-1", "zero-3", "megatron", "owt", "1f1b", "gpipe")  # where there are more than MOST_PLANS
 SIMULATIONS = 300  # of the search: a plan that is nearly the best is enough here
 FRESH = 128 << 10
-WARM_UP = 1  # steps after each change of plan
 # A step counts where small operators before and after it take up to so many times what they take in calm moments, and cores are as far apart after it as
 # before; a visit to a plan where half of its steps count.
 STEADY, READINGS = 1.2, 20
