@@ -140,7 +140,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "much slower they were then than in calm moments. Steps count while they take at most 1.2 times as long, and of visits to a "
         "plan the one with the least median, as what others do on the machine only adds; where no visit has half of its steps counted, those of the calmest "
         "moments, whichever visit they are of. AdamW's state is that of a training in progress: without zeros. Cores: ns "
-        "that a cache line takes from one to the other and back when operators were measured, which a virtual machine's host changes every minute or so; predictions and steps of a launch are of one kind of "
+        "that a cache line takes from one to the other and back when operators were measured, which a virtual machine's host "
+        "changes every minute or so; predictions and steps of a launch are of one kind of "
         "moment (docs/decisions/0022).",
         "",
         "| model | ranks | network | plans | mean error | p95 | tau | tau beyond noise | regret | memory error | predicted / measured | noise | drift "
