@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torch_soap
@@ -159,6 +160,39 @@ def deferred_pipeline() -> float:
             step(m)
             m.zero_grad()
     return difference(dict(model.state_dict()), dict(reference.state_dict()))
+
+
+class Multiplied(TorchDispatchMode):
+    """Shapes of what is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = set[torch.Size]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.ops.aten.mul.Tensor:
+            self.shapes.add(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def pipeline_backward() -> float:
+    """An interleaved program has its gradients before backward: what comes in multiplies them, where that isn't 1, as in every plain loop."""
+    x, target = batch(8)[0], torch.arange(8) % 4
+    worst = 0.0
+    for factor in (1.0, 3.0):
+        reference = mlp()
+        model = torch_soap.parallelize(mlp(), (own(x), own(target)), loss=F.cross_entropy, plan=PIPELINE)
+        (factor * F.cross_entropy(reference(x), target)).backward()
+        loss = model(own(x), own(target))
+        scaled = loss if factor == 1 else factor * loss
+        with Multiplied() as multiplied:
+            scaled.backward()
+        parts = {p.shape for p in model.parameters() if p.grad is not None and p.numel()}
+        assert parts.isdisjoint(multiplied.shapes) == (factor == 1), f"times {factor}: {multiplied.shapes} multiplied"
+        for m in (reference, model):
+            step(m)
+        worst = max(worst, difference(dict(model.state_dict()), dict(reference.state_dict())))
+    return worst
 
 
 def undeferred() -> float:
@@ -395,7 +429,24 @@ def torchs_checkpoints() -> float:
 
 
 CHECKS: dict[str, Callable[[], float]] = {
-    f.__name__: f for f in (accumulation, retained_graphs, deferred_reads, deferred_pipeline, undeferred, closures, norms, wrapped, replaced, edits, initialised, sparse, averages, torchs_checkpoints)
+    f.__name__: f
+    for f in (
+        accumulation,
+        retained_graphs,
+        deferred_reads,
+        deferred_pipeline,
+        pipeline_backward,
+        undeferred,
+        closures,
+        norms,
+        wrapped,
+        replaced,
+        edits,
+        initialised,
+        sparse,
+        averages,
+        torchs_checkpoints,
+    )
 }
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.engine import Engine, StepState
 from torch_soap.runtime.header import RankMismatchError
 
@@ -52,6 +53,15 @@ def agree_on_backward(engine: Engine, parallel: Any, grads: Sequence[torch.Tenso
                 "backward in the same order"
             )
     return frozenset(n for n, u in zip(engine.returns, used, strict=True) if u), all(s[0] for s in said[0])
+
+
+def mean_gradient(comm: Comm, grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Of the loss, over the processes. An interleaved program's forward has made its gradients, with 1 for the loss': this multiplies them. None where it is 1,
+    as of `loss.backward()`: multiplied, they would all be copied."""
+    own = next((g for g in grads if g is not None), torch.zeros(()))
+    wide = own.detach().to(torch.promote_types(own.dtype, torch.float32), copy=True).reshape(-1)
+    mean = comm.all_reduce(wide, list(range(comm.world_size)), False)[0] / comm.world_size
+    return None if mean.is_cpu and mean.item() == 1.0 else mean
 
 
 def accumulates_all(functions: Iterable[tuple[Any, int]]) -> bool:

@@ -25,7 +25,7 @@ from torch_soap.plan import Plan, lower
 from torch_soap.random import CounterState
 from torch_soap.rewrite.graph_import import to_op_graph
 from torch_soap.rewrite.substitution import Checker
-from torch_soap.runtime.backward import NUM_OTHERS, accumulates_all, agree_on_backward, input_gradients
+from torch_soap.runtime.backward import NUM_OTHERS, accumulates_all, agree_on_backward, input_gradients, mean_gradient
 from torch_soap.runtime.calling import Calling, all_plain, input_tensors, structure_key
 from torch_soap.runtime.comm import Comm
 from torch_soap.runtime.copies import plain_copy, with_memory
@@ -437,9 +437,7 @@ class RunProgram(torch.autograd.Function):
         used, accumulates = agree_on_backward(engine, ctx.parallel, grads, accumulates, ctx.call)
         scale: torch.Tensor | None = None
         if engine.program.interleaved:
-            # Forward ran with a gradient of 1: what comes in now is the mean of the processes' gradients of the loss.
-            own = next((g for g in grads if g is not None), torch.zeros(()))
-            scale = comm.all_reduce(own.detach().clone().reshape(-1) / comm.world_size, list(range(comm.world_size)), False)[0]
+            scale = mean_gradient(comm, grads)
         else:
             incoming = {engine.names[n]: g / comm.world_size for n, g in zip(engine.returns, grads, strict=True) if g is not None}
             state.deferred = accumulates
