@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <set>
 
 #include "base/error.h"
@@ -222,6 +223,12 @@ struct Simulator {
 
   // Clocks hold the update alone so far.
   void run_shared() {
+    // Ranks agree on a backward (runtime/backward.py). That of an interleaved program comes when all its instructions have run: nobody updates before.
+    if (p.interleaved) {
+      std::vector<int> everyone(devices());
+      std::iota(everyone.begin(), everyone.end(), 0);
+      timeline.move(everyone, 0);
+    }
     for (size_t d = 0; d < devices(); ++d) timeline.update(static_cast<int>(d), compute[d]);
     std::vector<SharedTimeline::Span> spans;
     compute = timeline.run(&spans);

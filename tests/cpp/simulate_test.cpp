@@ -1,6 +1,8 @@
 // The simulator's clocks and memory on programs small enough to be done by hand.
 #include "sim/simulate.h"
 
+#include <algorithm>
+#include <array>
 #include <map>
 
 #include "fmt/format.h"
@@ -93,6 +95,28 @@ TEST(Simulate, DevicesOfAHostSlowEachOtherDown) {
   EXPECT_EQ(t.at({"compute a#1", 0}), (Times{105, 115}));
   EXPECT_EQ(t.at({"compute b#0", 1}), (Times{105, 115}));
   EXPECT_EQ(t.at({"compute b#1", 1}), (Times{215, 220}));
+}
+
+// Device 1, with the larger weight, is done before device 0, and updates when both are.
+TEST(Simulate, NobodyUpdatesBeforeAllHaveRunAnInterleavedProgram) {
+  OpGraph g;
+  const TensorId x = test::source(g, NodeKind::kFeed, "in:0", {8, 4}, false);
+  const TensorId wa = test::source(g, NodeKind::kParam, "param:a", {4, 4}, true), wb = test::source(g, NodeKind::kParam, "param:b", {64, 4}, true);
+  const TensorId a = test::op(g, "a", "linear", {x, wa}, {"input", "weight"}, {8, 4}), b = test::op(g, "b", "linear", {a, wb}, {"input", "weight"}, {8, 64});
+  const TensorId loss = test::op(g, "loss", "sum", {b}, {"self"}, {});
+  add_node(g, {.kind = NodeKind::kReturn, .name = "out:0", .inputs = {loss}});
+  const Program p = lower(g, parse_plan(g, "set order=1f1b\na n=1x2t @ [0]\nb n=1x2t @ [1]\nloss n=1x2t @ [1]", 2), {8, 0});
+  ASSERT_TRUE(p.interleaved);
+  Machine m = simple(p, false).machine();
+  m.busy_speed = {1, 1};
+  m.update = {{128, 1}, {2048, 1000}};
+  CostModel cost(m);
+  for (const OpSample& s : cost.missing(p)) cost.set(s.key, {10, 20});
+  const Simulation s = simulate(p, cost, true);
+  std::array<int64_t, 2> ends{};
+  for (const Event& e : s.events) ends[e.device] = std::max(ends[e.device], e.end_ns);
+  EXPECT_LT(ends[1], ends[0]);
+  EXPECT_EQ(s.step_ns, ends[0] + 1000);
 }
 
 // Both at rate 1 until 10; the 10 of device 0's update that are left alone at rate 4.
