@@ -125,7 +125,6 @@ def iqr(values: list[float]) -> float:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     whole = [r for r in rows if "plans" in r]
     measured = [(r, figures(r)) for r in whole]
-    errors = [abs(p["predicted_ms"] / statistics.median(p["measured_ms"]) - 1) for r in whole for p in r["plans"].values()]
     num_steps = max(len(p["measured_ms"]) for r in whole for p in r["plans"].values())
     lines = [
         "# Predicted and measured step times",
@@ -155,17 +154,28 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"| {r['model']} | {r['ranks']} | {r['network']} | {f['plans']} | {shown} | {f['tau']:.2f} | {f['tau beyond noise']:.2f} | {f['regret']:.1%} "
             f"| {memory} | {f['bias']:.2f} | {f['noise']:.1%} | {f['drift']:.0%} | {f['at its speed']:.1%} | {r.get('cores_ns', '-')} | {r['revision']} |"
         )
-    lines += [
-        "",
-        f"All {len(errors)} plans: mean error {statistics.mean(errors):.1%}, median {statistics.median(errors):.1%}, p95 {percentile(errors, 0.95):.1%}; "
-        f"tau >= 0.9 in {sum(f['tau'] >= BARS['tau'] for _, f in measured)} of {len(measured)} launches, "
-        f"beyond noise in {sum(f['tau beyond noise'] >= BARS['tau'] for _, f in measured)}; regret <= 2 % in "
-        f"{sum(f['regret'] <= BARS['regret'] for _, f in measured)}; mean regret {statistics.mean(f['regret'] for _, f in measured):.1%}.",
-    ]
+    for ranks, network in sorted({(r["ranks"], r["network"]) for r in whole}):
+        lines += ["", of_all(f"{ranks} ranks, {network}", [r for r in whole if (r["ranks"], r["network"]) == (ranks, network)])]
+    lines += ["", of_all("All", whole)]
     for r in rows:
         if "plans" not in r:
             lines += ["", f"{r['model']} on {r['ranks']} ranks, {r['network']}: {r['failed'].strip().splitlines()[-1]}"]
     return lines
+
+
+def of_all(name: str, rows: list[dict[str, Any]]) -> str:
+    """The bars over some launches."""
+    errors = sorted(abs(p["predicted_ms"] / statistics.median(p["measured_ms"]) - 1) for r in rows for p in r["plans"].values())
+    of_each = [figures(r) for r in rows]
+    memory = [f["memory"] for f in of_each if not math.isnan(f["memory"])]
+    return (
+        f"{name}: {len(rows)} launches, {len(errors)} plans: mean error {statistics.mean(errors):.1%}, median {statistics.median(errors):.1%}, "
+        f"p95 {percentile(errors, 0.95):.1%}; mean error <= 5 % in {sum(f['mean error'] <= BARS['mean error'] for f in of_each)} launches; "
+        f"tau >= 0.9 in {sum(f['tau'] >= BARS['tau'] for f in of_each)}, "
+        f"beyond noise in {sum(f['tau beyond noise'] >= BARS['tau'] for f in of_each)}; regret <= 2 % in "
+        f"{sum(f['regret'] <= BARS['regret'] for f in of_each)}, mean {statistics.mean(f['regret'] for f in of_each):.1%}; "
+        + (f"memory <= 3 % in {sum(m <= BARS['memory'] for m in memory)} of {len(memory)}." if memory else "memory as on one host.")
+    )
 
 
 def write(rows: list[dict[str, Any]]) -> list[str]:
