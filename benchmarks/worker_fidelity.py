@@ -292,7 +292,7 @@ def main(name: str, rounds: int, steps: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     case: Case = MODELS[name]()
-    batch = tuple(t[case.rows * rank : case.rows * (rank + 1)].contiguous() for t in case.batch(case.rows * world))
+    batch = tuple(t[case.rows * rank : case.rows * (rank + 1)].clone() for t in case.batch(case.rows * world))  # not views: memory is counted
     model: Any = torch_soap.parallelize(case.module, batch, loss=case.loss, plan="* n=fed")
     rows = [case.rows] * world
     captured_graph = next(iter(model._soap.engines.values()))[1]
