@@ -54,7 +54,7 @@ def sweep(models: list[str], ranks: list[int], networks: list[str], rounds: int,
     for network, world, model, path in tqdm(every, desc="launches", ncols=100):
         if time.monotonic() - begin > 60 * minutes:
             break
-        started = time.monotonic()
+        started, at = time.monotonic(), revision()
         try:
             done = launch(model, world, network, rounds, steps)
             result = done.results[0] or {"failed": done.output[-3000:]}
@@ -62,7 +62,7 @@ def sweep(models: list[str], ranks: list[int], networks: list[str], rounds: int,
             result = {"failed": str(error)}
         except (subprocess.SubprocessError, OSError) as error:
             result = {"failed": f"{type(error).__name__}: {error}"}
-        head = {"model": model, "ranks": world, "network": network, "revision": revision(), "launch_s": round(time.monotonic() - started, 1)}
+        head = {"model": model, "ranks": world, "network": network, "revision": at, "launch_s": round(time.monotonic() - started, 1)}
         path.write_text(json.dumps({**head, **result}) + "\n")
 
 
