@@ -165,7 +165,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def of_all(name: str, rows: list[dict[str, Any]]) -> str:
     """The bars over some launches."""
-    errors = sorted(abs(p["predicted_ms"] / statistics.median(p["measured_ms"]) - 1) for r in rows for p in r["plans"].values())
+    errors = [abs(p["predicted_ms"] / statistics.median(p["measured_ms"]) - 1) for r in rows for p in r["plans"].values()]
     of_each = [figures(r) for r in rows]
     memory = [f["memory"] for f in of_each if not math.isnan(f["memory"])]
     return (
