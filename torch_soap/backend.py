@@ -24,9 +24,7 @@ def create(options: Any, backend_options: Any = None) -> _backend.SoapBackend:
     backend = _backend.SoapBackend(dist.PrefixStore("soap", store), rank, size, timeout, host())
     if backend.shares_memory:
         return backend
-    if backend.spans_hosts:
-        backend.set_wire(dist.ProcessGroupGloo(dist.PrefixStore("wire", store), rank, size, timeout))
-    elif rank == 0:
+    if not backend.spans_hosts and rank == 0:
         warnings.warn(f"the process group uses gloo, not shared memory: {backend.why_not}", stacklevel=2)
     backend.set_fallback(dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout))
     return backend

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <random>
 #include <set>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
@@ -11,6 +12,7 @@
 #include "fmt/format.h"
 #include "fmt/ranges.h"
 #include "transport/spanning.h"
+#include "transport/tcp_wire.h"
 
 namespace soap::backend {
 namespace {
@@ -19,7 +21,7 @@ using transport::Layout;
 using transport::ProcessIdentity;
 using transport::Segment;
 
-constexpr const char* kVersion = "2";  // of the segment's layout and of messages between hosts: ranks that differ use gloo
+constexpr const char* kVersion = "3";  // of the segment's layout and of messages between hosts: ranks that differ use gloo
 
 std::string text(const std::vector<uint8_t>& value) {
   return std::string(value.begin(), value.end());
@@ -104,6 +106,25 @@ std::unique_ptr<Segment> share_segment(c10d::Store& store, int rank, int num_ran
   return nullptr;
 }
 
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// To be reached by other hosts, or why that can't be.
+std::unique_ptr<transport::Listener> listen(int num_ranks, std::string& why_not) {
+  if (variable("GLOO_DEVICE_TRANSPORT") == "TCP_TLS") {
+    why_not = "GLOO_DEVICE_TRANSPORT asks for TLS between hosts, which gloo has";
+    return nullptr;
+  }
+  try {
+    return std::make_unique<transport::Listener>(transport::own_address(variable("GLOO_SOCKET_IFNAME"), variable("MASTER_ADDR")), num_ranks);
+  } catch (const transport::TransportError& error) {
+    why_not = error.what();
+    return nullptr;
+  }
+}
+
 }  // namespace
 
 Meeting meet(const c10::intrusive_ptr<c10d::Store>& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host) {
@@ -124,7 +145,7 @@ Meeting meet(const c10::intrusive_ptr<c10d::Store>& store, int rank, int num_ran
     out.processes.push_back(transport::process_from_text(line.substr(space + 1)));
     out.hosts.push_back(out.processes.back().host);
   }
-  const std::vector<const char*> kinds{"process", "attached", "ready"};
+  const std::vector<const char*> kinds{"process", "attached", "ready", "contact"};
   if (versions.size() > 1) {
     out.why_not = "its ranks have different versions of torch_soap";
     clear(*store, kinds, num_ranks);
@@ -142,13 +163,26 @@ Meeting meet(const c10::intrusive_ptr<c10d::Store>& store, int rank, int num_ran
   std::string mine;
   out.segment = share_segment(*of_host, hosts.place[rank], num_local, timeout, mine);
   clear(*of_host, {"attached"}, num_local);
+  if (mine.empty()) out.listener = listen(num_ranks, mine);
   store->set(fmt::format("ready/{}", rank), mine);
+  store->set(fmt::format("contact/{}", rank), out.listener == nullptr ? "" : out.listener->contact());
   for (const std::string& reason : gather(*store, "ready", num_ranks, timeout)) {
     if (out.why_not.empty()) out.why_not = reason;
   }
+  out.contacts = gather(*store, "contact", num_ranks, timeout);
+  for (const int r : hosts.ranks[own]) out.contacts[r].clear();
   if (!out.why_not.empty()) out.segment = nullptr;
   clear(*store, kinds, num_ranks);
   return out;
+}
+
+std::unique_ptr<transport::Wire> connect(const Meeting& meeting, int rank, std::chrono::milliseconds timeout) {
+  try {
+    return std::make_unique<transport::TcpWire>(meeting.listener->connect(rank, meeting.contacts, transport::Clock::now() + timeout));
+  } catch (const transport::TransportError& error) {
+    const std::string what = error.what();
+    C10_THROW_ERROR(DistBackendError, what);
+  }
 }
 
 }  // namespace soap::backend

@@ -9,6 +9,8 @@
 
 #include "transport/process.h"
 #include "transport/segment.h"
+#include "transport/sockets.h"
+#include "transport/wire.h"
 
 namespace soap::backend {
 
@@ -18,10 +20,15 @@ struct Meeting {
   std::vector<std::string> hosts;                     // by rank
   std::string why_not;                                // there is no segment
   bool one_host = false;
+  std::unique_ptr<transport::Listener> listener;  // where there are several hosts
+  std::vector<std::string> contacts;              // by rank; empty: on this host
 };
 
 // Collective over the ranks of a group: all get a segment, one for each host, or none does. `host` as in transport::this_process. The name of the shared memory
 // is gone on return. Throws DistBackendError that names the ranks that did not come within the timeout.
 Meeting meet(const c10::intrusive_ptr<c10d::Store>& store, int rank, int num_ranks, std::chrono::milliseconds timeout, const std::string& host);
+
+// Collective over ranks that have met, on several hosts with a segment each: connections between those of different hosts. Throws DistBackendError.
+std::unique_ptr<transport::Wire> connect(const Meeting& meeting, int rank, std::chrono::milliseconds timeout);
 
 }  // namespace soap::backend

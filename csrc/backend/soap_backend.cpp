@@ -12,7 +12,6 @@
 #include <torch/csrc/distributed/c10d/Utils.hpp>
 
 #include "backend/checks.h"
-#include "backend/gloo_wire.h"
 #include "backend/meeting.h"
 #include "backend/reduce.h"
 #include "fmt/format.h"
@@ -38,7 +37,7 @@ Groups& groups() {
   return out;
 }
 
-// The most ranks of one host that a group of this process has had: with fewer cores a rank that waits gives its core away at once, in small groups too.
+// The most ranks on one machine that a group of this process has had: with fewer cores a rank that waits gives its core away at once, in small groups too.
 int most_ranks(int num_ranks) {
   static std::atomic<int> most{1};
   int seen = most.load();
@@ -77,23 +76,24 @@ SoapBackend::SoapBackend(const c10::intrusive_ptr<c10d::Store>& store, int rank,
   if (meeting.segment == nullptr) return;
   const std::vector<int>& here = hosts_.ranks[hosts_.host[rank]];
   transport::GroupOptions options;
+  for (const int r : here) options.processes.push_back(meeting.processes[r]);
+  int num_sharing = 0;  // ranks that share this one's cores, be it as another host (a container)
   std::set<int> cores;
-  for (const int r : here) {
-    options.processes.push_back(meeting.processes[r]);
-    cores.insert(meeting.processes[r].cores.begin(), meeting.processes[r].cores.end());
+  for (const transport::ProcessIdentity& process : meeting.processes) {
+    if (process.kernel != meeting.processes[rank].kernel) continue;
+    ++num_sharing;
+    cores.insert(process.cores.begin(), process.cores.end());
   }
   options.timeout = timeout;
-  // Between hosts each rank has another thread at work, gloo's, which must not wait for a core.
-  const int num_local = static_cast<int>(here.size()), num_threads = std::max(most_ranks(num_local), one_host_ ? 0 : 2 * num_local);
-  options.patience = transport::Patience::of(num_threads, static_cast<int>(cores.size()));
+  const transport::Patience patience = transport::Patience::of(most_ranks(num_sharing), static_cast<int>(cores.size()));
+  options.patience = patience;
   if (!one_host_) options.labels = here;
   group_ = std::make_shared<transport::Group>(std::move(meeting.segment), hosts_.place[rank], std::move(options));
-  if (one_host_) take(group_);
-}
-
-void SoapBackend::set_wire(c10::intrusive_ptr<c10d::Backend> gloo) {
-  if (group_ == nullptr || one_host_) C10_THROW_ERROR(ValueError, "[soap] a wire is for ranks on several hosts that share memory on each");
-  spanning_ = std::make_shared<transport::SpanningGroup>(hosts_, rank_, group_, make_wire(std::move(gloo)), options_->timeout);
+  if (one_host_) {
+    take(group_);
+    return;
+  }
+  spanning_ = std::make_shared<transport::SpanningGroup>(hosts_, rank_, group_, connect(meeting, rank, timeout), timeout, patience);
   take(spanning_);
 }
 

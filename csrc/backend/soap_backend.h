@@ -1,7 +1,7 @@
 // The c10d backend "soap": collectives and messages of CPU tensors over memory that the ranks of a host share.
 //
-// Where ranks are on several hosts, those of each share memory, and messages between hosts go through another backend (gloo), given with `set_wire`. What
-// isn't a collective then, and everything where a host can't have shared memory, is handed to a third one, given with `set_fallback`.
+// Where ranks are on several hosts, those of each share memory, and messages between hosts go through connections of their own (transport/tcp_wire.h). What
+// isn't a collective then, and everything where a host can't have shared memory, is handed to another backend, given with `set_fallback`.
 //
 // Differences from gloo, on purpose: results are summed in the order of the ranks, so they are the same bits on all ranks and in
 // every run; 16-bit numbers are summed in float32; ranks that call different things get an error, not a hang; a rank
@@ -29,12 +29,11 @@ class SoapBackend final : public c10d::Backend {
 
   // Whether all ranks share memory.
   bool shares_memory() const { return group_ != nullptr && one_host_; }
-  // Whether the ranks of each of several hosts do; then `set_wire` must be called before anything else, on all ranks.
+  // Whether the ranks of each of several hosts do.
   bool spans_hosts() const { return group_ != nullptr && !one_host_; }
   // Neither: why not.
   const std::string& why_not() const { return why_not_; }
   int num_hosts() const { return hosts_.num_hosts(); }
-  void set_wire(c10::intrusive_ptr<c10d::Backend> gloo);
   void set_fallback(c10::intrusive_ptr<c10d::Backend> fallback) { fallback_ = std::move(fallback); }
   // What the profiler shows before ":all_reduce"; torch's own tests look for "gloo".
   void set_profiler_name(const std::string& name) { profiler_name_ = name + ":"; }

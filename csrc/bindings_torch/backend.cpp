@@ -22,8 +22,6 @@ PYBIND11_MODULE(_backend, m) {
       .def_property_readonly("spans_hosts", &SoapBackend::spans_hosts, "Whether the ranks of each of several hosts share memory.")
       .def_property_readonly("num_hosts", &SoapBackend::num_hosts)
       .def_property_readonly("why_not", &SoapBackend::why_not, "Why there is no shared memory, on one host or on each.")
-      .def("set_wire", &SoapBackend::set_wire, py::arg("gloo"), py::call_guard<py::gil_scoped_release>(),
-           "The backend that carries messages between hosts; it may have no other user.")
       .def("set_fallback", &SoapBackend::set_fallback, py::arg("fallback"),
            "The backend that serves this group where there is no shared memory, and what isn't a collective where ranks are on several hosts.")
       .def("set_profiler_name", &SoapBackend::set_profiler_name, py::arg("name"), "What the profiler shows before ':all_reduce'.")

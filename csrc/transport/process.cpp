@@ -52,10 +52,11 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1
 ProcessIdentity this_process(const std::string& host) {
   ProcessIdentity out;
   struct stat found{};
+  const std::string boot = first_line("/proc/sys/kernel/random/boot_id");
+  out.kernel = boot.empty() ? fmt::format("alone-{}-{}", gethostid(), getpid()) : boot;
   if (!host.empty()) {
     out.host = host;
   } else {
-    const std::string boot = first_line("/proc/sys/kernel/random/boot_id");
     const bool has_shm = stat("/dev/shm", &found) == 0;
     out.host = has_shm && !boot.empty() ? fmt::format("{}-{}-{}", boot, found.st_dev, found.st_ino) : fmt::format("alone-{}-{}", gethostid(), getpid());
   }
@@ -73,13 +74,14 @@ ProcessIdentity this_process(const std::string& host) {
 }
 
 std::string to_text(const ProcessIdentity& identity) {
-  return fmt::format("{} {} {} {} {}", identity.host, identity.pid_namespace, identity.pid, identity.start_ticks, fmt::join(identity.cores, " "));
+  return fmt::format("{} {} {} {} {} {}", identity.host, identity.kernel, identity.pid_namespace, identity.pid, identity.start_ticks,
+                     fmt::join(identity.cores, " "));
 }
 
 ProcessIdentity process_from_text(const std::string& text) {
   std::istringstream fields(text);
   ProcessIdentity out;
-  if (!(fields >> out.host >> out.pid_namespace >> out.pid >> out.start_ticks)) user_error("'{}' is not the text of a process", text);
+  if (!(fields >> out.host >> out.kernel >> out.pid_namespace >> out.pid >> out.start_ticks)) user_error("'{}' is not the text of a process", text);
   for (int core; fields >> core;) out.cores.push_back(core);
   return out;
 }

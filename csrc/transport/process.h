@@ -10,6 +10,7 @@ namespace soap::transport {
 // What a process tells the others of a group about itself, as one line of text.
 struct ProcessIdentity {
   std::string host;           // boot id and the shared-memory file system: equal for two processes that can share memory through it
+  std::string kernel;         // boot id: equal for two processes that share cores, in containers of their own too
   std::string pid_namespace;  // pids of two processes can be compared where it is equal
   int64_t pid = 0;
   uint64_t start_ticks = 0;  // when the process began: another process with a pid that is used again differs in it

@@ -57,11 +57,12 @@ int Hosts::fewest() const {
   return static_cast<int>(out);
 }
 
-SpanningGroup::SpanningGroup(Hosts hosts, int rank, std::shared_ptr<Group> group, std::unique_ptr<Wire> wire, Clock::duration timeout)
+SpanningGroup::SpanningGroup(Hosts hosts, int rank, std::shared_ptr<Group> group, std::unique_ptr<Wire> wire, Clock::duration timeout, Patience patience)
     : hosts_(std::move(hosts)),
       rank_(rank),
       group_(std::move(group)),
       fork_generation_(transport::fork_generation()),
+      patience_(patience),
       wire_(std::move(wire)),
       timeout_(timeout),
       worker_(std::make_unique<std::thread>([this] { work(); })) {}
@@ -102,7 +103,7 @@ void SpanningGroup::submit(std::shared_ptr<Spanning> operation, Clock::duration 
   } else if (blocking) {
     wait(*operation, std::nullopt);
   } else {
-    changed_.notify_all();
+    has_work_.notify_one();
   }
   release_retired();
 }
@@ -116,7 +117,7 @@ bool SpanningGroup::wait(Operation& operation, std::optional<Clock::duration> li
   {
     std::unique_lock lock(mutex_);
     if (limit) {
-      changed_.notify_all();  // the thread runs it: who has a limit must be able to give up
+      has_work_.notify_one();  // the thread runs it: who has a limit must be able to give up
       ended = changed_.wait_for(lock, *limit, has_ended);
     } else {
       while (!has_ended()) {
@@ -161,8 +162,9 @@ void SpanningGroup::run_front(std::unique_lock<std::mutex>& lock) {
     wire = std::move(wire_);
   }
   const std::string broken = broken_;
+  if (!queue_.empty()) has_work_.notify_one();  // the next operation doesn't wait for what the end of this one calls
   lock.unlock();
-  changed_.notify_all();  // the next operation doesn't wait for what the end of this one calls
+  changed_.notify_all();
   wire.reset();
   end(operation, error);
   for (const auto& other : others) end(other, ended_because(*other, broken));
@@ -228,7 +230,7 @@ void SpanningGroup::leave() {
   {
     std::unique_lock lock(mutex_);
     stopping_ = true;
-    changed_.notify_all();
+    has_work_.notify_one();
     changed_.wait(lock, [&] { return !running_; });
     if (broken_.empty()) broken_ = "the process group was destroyed";
   }
@@ -247,7 +249,7 @@ void SpanningGroup::work() {
   is_worker = true;
   std::unique_lock lock(mutex_);
   while (true) {
-    changed_.wait(lock, [&] { return stopping_ || (!running_ && !queue_.empty()); });
+    has_work_.wait(lock, [&] { return stopping_ || (!running_ && !queue_.empty()); });
     if (stopping_) return;
     run_front(lock);
   }
@@ -304,17 +306,6 @@ std::size_t Relay::post(int peer, const Memory& memory, bool sends) {
   message->memory = memory;
   const int index = (sends ? num_sent_ : num_received_)[peer]++;
   const uint64_t inside = index == 0 ? std::min(kInside, memory.num_bytes()) : 0;
-  const Memory beyond = memory.cut(inside, memory.num_bytes() - inside);
-  if (beyond.num_bytes() > 0) {
-    std::byte* data = in_one(beyond);
-    if (data == nullptr) {
-      message->staging.resize(beyond.num_bytes());
-      data = message->staging.data();
-      if (sends) beyond.read(0, beyond.num_bytes(), data);
-    }
-    // Apart from an envelope's, whatever its number of bytes. Before it: who has waited for the envelope then has this too, and sleeps once.
-    message->rest = begin(*message, 2 * index + 1, data, beyond.num_bytes());
-  }
   if (index == 0) {
     message->envelope.resize(kEnvelopeBytes);
     if (sends) {
@@ -326,6 +317,16 @@ std::size_t Relay::post(int peer, const Memory& memory, bool sends) {
       memory.read(0, inside, message->envelope.data() + sizeof(label));
     }
     message->first = begin(*message, 0, message->envelope.data(), kEnvelopeBytes);
+  }
+  const Memory beyond = memory.cut(inside, memory.num_bytes() - inside);
+  if (beyond.num_bytes() > 0) {
+    std::byte* data = in_one(beyond);
+    if (data == nullptr) {
+      message->staging.resize(beyond.num_bytes());
+      data = message->staging.data();
+      if (sends) beyond.read(0, beyond.num_bytes(), data);
+    }
+    message->rest = begin(*message, 2 * index + 1, data, beyond.num_bytes());
   }
   return messages_.size() - 1;
 }
@@ -356,7 +357,7 @@ void Relay::drop(std::unique_ptr<Wire::Transfer>& transfer) {
 void Relay::finish(const Message& message, std::unique_ptr<Wire::Transfer>& transfer) {
   if (transfer == nullptr) return;
   try {
-    transfer->wait(time_left());
+    transfer->wait(time_left(), is_worker ? group_.patience_.behind() : group_.patience_);
   } catch (const std::exception& error) {
     std::string aborted;
     {

@@ -9,8 +9,12 @@
 // them. So a rank sees that another calls something else, and does not take its bytes for others.
 //
 // A rank that fails ends its host's group, which the ranks of its host see in their next collective, and destroys its wire, which those of other hosts see in
-// the message that they wait for. A rank waits for a message only after it has sent its own, so what lives goes on until it
+// the message that they wait for. A rank waits for a message only after it has begun to send its own, so what lives goes on until it
 // meets one of the two.
+//
+// A wire moves messages while its rank waits for one (tcp_wire.h), not while it is in a collective of its host. So that ranks never wait in a circle, an
+// operation waits for what it sends where it waits for what comes in exchange for that, or at its end; between the two it waits for nobody who might wait for
+// it.
 #pragma once
 
 #include <condition_variable>
@@ -52,8 +56,8 @@ struct Spanning : Operation {
 
 class SpanningGroup final : public Runner {
  public:
-  // `group` has the ranks of this rank's host. `labels` of its options are the ranks of this group.
-  SpanningGroup(Hosts hosts, int rank, std::shared_ptr<Group> group, std::unique_ptr<Wire> wire, Clock::duration timeout);
+  // `group` has the ranks of this rank's host. `labels` of its options are the ranks of this group. `patience`: of who waits for messages.
+  SpanningGroup(Hosts hosts, int rank, std::shared_ptr<Group> group, std::unique_ptr<Wire> wire, Clock::duration timeout, Patience patience);
   ~SpanningGroup() override;
   SpanningGroup(const SpanningGroup&) = delete;
   SpanningGroup& operator=(const SpanningGroup&) = delete;
@@ -82,10 +86,12 @@ class SpanningGroup final : public Runner {
   const int rank_;
   const std::shared_ptr<Group> group_;
   const uint64_t fork_generation_;
+  const Patience patience_;
 
-  std::mutex mutex_;  // guards what follows
-  std::condition_variable changed_;
-  std::unique_ptr<Wire> wire_;  // the running operation's; gone when the group has ended
+  std::mutex mutex_;                  // guards what follows
+  std::condition_variable changed_;   // for who waits: operations ended, or the next can run
+  std::condition_variable has_work_;  // for the thread; in a row of blocking operations, each run by its caller, it sleeps
+  std::unique_ptr<Wire> wire_;        // the running operation's; gone when the group has ended
   Clock::duration timeout_;
   Queue queue_;
   bool running_ = false;  // the front

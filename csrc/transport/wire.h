@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "transport/bell.h"
 #include "transport/operation.h"
 
 namespace soap::transport {
@@ -16,14 +17,15 @@ class Wire {
    public:
     virtual ~Transfer() = default;
     // Until all of it has come, or its memory can be used again; once. Throws a std::exception with the cause if that fails, takes longer than `limit`, or
-    // is aborted.
-    virtual void wait(Clock::duration limit) = 0;
+    // is aborted. `patience`: of the thread that waits.
+    virtual void wait(Clock::duration limit, const Patience& patience) = 0;
     // Wakes the thread that waits, or will. Thread-safe.
     virtual void abort() = 0;
   };
 
   virtual ~Wire() = default;
-  // Neither waits. A message comes to the receive with its tag (31 bits); both have the same number of bytes, more than 0.
+  // Neither waits. Messages from one rank to another come in the order in which they were sent, and are received in that order; of both ends' calls tag (31
+  // bits) and number of bytes, more than 0, are the same.
   virtual std::unique_ptr<Transfer> send(int rank, int tag, std::byte* data, uint64_t num_bytes) = 0;
   virtual std::unique_ptr<Transfer> receive(int rank, int tag, std::byte* data, uint64_t num_bytes) = 0;
 };

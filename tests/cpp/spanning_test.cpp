@@ -1,11 +1,12 @@
-// Collectives over several hosts, with threads as ranks and a wire of this process: every layout of ranks on hosts, under random delays.
+// Collectives over several hosts, with threads as ranks and sockets between them: every layout of ranks on hosts, under random delays.
 #include <gtest/gtest.h>
+#include <sys/socket.h>
 
 #include <functional>
-#include <map>
 #include <thread>
 
 #include "transport/spanning_collectives.h"
+#include "transport/tcp_wire.h"
 #include "transport_values.h"
 
 namespace soap::transport {
@@ -34,64 +35,20 @@ Floats folded(const Hosts& hosts, std::size_t count) {
   return folded(of_hosts);
 }
 
-// Messages by sender, receiver and tag.
-struct Post {
-  std::mutex mutex;
-  std::condition_variable came;
-  std::map<std::array<int, 3>, std::deque<std::vector<std::byte>>> waiting;
-  std::set<int> gone;  // ranks whose wire has ended
-};
-
-class ThreadWire final : public Wire {
- public:
-  ThreadWire(Post& post, int rank) : post_(post), rank_(rank) {}
-  ~ThreadWire() override {
-    const std::lock_guard lock(post_.mutex);
-    post_.gone.insert(rank_);
-    post_.came.notify_all();
-  }
-
-  struct Sent final : Transfer {
-    void wait(Clock::duration) override {}
-    void abort() override {}
-  };
-  struct Received final : Transfer {
-    Received(Post& post, std::array<int, 3> key, std::byte* data, uint64_t num_bytes) : post(post), key(key), data(data), num_bytes(num_bytes) {}
-    void wait(Clock::duration limit) override {
-      std::unique_lock lock(post.mutex);
-      auto& queue = post.waiting[key];
-      post.came.wait_for(lock, limit, [&] { return aborted || !queue.empty() || post.gone.count(key[0]) == 1; });
-      if (aborted || queue.empty()) throw std::runtime_error("nothing came");
-      ASSERT_EQ(queue.front().size(), num_bytes);
-      std::memcpy(data, queue.front().data(), num_bytes);
-      queue.pop_front();
+// By rank, the connections to ranks of other hosts.
+std::vector<std::vector<Descriptor>> connections(const Hosts& hosts) {
+  std::vector<std::vector<Descriptor>> out(hosts.num_ranks());
+  for (auto& of_rank : out) of_rank.resize(hosts.num_ranks());
+  for (int r = 0; r < hosts.num_ranks(); ++r) {
+    for (int s = 0; s < r; ++s) {
+      std::array<int, 2> pair{};
+      if (hosts.host[r] == hosts.host[s] || socketpair(AF_UNIX, SOCK_STREAM, 0, pair.data()) != 0) continue;
+      out[r][s] = Descriptor(pair[0]);
+      out[s][r] = Descriptor(pair[1]);
     }
-    void abort() override {
-      const std::lock_guard lock(post.mutex);
-      aborted = true;
-      post.came.notify_all();
-    }
-    Post& post;
-    std::array<int, 3> key;
-    std::byte* data;
-    uint64_t num_bytes;
-    bool aborted = false;
-  };
-
-  std::unique_ptr<Transfer> send(int rank, int tag, std::byte* data, uint64_t num_bytes) override {
-    const std::lock_guard lock(post_.mutex);
-    post_.waiting[{rank_, rank, tag}].emplace_back(data, data + num_bytes);
-    post_.came.notify_all();
-    return std::make_unique<Sent>();
   }
-  std::unique_ptr<Transfer> receive(int rank, int tag, std::byte* data, uint64_t num_bytes) override {
-    return std::make_unique<Received>(post_, std::array<int, 3>{rank, rank_, tag}, data, num_bytes);
-  }
-
- private:
-  Post& post_;
-  const int rank_;
-};
+  return out;
+}
 
 std::string error_of(const Operation& operation) {
   if (operation.error == nullptr) return "";
@@ -111,7 +68,7 @@ std::shared_ptr<Op> begin(SpanningGroup& group, bool blocking, const char* call,
 }
 
 void on_ranks(const Hosts& hosts, Clock::duration timeout, std::chrono::microseconds delay, const std::function<void(SpanningGroup&, int)>& run) {
-  Post post;
+  auto sockets = connections(hosts);
   std::vector<std::shared_ptr<Segment>> segments;
   for (const auto& ranks : hosts.ranks) segments.push_back(Segment::anonymous(layout_for(static_cast<int>(ranks.size()))));
   std::vector<std::thread> threads;
@@ -123,7 +80,7 @@ void on_ranks(const Hosts& hosts, Clock::duration timeout, std::chrono::microsec
       options.random_delay = delay;
       options.labels = hosts.ranks[hosts.host[r]];
       auto local = std::make_shared<Group>(segments[hosts.host[r]], hosts.place[r], options);
-      SpanningGroup group(hosts, r, local, std::make_unique<ThreadWire>(post, r), timeout);
+      SpanningGroup group(hosts, r, local, std::make_unique<TcpWire>(std::move(sockets[r])), timeout, options.patience);
       run(group, r);
     });
   }
