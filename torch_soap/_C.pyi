@@ -486,6 +486,8 @@ class Machine:
     efficiency: dict[str, float]
     flops_by_dtype: dict[str, float]
     flops_per_s: float
+    cores_of: list[int]
+    def sharing(self) -> list[int]: ...
     host_of: list[int]
     inter: Link
     intra: Link

@@ -13,7 +13,7 @@ import socket
 import statistics
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_soap import _C
+from torch_soap import _C, _backend
 from torch_soap.backend import host
 from torch_soap.machine import Machine
 from torch_soap.measuring import (
@@ -70,6 +70,13 @@ def placement(comm: Comm | None) -> list[int]:
     return [names.index(h) for h in hosts]
 
 
+def sharing(comm: Comm) -> list[int]:
+    """Of each rank, numbers that are equal where cores and memory are shared (`Machine.cores_of`)."""
+    kernels = comm.gather_objects(_backend.kernel())
+    names = list(dict.fromkeys(kernels))
+    return [names.index(k) for k in kernels]
+
+
 def barrier(comm: Comm | None) -> None:
     if comm is not None:
         comm.gather_ints([0])
@@ -85,7 +92,14 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
     machine.name = platform.node()
     if host_of:
         machine.host_of = list(host_of)
-    num_local = max(machine.host_of.count(h) for h in set(machine.host_of))
+    if comm is not None:
+        cores_of = sharing(comm)
+        if known.setdefault("cores_of", cores_of) != cores_of:  # hosts were together on one machine, or are now
+            known["cores_of"] = cores_of
+            for name in ("busy_speed", "update_speed"):
+                known.pop(name, None)
+        machine.cores_of = cores_of if cores_of != machine.host_of else []
+    num_local = max(Counter(machine.sharing()).values())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine.memory_bytes = int(memory * 0.8 / num_local)
     rates = known.get("rates")
@@ -151,9 +165,11 @@ def time_update(size: int, comm: Comm | None) -> Timing:
 
 
 def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """How fast a rank computes while k of its host's ranks do, in times of its own clock with all at work (`Machine.busy_speed`); the same of its updates."""
+    """How fast a rank computes while k of those that share its cores do, in times of its own clock with all at work (`Machine.busy_speed`); the same of its
+    updates."""
     if not {"busy_speed", "update_speed"} <= known.keys():
-        locals_ = [r for r, h in enumerate(machine.host_of) if h == machine.host_of[comm.rank]]
+        cores_of = machine.sharing()
+        locals_ = [r for r, number in enumerate(cores_of) if number == cores_of[comm.rank]]
         a, x, clock = torch.randn(256, 256), torch.randn(1 << 20), own_clock()
 
         def compute() -> None:  # long against what ranks come late to a barrier, and take turns on a core
@@ -177,7 +193,7 @@ def measure_sharing(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> t
 
         for name, work in (("busy_speed", compute), ("update_speed", torch.optim.AdamW(parameters).step)):
             work()
-            most = machine.host_of.count(machine.host_of[0])
+            most = max(Counter(cores_of).values())
             samples: list[list[tuple[float, ...]]] = [[] for _ in range(most + 1)]  # by how many are at work; 0: what the barriers take
             for _ in range(SHARING_ROUNDS):  # over these in turns: a slow moment is everybody's
                 for num_busy, of_these in enumerate(samples):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch_soap import _C
 
-FORMAT = 5
+FORMAT = 6
 # What files of an earlier format lack.
 ADDED: dict[int, dict[str, Any]] = {
     1: {
@@ -24,10 +24,12 @@ ADDED: dict[int, dict[str, Any]] = {
         "piece_ns": 0.0,
         "packs": True,
         "update_speed": [],
+        "cores_of": [],
     },
-    2: {"curves": {}, "launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0, "packs": True, "update_speed": []},
-    3: {"launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0, "packs": True, "update_speed": []},
-    4: {"packs": True, "update_speed": []},
+    2: {"curves": {}, "launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0, "packs": True, "update_speed": [], "cores_of": []},
+    3: {"launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0, "packs": True, "update_speed": [], "cores_of": []},
+    4: {"packs": True, "update_speed": [], "cores_of": []},
+    5: {"cores_of": []},
 }
 
 
@@ -153,6 +155,7 @@ def link(value: Any, field: str) -> _C.Link:
 FIELDS: dict[str, Reader] = {
     "name": TEXT,
     "host_of": array(COUNT),
+    "cores_of": array(COUNT),
     "speed": array(NUMBER),
     "flops_per_s": NUMBER,
     "flops_by_dtype": by_name(NUMBER),

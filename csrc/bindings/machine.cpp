@@ -60,6 +60,8 @@ void bind_machine(py::module_& m) {
       .def(py::init<const Machine&>(), py::arg("other"))
       .def_readwrite("name", &Machine::name)
       .def_readwrite("host_of", &Machine::host_of)
+      .def_readwrite("cores_of", &Machine::cores_of)
+      .def("sharing", &Machine::sharing, "cores_of, or host_of where that is empty.")
       .def_readwrite("speed", &Machine::speed)
       .def_readwrite("flops_per_s", &Machine::flops_per_s)
       .def_readwrite("flops_by_dtype", &Machine::flops_by_dtype)

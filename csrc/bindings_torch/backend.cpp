@@ -6,6 +6,7 @@
 #include "bindings_torch/engine.h"
 #include "bindings_torch/movement.h"
 #include "transport/cores.h"
+#include "transport/process.h"
 
 namespace py = pybind11;
 using soap::backend::SoapBackend;
@@ -27,6 +28,9 @@ PYBIND11_MODULE(_backend, m) {
       .def("set_profiler_name", &SoapBackend::set_profiler_name, py::arg("name"), "What the profiler shows before ':all_reduce'.")
       .def("set_random_delay", &SoapBackend::set_random_delay, py::arg("most"), "For tests: delays every step by a random time up to this.");
   m.def("leave_all_groups", &soap::backend::leave_all_groups, py::call_guard<py::gil_scoped_release>(), "To be called before the interpreter ends.");
+  m.def(
+      "kernel", [] { return soap::transport::this_process("").kernel; },
+      "Of the operating system: the same for processes that share cores, in containers too.");
   m.def("core_distance_ns", &soap::transport::core_distance_ns, py::call_guard<py::gil_scoped_release>(),
         "Of a cache line from one core that this process may run on to another, and back; 0 where it has only one.");
   soap::bind_movement(m);

@@ -99,10 +99,16 @@ void check(const Machine& m) {
     if (!(value >= 0) || !std::isfinite(value)) user_error("[machine] {} is {}, it must be a number from 0 up", field, value);
   };
   if (m.host_of.empty()) user_error("[machine] host_of is empty: it holds the host of each device");
-  for (size_t d = 0; d < m.host_of.size(); ++d) {
-    if (m.host_of[d] < 0 || m.host_of[d] >= m.num_devices()) {
-      user_error("[machine] host_of[{}] is {}, hosts are counted from 0 and there are no more than devices ({})", d, m.host_of[d], m.num_devices());
+  const auto counted = [&](std::string_view field, const std::vector<int>& of_device) {
+    for (size_t d = 0; d < of_device.size(); ++d) {
+      if (of_device[d] >= 0 && of_device[d] < m.num_devices()) continue;
+      user_error("[machine] {}[{}] is {}, hosts are counted from 0 and there are no more than devices ({})", field, d, of_device[d], m.num_devices());
     }
+  };
+  counted("host_of", m.host_of);
+  counted("cores_of", m.cores_of);
+  if (!m.cores_of.empty() && m.cores_of.size() != m.host_of.size()) {
+    user_error("[machine] cores_of has {} entries for {} devices; it is empty or has one for each", m.cores_of.size(), m.num_devices());
   }
   if (!m.speed.empty() && m.speed.size() != m.host_of.size()) {
     user_error("[machine] speed has {} entries for {} devices; it is empty or has one for each", m.speed.size(), m.num_devices());

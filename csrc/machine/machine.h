@@ -37,7 +37,9 @@ inline constexpr std::array<std::string_view, 8> kOpFamilies{"convolution", "mat
 
 struct Machine {
   std::string name = "host";
-  std::vector<int> host_of;                      // per device
+  std::vector<int> host_of;  // per device
+  // Per device: those with the same number share what computes (cores, memory), be it as several hosts, such as containers of one machine. Empty: host_of.
+  std::vector<int> cores_of;
   std::vector<double> speed;                     // per device, relative to the rates below: 0.5 takes twice as long; empty: all 1
   double flops_per_s = 50e9;                     // of a contraction, per device, all devices busy; for types that flops_by_dtype lacks
   std::map<std::string, double> flops_by_dtype;  // by torch's name of the type ("bfloat16"), and "tf32"
@@ -55,7 +57,8 @@ struct Machine {
   bool overlap = false;              // communication runs beside compute
   double step_overhead_ns = 0;       // once in a step: ranks agree, the loop around the model
   double segment_overhead_ns = 0;    // of the call that computes all operators between two movements; with busy_speed
-  // How fast a device computes while k devices of its host do, in times of the rates here, by k - 1; beyond the last as the last. Empty: always 1.
+  // How fast a device computes while k of the devices that share its cores do, in times of the rates here, by k - 1; beyond the last as the last. Empty:
+  // always 1.
   std::vector<double> busy_speed;
   std::vector<double> update_speed;  // the same of the optimizer's update, which takes the memory more than anything else; empty: as busy_speed
   double jitter = 0;                 // standard deviation of what a computation takes, in parts of it: ranks that meet wait for the slowest; with busy_speed
@@ -70,6 +73,7 @@ struct Machine {
   std::map<std::string, SizeTable> tables;
 
   int num_devices() const { return static_cast<int>(host_of.size()); }
+  const std::vector<int>& sharing() const { return cores_of.empty() ? host_of : cores_of; }
   int num_hosts(const std::vector<int>& ranks) const;
   // Time on a device of what takes `ns` at speed 1.
   int64_t at_speed(int device, int64_t ns) const { return speed.empty() ? ns : static_cast<int64_t>(static_cast<double>(ns) / speed[device]); }

@@ -40,7 +40,8 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
   };
   std::vector<Device> devices(queues_.size());
   std::vector<int64_t> done(queues_.size());
-  std::vector<int> busy(queues_.size());  // per host
+  const std::vector<int>& sharing = machine_.sharing();
+  std::vector<int> busy(queues_.size());  // per number in `sharing`
   double now = 0;
   while (true) {
     std::fill(busy.begin(), busy.end(), 0);
@@ -67,11 +68,11 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
           }
         }
       }
-      if (task.move < 0) ++busy[machine_.host_of[d]];
+      if (task.move < 0) ++busy[sharing[d]];
       waiting = true;
     }
     if (!waiting) break;
-    const auto rate = [&](size_t d) { return machine_.busy_speed_of(busy[machine_.host_of[d]], queues_[d][devices[d].next].updates); };
+    const auto rate = [&](size_t d) { return machine_.busy_speed_of(busy[sharing[d]], queues_[d][devices[d].next].updates); };
     double next = std::numeric_limits<double>::infinity();
     for (size_t d = 0; d < devices.size(); ++d) {
       if (devices[d].next == queues_[d].size()) continue;

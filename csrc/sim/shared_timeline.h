@@ -1,8 +1,8 @@
-// SharedTimeline: a step on hosts whose devices share what computes (cores, memory bandwidth): a device is the faster the fewer others of its
-// host compute at that moment. Processor sharing, by events:
+// SharedTimeline: a step on devices that share what computes (cores, memory bandwidth; Machine::sharing): a device is the faster the fewer of those that it
+// shares with compute at that moment. Processor sharing, by events:
 //
-//   work left of d falls at rate busy_speed[k - 1], k: devices of d's host that compute now (Machine::busy_speed); of the update at update_speed[k - 1]
-//   a movement begins when all its ranks have come to it, and takes its price
+//   work left of d falls at rate busy_speed[k - 1], k: devices that share with d, and d, that compute now (Machine::busy_speed); of the update at
+//   update_speed[k - 1] a movement begins when all its ranks have come to it, and takes its price
 //
 // Where computations take now longer, now shorter (Machine::jitter), ranks that meet wait for the slowest: with each having computed w_i since its last
 // movement, the movement begins at the expected latest of normal variables with mean t_i, when it comes, and deviation jitter w_i, two at a time by

@@ -97,6 +97,21 @@ TEST(Simulate, DevicesOfAHostSlowEachOtherDown) {
   EXPECT_EQ(t.at({"compute b#1", 1}), (Times{215, 220}));
 }
 
+// Both at rate 1 until 10, the second's other 10 at rate 2: hosts of their own, and one machine's cores.
+TEST(SharedTimeline, HostsThatShareCoresSlowEachOtherDown) {
+  Machine m = make_machine(2, 2);
+  m.busy_speed = {2, 1};
+  const auto run = [&] {
+    SharedTimeline timeline(m);
+    timeline.compute(0, 10);
+    timeline.compute(1, 20);
+    return timeline.run();
+  };
+  EXPECT_EQ(run(), (std::vector<int64_t>{5, 10}));
+  m.cores_of = {0, 0};
+  EXPECT_EQ(run(), (std::vector<int64_t>{10, 15}));
+}
+
 // Device 1, with the larger weight, is done before device 0, and updates when both are.
 TEST(Simulate, NobodyUpdatesBeforeAllHaveRunAnInterleavedProgram) {
   OpGraph g;

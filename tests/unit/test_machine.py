@@ -188,7 +188,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(curves={"attention": []}), 'curves has "attention", a key is <family>/<type> or'),
     (lambda d: d.update(curves={"matmul/bfloat16": [[2, 1, 1], [1, 1, 1]]}), r"curves\[matmul/bfloat16\] must rise in size: 1 follows 2"),
     (lambda d: d.update(memory_bytes_per_s=float("nan")), "memory_bytes_per_s is nan, it must be a positive number"),
-    (lambda d: d.update(format=7), "the file has format 7, this version reads 1 to 5"),
+    (lambda d: d.update(format=7), "the file has format 7, this version reads 1 to 6"),
     (lambda d: d.pop("format"), "the field format is missing"),
 ]
 
@@ -259,7 +259,7 @@ def test_ranks_that_take_turns_on_cores_lose_nothing_while_they_wait(busy_speed:
         "step_overhead": [1, 2, 3],
         "piece_ns": 4.0,
     }
-    comm: Any = SimpleNamespace(rank=0, world_size=4, join=lambda groups: None)
+    comm: Any = SimpleNamespace(rank=0, world_size=4, join=lambda groups: None, gather_objects=lambda mine: [mine] * 4)
     machine = calibrate.detect(4, comm, data | {"tables": layouts, "cold_ns": 3e6}, [0] * 4)
     assert machine.busy_speed == busy_speed and set(machine.tables) == set(layouts)
     assert (machine.jitter, machine.cold_ns) == ((0.2, 3e6) if counts else (0.0, 0.0))

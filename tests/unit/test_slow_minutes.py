@@ -165,7 +165,8 @@ def test_ranks_with_fewer_at_work_are_not_slower(monkeypatch: pytest.MonkeyPatch
     walls = iter(of_name + of_name)
     monkeypatch.setattr(calibrate, "calm_samples", lambda *_, **__: ([(next(walls), 100)], 1.0))
     comm: Any = SimpleNamespace(rank=0, gather_ints=lambda mine: [mine])
-    machine: Any = SimpleNamespace(host_of=[0, 0, 0])
+    machine: Any = torch_soap.Machine(3, 3)
+    machine.cores_of = [0, 0, 0]  # as three hosts on one machine
     monkeypatch.setattr(calibrate, "UPDATE_LOOKED_AT", 64 << 20)
     known = cache.nothing_known()
     assert calibrate.measure_sharing(machine, comm, known) == ([1.0, 1.0, 0.5], [1.0, 1.0, 0.5])
