@@ -25,7 +25,7 @@ from tests.dist.launch import Outcome, revision, torchrun
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 1.0  # for each row
 RANKS = (2, 4)
-# Between hosts: ranks of each, bytes, and the link. Up to 256 KiB pass at any rate (the burst of the link's token bucket).
+# Between hosts: ranks of each, bytes, and the link.
 PER_HOST = (1, 2)
 BETWEEN_HOSTS = (4 << 10, 64 << 10, 1 << 20, 16 << 20)
 LINK, LINK_BYTES_PER_S = "1gbit", 125e6

@@ -11,6 +11,9 @@ namespace {
 constexpr uint64_t kEnvelopeBytes = 4 << 10;
 constexpr auto kGrace = std::chrono::milliseconds(500);  // so that who waits for another host, and knows for whom, is the first to see that time is over
 
+// Of the group's thread in messages: it shares its core with what its rank computes, and a large message comes in many parts.
+constexpr Patience kNone{std::chrono::microseconds(0), 0};
+
 thread_local bool is_worker = false;
 
 struct Label {  // begins an envelope
@@ -357,7 +360,7 @@ void Relay::drop(std::unique_ptr<Wire::Transfer>& transfer) {
 void Relay::finish(const Message& message, std::unique_ptr<Wire::Transfer>& transfer) {
   if (transfer == nullptr) return;
   try {
-    transfer->wait(time_left(), is_worker ? group_.patience_.behind() : group_.patience_);
+    transfer->wait(time_left(), is_worker ? kNone : group_.patience_);
   } catch (const std::exception& error) {
     std::string aborted;
     {
