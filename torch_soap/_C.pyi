@@ -482,12 +482,11 @@ class LocalValueList:
 class Machine:
     busy_speed: list[float]
     cold_ns: float
+    cores_of: list[int]
     curves: dict[str, list[tuple[float, float, float]]]
     efficiency: dict[str, float]
     flops_by_dtype: dict[str, float]
     flops_per_s: float
-    cores_of: list[int]
-    def sharing(self) -> list[int]: ...
     host_of: list[int]
     inter: Link
     intra: Link
@@ -512,6 +511,7 @@ class Machine:
     @overload
     def __init__(self, other: Machine) -> None: ...
     def parts_of(self, family: str, dtype: str, size: float, width: float = ...) -> tuple[float, float]: ...
+    def sharing(self) -> list[int]: ...
     def __eq__(self, other: object) -> bool: ...
     @property
     def num_devices(self) -> int: ...
