@@ -129,7 +129,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "# Predicted and measured step times",
         "",
-        "`python -m benchmarks.fidelity`: processes of one thread, shared memory within a host and gloo between hosts, AdamW; "
+        "`python -m benchmarks.fidelity`: processes of one thread, shared memory within a host and TCP between hosts, AdamW; "
         f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
         f"the latest launch of each counts. Measured: median of up to {num_steps} steps, "
         "plan after plan, in rounds. Bars: mean error 5 %, p95 10 %, tau 0.9, regret 2 %, memory 3 % (tensor bytes of each plan's "

@@ -145,7 +145,7 @@ def run_info(_arguments: argparse.Namespace) -> str:
         [
             f"torch_soap {torch_soap.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads",
             f"operators with a rule: {', '.join(_C.registered_rules())}",
-            "GPU: off (this version moves data over gloo in host memory)",
+            "GPU: off (this version moves data in host memory)",
         ]
     )
 

@@ -57,7 +57,12 @@ TcpWire::TcpWire(std::vector<Descriptor> of_rank) : peers_(of_rank.size()), woke
   }
 }
 
-TcpWire::~TcpWire() = default;
+// Children that this process has forked (a DataLoader's) may hold the connections too, which end all the same.
+TcpWire::~TcpWire() {
+  for (const Peer& peer : peers_) {
+    if (peer.socket.is_open()) shutdown(peer.socket.fd(), SHUT_RDWR);
+  }
+}
 
 std::unique_ptr<Wire::Transfer> TcpWire::send(int rank, int tag, std::byte* data, uint64_t num_bytes) {
   auto out = begin(rank, true, tag, data, num_bytes);

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <numeric>
 #include <thread>
@@ -110,6 +111,20 @@ TEST(TcpWire, TheEndOfAPeerIsSeen) {
   EXPECT_EQ(error_of(*second), "it has closed the connection");
   EXPECT_LT(Clock::now() - begin, 5s);
   ends.join();
+}
+
+TEST(TcpWire, TheEndIsSeenThoughAChildHoldsTheConnection) {
+  std::array<int, 2> ends{};
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, ends.data()), 0);
+  const Descriptor of_child(dup(ends[0]));
+  std::vector<Descriptor> of_rank;
+  of_rank.emplace_back(ends[0]);
+  std::make_unique<TcpWire>(std::move(of_rank)).reset();
+  std::vector<Descriptor> of_other;
+  of_other.emplace_back(ends[1]);
+  TcpWire wire(std::move(of_other));
+  Bytes received(8);
+  EXPECT_EQ(error_of(*wire.receive(0, 1, received.data(), 8)), "it has closed the connection");
 }
 
 TEST(TcpWire, AbortWakesWhoWaits) {
