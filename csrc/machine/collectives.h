@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "machine/machine.h"
@@ -45,6 +46,8 @@ class Traffic {
   // What measured tables are keyed by, of the busiest device: half of what it sends and receives within hosts, where it copies both by itself; over a
   // network, which carries both ways at once, the larger of the two.
   int64_t busiest() const;
+  bool sends(int device) const { return within_.out[device] + between_.out[device] > 0; }
+  bool receives(int device) const { return within_.in[device] + between_.in[device] > 0; }
   // Of so many of this exchange at once on each host, by devices of their own.
   ExchangeLoad load(int at_once) const;
   // Latency of the slowest link used and the time of the busiest one.
@@ -66,6 +69,16 @@ int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const
 // The same where the participants aren't named; and by the links alone.
 int64_t exchange_ns(const Machine& machine, int num_ranks, int num_hosts, const ExchangeLoad& load);
 int64_t exchange_ns(const Machine& machine, const ExchangeLoad& load);
+
+// An exchange in which nobody waits for who receives: what is sent to another host lies in the kernel's buffers until it has left.
+struct OneWay {
+  std::vector<int> senders, receivers;
+  int64_t send_ns = 0;  // that a device is busy with either end of it
+};
+
+// Of an exchange among ranks on hosts of their own, each of which only sends or only receives, and little enough to lie there; otherwise, and where what moves
+// is packed (Machine::packs: another transport), nothing: all wait for each other.
+std::optional<OneWay> one_way(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic);
 
 double ring_ns(double latency_ns, double bytes_per_s, int ranks, double bytes);
 double tree_ns(double latency_ns, double bytes_per_s, int ranks, double bytes);

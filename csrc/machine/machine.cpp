@@ -42,6 +42,8 @@ double Machine::efficiency_of(std::string_view family) const {
 
 namespace {
 
+constexpr int64_t kBuffered = 1 << 20;  // bytes that the kernel takes for a connection at once, or nearly
+
 // "<family>/<type>" or "<family>/<type>/<width>"; `width` 0 where there is none, below 0 where the key is neither.
 struct CurveKey {
   std::string_view family, dtype;
@@ -247,6 +249,18 @@ int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const
   if (machine.tables.empty()) return traffic.exchange_ns();
   const Measured measured = nearest(machine, "exchange", static_cast<int>(ranks.size()), machine.num_hosts(ranks));
   return measured.table ? interpolate(*measured.table, traffic.busiest()) : traffic.exchange_ns();
+}
+
+std::optional<OneWay> one_way(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic) {
+  if (machine.packs || traffic.busiest() > kBuffered || static_cast<size_t>(machine.num_hosts(ranks)) < ranks.size()) return std::nullopt;
+  OneWay out;
+  for (int r : ranks) {
+    if (traffic.sends(r) && traffic.receives(r)) return std::nullopt;
+    (traffic.sends(r) ? out.senders : out.receivers).push_back(r);
+  }
+  if (out.senders.empty() || out.receivers.empty()) return std::nullopt;
+  out.send_ns = movement_ns(machine, "exchange", ranks, 1);
+  return out;
 }
 
 int64_t exchange_ns(const Machine& machine, int num_ranks, int num_hosts, const ExchangeLoad& load) {

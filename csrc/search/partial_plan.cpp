@@ -241,7 +241,7 @@ void PartialPlan::transfer(const std::vector<int>& groups, bool gradient, Clock&
       std::sort(exchanging.begin(), exchanging.end());
       exchanging.erase(std::unique(exchanging.begin(), exchanging.end()), exchanging.end());
       const int ranks = cache_.intern_ranks(exchanging);
-      move(ranks, cache_.exchange_price(ranks, exchanged));
+      move(ranks, cache_.exchange(ranks, exchanged).price_ns);
     }
     std::sort(reduced.begin(), reduced.end(), [&](const auto& a, const auto& b) { return cache_.ranks(a.first) < cache_.ranks(b.first); });
     std::vector<int> sets;

@@ -86,7 +86,7 @@ void DeltaSimulator::move(SlotKind kind, Group& g) {
     const DeviceSet& sources = kind == SlotKind::kRefill ? *m.receiving : *m.sending;
     for_sources(kind, g, [&](const int64_t* end) { from = std::max(from, latest(end, sources)); });
   }
-  transfer(*m.among, from, m.price_ns);
+  m.one_way ? timeline_.send(*m.one_way, m.price_ns) : transfer(*m.among, from, m.price_ns);
   if (overlap_) arrivals_.back().more = false;
 }
 
@@ -145,7 +145,10 @@ void DeltaSimulator::move_together(SlotKind kind, const std::vector<Group*>& gro
     const DeviceSet& ranks = cache_.set(id);
     transfer(ranks, std::max(latest(movement_clock().data(), ranks), latest(begin_.data(), ranks)), price);
   };
-  if (exchange >= 0) among(exchange, cache_.exchange_price(exchange, exchanged_));
+  if (exchange >= 0) {
+    const auto& [price, way] = cache_.exchange(exchange, exchanged_);
+    way ? timeline_.send(*way, price) : among(exchange, price);
+  }
   std::sort(reduced_.begin(), reduced_.end(), [&](const auto& a, const auto& b) { return cache_.ranks(a.first) < cache_.ranks(b.first); });
   ranks_.clear();
   for (const auto& [ranks, bytes] : reduced_) ranks_.push_back(ranks);

@@ -140,16 +140,18 @@ int LayoutCache::intern_ranks(const std::vector<int>& ranks) {
   return it->second;
 }
 
-int64_t LayoutCache::exchange_price(int ranks, const std::vector<const EdgeMove*>& moves) {
+const LayoutCache::Exchange& LayoutCache::exchange(int ranks, const std::vector<const EdgeMove*>& moves) {
   Key key(scratch_);
   key.add(int64_t{ranks});
   for (const EdgeMove* m : moves) key.add(reinterpret_cast<intptr_t>(m));
   if (exchange_prices_.size() >= kMostExchanges) exchange_prices_.clear();
-  const auto [it, fresh] = exchange_prices_.try_emplace(key.bytes, 0);
+  const auto [it, fresh] = exchange_prices_.try_emplace(key.bytes);
   if (fresh) {
     Traffic traffic(cost_.machine());
     for (const EdgeMove* m : moves) traffic.add(*m->traffic);
-    it->second = exchange_ns(cost_.machine(), this->ranks(ranks), traffic);
+    const Machine& machine = cost_.machine();
+    it->second.price_ns = exchange_ns(machine, this->ranks(ranks), traffic);
+    if (!machine.busy_speed.empty()) it->second.one_way = one_way(machine, this->ranks(ranks), traffic);
   }
   return it->second;
 }
@@ -262,6 +264,7 @@ const EdgeMove* LayoutCache::edge(const Tensor& t, LayoutId tiles, LayoutId copi
   }
   if (m.pattern == Pattern::kExchange) {
     out->price_ns = exchange_ns(machine, ranks(out->ranks), traffic);
+    if (!machine.busy_speed.empty()) out->one_way = one_way(machine, ranks(out->ranks), traffic);
     out->traffic.emplace(std::move(traffic));
   }
   it->second = std::move(out);

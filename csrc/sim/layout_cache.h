@@ -76,11 +76,16 @@ struct EdgeMove {
   const DeviceSet *sending = nullptr, *receiving = nullptr, *senders = nullptr, *receivers = nullptr;
   std::vector<std::pair<int, int64_t>> reduced;  // kAllReduce: (id of a group's ranks, bytes of an addend)
   std::optional<Traffic> traffic;                // kExchange
+  std::optional<OneWay> one_way;                 // of it; only where devices share what computes, as for `one_way` below
   std::vector<int64_t> local_ns;                 // what devices do by themselves (sim/local_work.h); empty where it is nothing
 };
 
 class LayoutCache {
  public:
+  struct Exchange {
+    int64_t price_ns = 0;
+    std::optional<OneWay> one_way;
+  };
   // A short key.
   using Numbers = std::array<int64_t, 4>;
   struct NumbersHash {
@@ -123,7 +128,7 @@ class LayoutCache {
   const std::vector<int>& ranks(int id) const { return sets_[id]->devices; }
   const DeviceSet& set(int id) const { return *sets_[id]; }
   // What one exchange of all these takes, among `ranks`.
-  int64_t exchange_price(int ranks, const std::vector<const EdgeMove*>& moves);
+  const Exchange& exchange(int ranks, const std::vector<const EdgeMove*>& moves);
   // An all-reduce, `at_once` of which share each host's links: see movement_ns.
   int64_t reduce_price(int ranks, int64_t bytes, int at_once);
   int groups_at_once(const std::vector<int>& rank_sets);
@@ -156,7 +161,7 @@ class LayoutCache {
   ByNumbers<int64_t> reduce_prices_;
   ByNumbers<std::vector<int64_t>> updates_, update_launches_, stored_;
   std::unordered_map<std::string, LayoutId> derived_;
-  std::unordered_map<std::string, int64_t> exchange_prices_;  // forgotten when there are kMostExchanges: every bucket is another one
+  std::unordered_map<std::string, Exchange> exchange_prices_;  // forgotten when there are kMostExchanges: every bucket is another one
   std::unordered_map<std::string, int> at_once_;
   std::string scratch_, inner_name_;  // of keys
 };

@@ -31,12 +31,20 @@ void SharedTimeline::move(const std::vector<int>& ranks, int64_t price_ns, int t
   moves_.push_back({.num_ranks = ranks.size(), .price_ns = price_ns});
 }
 
+void SharedTimeline::send(const OneWay& exchange, int64_t price_ns, int tag) {
+  const int move = static_cast<int>(moves_.size());
+  for (int r : exchange.senders) queues_[r].push_back({.move = move, .tag = tag, .sends = true});
+  for (int r : exchange.receivers) queues_[r].push_back({.move = move, .tag = tag, .receives = true});
+  moves_.push_back({.num_ranks = exchange.senders.size(), .price_ns = price_ns, .send_ns = std::min(exchange.send_ns, price_ns)});
+}
+
 std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
   struct Device {
     size_t next = 0;     // task that it does or waits with
     bool begun = false;  // that task
     double left = 0, begin = 0;
-    double worked = 0;  // since its last movement
+    double worked = 0;   // since its last movement
+    int last_sent = -1;  // of its movements one way
   };
   std::vector<Device> devices(queues_.size());
   std::vector<int64_t> done(queues_.size());
@@ -54,7 +62,12 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         device.begun = true;
         device.begin = now;
         device.left = static_cast<double>(task.work_ns);
-        if (task.move >= 0) {
+        if (task.sends) {
+          Move& move = moves_[task.move];
+          move.begin = std::max({move.begin, now, device.last_sent < 0 ? 0.0 : moves_[device.last_sent].end_ns});
+          if (++move.arrived == move.num_ranks) move.end_ns = move.begin + static_cast<double>(move.price_ns);
+          device.last_sent = task.move;
+        } else if (task.move >= 0 && !task.receives) {
           Move& move = moves_[task.move];
           const double deviation = machine_.jitter * device.worked;
           const auto [begin, variance] =
@@ -72,6 +85,12 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       waiting = true;
     }
     if (!waiting) break;
+    const auto end_of = [&](size_t d) {  // of a movement; negative: not known yet
+      const Task& task = queues_[d][devices[d].next];
+      const Move& move = moves_[task.move];
+      const double own = devices[d].begin + static_cast<double>(move.send_ns);
+      return task.sends ? own : move.end_ns < 0 || !task.receives ? move.end_ns : std::max(move.end_ns, own);
+    };
     const auto rate = [&](size_t d) { return machine_.busy_speed_of(busy[sharing[d]], queues_[d][devices[d].next].updates); };
     double next = std::numeric_limits<double>::infinity();
     for (size_t d = 0; d < devices.size(); ++d) {
@@ -79,8 +98,8 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       const Task& task = queues_[d][devices[d].next];
       if (task.move < 0)
         next = std::min(next, now + devices[d].left / rate(d));
-      else if (moves_[task.move].end_ns >= 0)
-        next = std::min(next, moves_[task.move].end_ns);
+      else if (end_of(d) >= 0)
+        next = std::min(next, end_of(d));
     }
     SOAP_CHECK(std::isfinite(next), "[simulate] devices wait for each other: a movement's ranks come to it in different orders");
     for (size_t d = 0; d < devices.size(); ++d) {
@@ -88,14 +107,14 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       if (device.next == queues_[d].size()) continue;
       const Task& task = queues_[d][device.next];
       const double speed = task.move < 0 ? rate(d) : 0;
-      const double end = task.move < 0 ? now + device.left / speed : moves_[task.move].end_ns;
+      const double end = task.move < 0 ? now + device.left / speed : end_of(d);
       if (task.move >= 0 ? end < 0 || end > next * kSame : end > next * kSame) {
         device.left -= (next - now) * speed;
         continue;
       }
       done[d] = static_cast<int64_t>(next);
       if (spans) {
-        const double begin = task.move < 0 ? device.begin : end - static_cast<double>(moves_[task.move].price_ns);
+        const double begin = task.move < 0 || task.sends ? device.begin : end - static_cast<double>(moves_[task.move].price_ns);
         spans->push_back({task.tag, static_cast<int>(d), task.move >= 0, static_cast<int64_t>(begin), done[d]});
       }
       device.worked = task.move < 0 ? device.worked + static_cast<double>(task.work_ns) : 0;

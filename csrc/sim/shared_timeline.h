@@ -9,13 +9,17 @@
 // Clark's formulas (Operations Research 9, 1961). Where the one of them that computed most has done so for kCold, the movement takes Machine::cold_ns
 // longer, less in proportion: nothing that it needs is in the cores' own caches.
 //
-// Each device does what it was given, in order. Nothing overlaps on a device.
+// Of an exchange one way between hosts (OneWay) the senders go on while it is on its way, and the receivers wait for its arrival alone: it leaves when all
+// senders have come and what they sent before has left.
+//
+// Each device does what it was given, in order. Nothing else overlaps on a device.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <vector>
 
+#include "machine/collectives.h"
 #include "machine/machine.h"
 
 namespace soap {
@@ -54,6 +58,7 @@ class SharedTimeline {
     if (work_ns > 0) queues_[device].push_back({.work_ns = work_ns, .tag = tag});
   }
   void move(const std::vector<int>& ranks, int64_t price_ns, int tag = -1);
+  void send(const OneWay& exchange, int64_t price_ns, int tag = -1);
   // When each device is done, of what was added since the last run. `spans`: what ran when, in the order of ends.
   std::vector<int64_t> run(std::vector<Span>* spans = nullptr);
 
@@ -62,6 +67,7 @@ class SharedTimeline {
     int64_t work_ns = 0;
     int move = -1;  // index in moves_
     int tag = -1;
+    bool sends = false, receives = false;  // one way
     bool updates = false;
     std::array<bool, 2> begun = {};  // segments since the last movement: without and with a backward
   };
@@ -70,7 +76,8 @@ class SharedTimeline {
     int64_t price_ns = 0;
     double begin = 0, variance = 0;  // of the latest of those that have come
     double worked = 0;               // by the one that computed most
-    double end_ns = -1;              // known once all have come
+    double end_ns = -1;              // known once all have come; one way, all senders
+    int64_t send_ns = 0;             // one way
   };
   const Machine& machine_;
   std::vector<std::vector<Task>> queues_;  // per device

@@ -189,7 +189,9 @@ struct Simulator {
     };
     if (!exchanging.empty()) {
       const std::vector<int> ranks(exchanging.begin(), exchanging.end());
-      move(ranks, exchange_ns(machine, ranks, traffic));
+      const int64_t price = exchange_ns(machine, ranks, traffic);
+      const auto way = shared ? one_way(machine, ranks, traffic) : std::nullopt;
+      way ? timeline.send(*way, price, s) : move(ranks, price);
     }
     std::vector<std::vector<int>> groups;
     for (const auto& [ranks, bytes] : reduced) groups.push_back(ranks);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <set>
 
 #include "fmt/format.h"
 #include "graphs.h"
@@ -218,6 +219,44 @@ TEST(SharedTimeline, MovementsTakeLongerAfterComputation) {
     timeline.move({0, 1}, 50);
     EXPECT_EQ(timeline.run(), (std::vector<int64_t>{work + more + 100, work + more + 100}));
   }
+}
+
+// Device 0 goes on after 3; the first arrives at 110, the second, which the first is in the way of, at 210. The third arrives while device 1 computes, which
+// has it at once.
+TEST(SharedTimeline, OneWayTheSenderGoesOn) {
+  Machine m = make_machine(2, 2);
+  m.busy_speed = {1};
+  SharedTimeline timeline(m);
+  const OneWay way{.senders = {0}, .receivers = {1}, .send_ns = 3};
+  timeline.compute(0, 10);
+  timeline.send(way, 100);
+  timeline.send(way, 100);
+  timeline.compute(0, 5);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{21, 210}));
+  timeline.send(way, 100);
+  timeline.compute(1, 500);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 600}));
+  timeline.compute(1, 500);
+  timeline.send(way, 100);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 503}));
+}
+
+TEST(SharedTimeline, OneWayOnlyBetweenHostsInOneDirectionAndWithoutPacking) {
+  Machine m = make_machine(4, 2);
+  m.packs = false;
+  const auto is_one_way = [&](const std::vector<std::array<int, 2>>& flows, int64_t bytes) {
+    Traffic traffic(m);
+    std::set<int> ranks;
+    for (const auto& [from, to] : flows) traffic.add(from, to, bytes), ranks.insert({from, to});
+    return one_way(m, {ranks.begin(), ranks.end()}, traffic).has_value();
+  };
+  EXPECT_TRUE(is_one_way({{0, 2}}, 1000));
+  EXPECT_FALSE(is_one_way({{0, 2}, {2, 0}}, 1000));
+  EXPECT_FALSE(is_one_way({{0, 1}}, 1000)) << "they share memory";
+  EXPECT_FALSE(is_one_way({{0, 2}, {1, 2}}, 1000)) << "0 and 1 meet";
+  EXPECT_FALSE(is_one_way({{0, 2}}, 100 << 20)) << "it doesn't lie in any buffer";
+  m.packs = true;
+  EXPECT_FALSE(is_one_way({{0, 2}}, 1000)) << "another transport";
 }
 
 // One float takes 1 ns to read or write, and a device's part in it two calls of 100.
