@@ -72,6 +72,7 @@ void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, boo
     machine.jitter = 0.07;
     machine.cold_ns = 3000;
     machine.piece_ns = 40;
+    machine.packs = false;  // what is sent one way between hosts
   }
   if (launch_ns > 0)
     machine.launch = {{"matmul", {launch_ns, 2 * launch_ns}}, {"relu", {launch_ns, 0}}, {"update", {launch_ns, 300}}, {"collective", {900, 0}}};
