@@ -499,7 +499,9 @@ class Machine:
     overlap: bool
     packs: bool
     piece_ns: float
+    receive_ns_per_byte: float
     segment_overhead_ns: float
+    send_ns_per_byte: float
     speed: list[float]
     step_overhead_ns: float
     tables: dict[str, list[tuple[int, int]]]

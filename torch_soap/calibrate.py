@@ -24,6 +24,7 @@ from torch import nn
 from torch_soap import _C, _backend
 from torch_soap.backend import host
 from torch_soap.machine import Machine
+from torch_soap.message_times import measure_messages
 from torch_soap.measuring import (
     CORES,
     REPEATS,
@@ -127,6 +128,10 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
         machine.piece_ns = measure_pieces(comm, known)
         measure_movements(machine, comm, known)
         machine.cold_ns = measure_cold(machine, comm, known) if own_core else 0.0
+        if max(host_of, default=0) > 0 and not machine.packs:
+            hosts, groups = len(set(host_of)), group_layouts(host_of)
+            over_hosts = groups.get((hosts, hosts), groups[world_size, hosts])[0]
+            machine.send_ns_per_byte, machine.receive_ns_per_byte = measure_messages(machine, comm, over_hosts, known)
     return machine
 
 

@@ -9,27 +9,23 @@ from typing import Any
 
 from torch_soap import _C
 
-FORMAT = 6
-# What files of an earlier format lack.
-ADDED: dict[int, dict[str, Any]] = {
-    1: {
-        "step_overhead_ns": 0.0,
-        "segment_overhead_ns": 0.0,
-        "busy_speed": [],
-        "update": [],
-        "curves": {},
-        "launch": {},
-        "jitter": 0.0,
-        "cold_ns": 0.0,
-        "piece_ns": 0.0,
-        "packs": True,
-        "update_speed": [],
-        "cores_of": [],
-    },
-    2: {"curves": {}, "launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0, "packs": True, "update_speed": [], "cores_of": []},
-    3: {"launch": {}, "jitter": 0.0, "cold_ns": 0.0, "piece_ns": 0.0, "packs": True, "update_speed": [], "cores_of": []},
-    4: {"packs": True, "update_speed": [], "cores_of": []},
-    5: {"cores_of": []},
+FORMAT = 7
+# Fields that came later: with which format, and what files of earlier ones have instead.
+ADDED: dict[str, tuple[int, Any]] = {
+    "step_overhead_ns": (2, 0.0),
+    "segment_overhead_ns": (2, 0.0),
+    "busy_speed": (2, []),
+    "update": (2, []),
+    "curves": (3, {}),
+    "launch": (4, {}),
+    "jitter": (4, 0.0),
+    "cold_ns": (4, 0.0),
+    "piece_ns": (4, 0.0),
+    "packs": (5, True),
+    "update_speed": (5, []),
+    "cores_of": (6, []),
+    "send_ns_per_byte": (7, 0.0),
+    "receive_ns_per_byte": (7, 0.0),
 }
 
 
@@ -174,6 +170,8 @@ FIELDS: dict[str, Reader] = {
     "jitter": NUMBER,
     "cold_ns": NUMBER,
     "piece_ns": NUMBER,
+    "send_ns_per_byte": NUMBER,
+    "receive_ns_per_byte": NUMBER,
     "packs": FLAG,
     "update": array(point),
     "intra": link,
@@ -193,9 +191,9 @@ def from_json(data: Any) -> Machine:
     """The inverse of `to_json`."""
     if not isinstance(data, dict) or "format" not in data:
         raise ValueError("the field format is missing: this is not a machine's file")
-    if data["format"] != FORMAT and data["format"] not in ADDED:
+    if data["format"] not in range(1, FORMAT + 1):
         raise ValueError(f"the file has format {data['format']}, this version reads 1 to {FORMAT}")
-    data = {**ADDED.get(data["format"], {}), **data}
+    data = {name: absent for name, (since, absent) in ADDED.items() if since > data["format"]} | data
     machine = Machine(1)
     for name, value in fields({k: v for k, v in data.items() if k != "format"}, FIELDS).items():
         setattr(machine, name, value)

@@ -15,12 +15,25 @@ using transport::Memory;
 // The same on a rank that sums what comes and on one that doesn't.
 constexpr const char* kExchange = "exchange";
 
+std::vector<bool> not_empty(const std::vector<Memory>& of_ranks) {
+  std::vector<bool> out;
+  for (const Memory& memory : of_ranks) out.push_back(memory.num_bytes() > 0);
+  return out;
+}
+
 }  // namespace
 
 void SoapBackend::exchange_memory(std::vector<Memory> outgoing, std::vector<Memory> incoming) {
   outgoing[rank_] = incoming[rank_] = Memory();
   const Call call{OpType::ALLTOALL_BASE, "all_to_all", kExchange, c10d::kUnsetTimeout, true};
-  exchange(call, std::move(outgoing), std::move(incoming), std::vector<bool>(size_, true), {}, {}, {})->wait();
+  if (spanning_ == nullptr) {
+    exchange(call, std::move(outgoing), std::move(incoming), std::vector<bool>(size_, true), {}, {}, {})->wait();
+    return;
+  }
+  // Both sides know of each message whether there is one: who only sends to other hosts waits for nobody there.
+  std::vector<bool> sends = not_empty(outgoing), wanted = not_empty(incoming);
+  auto operation = std::make_shared<transport::SpanningExchange>(std::move(outgoing), std::move(sends), std::move(incoming), std::move(wanted));
+  run(call, std::move(operation), {}, {}, {})->wait();
 }
 
 void SoapBackend::exchange_sum(std::vector<Memory> outgoing, const Memory& result, at::ScalarType dtype) {

@@ -80,6 +80,8 @@ void bind_machine(py::module_& m) {
       .def_readwrite("jitter", &Machine::jitter)
       .def_readwrite("cold_ns", &Machine::cold_ns)
       .def_readwrite("piece_ns", &Machine::piece_ns)
+      .def_readwrite("send_ns_per_byte", &Machine::send_ns_per_byte)
+      .def_readwrite("receive_ns_per_byte", &Machine::receive_ns_per_byte)
       .def_readwrite("packs", &Machine::packs)
       .def_readwrite("update", &Machine::update)
       .def_readwrite("intra", &Machine::intra)

@@ -16,6 +16,7 @@
 // A link that serves several devices of a host (Link::per_host = m) gives each of s that send at once min(1, m / s) of its rate.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -46,8 +47,10 @@ class Traffic {
   // What measured tables are keyed by, of the busiest device: half of what it sends and receives within hosts, where it copies both by itself; over a
   // network, which carries both ways at once, the larger of the two.
   int64_t busiest() const;
-  bool sends(int device) const { return within_.out[device] + between_.out[device] > 0; }
-  bool receives(int device) const { return within_.in[device] + between_.in[device] > 0; }
+  // To and from other hosts, in bytes, and whether anything else moves.
+  int64_t sent(int device) const { return between_.out[device]; }
+  int64_t received(int device) const { return between_.in[device]; }
+  bool within_hosts() const { return within_.any(); }
   // Of so many of this exchange at once on each host, by devices of their own.
   ExchangeLoad load(int at_once) const;
   // Latency of the slowest link used and the time of the busiest one.
@@ -58,6 +61,9 @@ class Traffic {
     std::vector<int64_t> out, in;            // per device
     std::vector<int64_t> host_out, host_in;  // per host
     double ns(const Link& link) const;       // 0 where nothing moves
+    bool any() const {
+      return std::any_of(out.begin(), out.end(), [](int64_t bytes) { return bytes > 0; });
+    }
   };
   const Machine& machine_;
   Load within_, between_;
@@ -70,14 +76,21 @@ int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const
 int64_t exchange_ns(const Machine& machine, int num_ranks, int num_hosts, const ExchangeLoad& load);
 int64_t exchange_ns(const Machine& machine, const ExchangeLoad& load);
 
-// An exchange in which nobody waits for who receives: what is sent to another host lies in the kernel's buffers until it has left.
+// An exchange in which who sends doesn't wait for who receives, as far as what is sent lies in the kernel's buffers until it has left.
 struct OneWay {
+  struct Times {
+    bool senders_meet = false, receivers_meet = false;  // some share a host: they wait for each other
+    int64_t send_ns = 0, receive_ns = 0;                // that it keeps a device busy at either end
+    // What the buffers of both ends hold, and the receiver's, take to arrive: with no more than `buffer_ns` left a sender goes on; of what takes longer, all
+    // but `ahead_ns` waits for the receivers.
+    int64_t buffer_ns = 0, ahead_ns = 0;
+  };
   std::vector<int> senders, receivers;
-  int64_t send_ns = 0;  // that a device is busy with either end of it
+  Times times;
 };
 
-// Of an exchange among ranks on hosts of their own, each of which only sends or only receives, and little enough to lie there; otherwise, and where what moves
-// is packed (Machine::packs: another transport), nothing: all wait for each other.
+// Of an exchange between hosts, all ranks of each of which only send or only receive; otherwise, and where what moves is packed (Machine::packs: another
+// transport), nothing: all wait for each other.
 std::optional<OneWay> one_way(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic);
 
 double ring_ns(double latency_ns, double bytes_per_s, int ranks, double bytes);

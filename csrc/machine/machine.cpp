@@ -42,7 +42,8 @@ double Machine::efficiency_of(std::string_view family) const {
 
 namespace {
 
-constexpr int64_t kBuffered = 1 << 20;  // bytes that the kernel takes for a connection at once, or nearly
+// Bytes of a connection that the kernels of both hosts take at once, or nearly, and what of these the receiver's.
+constexpr int64_t kBuffered = 1 << 20, kAhead = 512 << 10;
 
 // "<family>/<type>" or "<family>/<type>/<width>"; `width` 0 where there is none, below 0 where the key is neither.
 struct CurveKey {
@@ -154,6 +155,8 @@ void check(const Machine& m) {
   not_negative("jitter", m.jitter);
   not_negative("cold_ns", m.cold_ns);
   not_negative("piece_ns", m.piece_ns);
+  not_negative("send_ns_per_byte", m.send_ns_per_byte);
+  not_negative("receive_ns_per_byte", m.receive_ns_per_byte);
   for (size_t k = 0; k < m.busy_speed.size(); ++k) positive(fmt::format("busy_speed[{}]", k), m.busy_speed[k]);
   for (size_t k = 0; k < m.update_speed.size(); ++k) positive(fmt::format("update_speed[{}]", k), m.update_speed[k]);
   if (m.overlap && !m.busy_speed.empty()) user_error("[machine] overlap and busy_speed don't go together: devices that share a host's cores don't overlap");
@@ -252,14 +255,29 @@ int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const
 }
 
 std::optional<OneWay> one_way(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic) {
-  if (machine.packs || traffic.busiest() > kBuffered || static_cast<size_t>(machine.num_hosts(ranks)) < ranks.size()) return std::nullopt;
-  OneWay out;
+  if (machine.packs || traffic.within_hosts()) return std::nullopt;
+  std::map<int, std::array<int64_t, 2>> hosts;  // the most bytes that one of its ranks sends and receives
   for (int r : ranks) {
-    if (traffic.sends(r) && traffic.receives(r)) return std::nullopt;
-    (traffic.sends(r) ? out.senders : out.receivers).push_back(r);
+    auto& [sent, received] = hosts[machine.host_of[r]];
+    sent = std::max(sent, traffic.sent(r));
+    received = std::max(received, traffic.received(r));
   }
-  if (out.senders.empty() || out.receivers.empty()) return std::nullopt;
-  out.send_ns = movement_ns(machine, "exchange", ranks, 1);
+  OneWay out;
+  size_t sending = 0;
+  int64_t most = 0;
+  for (const auto& [host, bytes] : hosts) {
+    if ((bytes[0] > 0) == (bytes[1] > 0)) return std::nullopt;
+    sending += bytes[0] > 0;
+    most = std::max({most, bytes[0], bytes[1]});
+  }
+  for (int r : ranks) (hosts[machine.host_of[r]][0] > 0 ? out.senders : out.receivers).push_back(r);
+  out.times.senders_meet = out.senders.size() > sending;
+  out.times.receivers_meet = out.receivers.size() > hosts.size() - sending;
+  const int64_t alone_ns = movement_ns(machine, "exchange", ranks, 1);
+  out.times.send_ns = alone_ns + static_cast<int64_t>(machine.send_ns_per_byte * static_cast<double>(most));
+  out.times.receive_ns = alone_ns + static_cast<int64_t>(machine.receive_ns_per_byte * static_cast<double>(most));
+  out.times.buffer_ns = movement_ns(machine, "exchange", ranks, kBuffered);
+  out.times.ahead_ns = movement_ns(machine, "exchange", ranks, kAhead);
   return out;
 }
 

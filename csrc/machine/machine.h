@@ -64,6 +64,8 @@ struct Machine {
   double jitter = 0;                 // standard deviation of what a computation takes, in parts of it: ranks that meet wait for the slowest; with busy_speed
   double cold_ns = 0;   // of a movement after a millisecond or more of computation, which has taken the cache; after less in proportion; with busy_speed
   double piece_ns = 0;  // of a piece of a movement's tensor that is packed, put in its place or added, beside its bytes; with busy_speed
+  // That a device loses which computes while what it sent to another host is on its way, or what comes from there; with busy_speed.
+  double send_ns_per_byte = 0, receive_ns_per_byte = 0;
   // Whether what moves is packed before it is sent, and held as it came until it is put together. Ranks that share memory move it from where it lies to where
   // it stays; only what is summed from some of them is held.
   bool packs = true;

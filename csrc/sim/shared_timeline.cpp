@@ -35,7 +35,27 @@ void SharedTimeline::send(const OneWay& exchange, int64_t price_ns, int tag) {
   const int move = static_cast<int>(moves_.size());
   for (int r : exchange.senders) queues_[r].push_back({.move = move, .tag = tag, .sends = true});
   for (int r : exchange.receivers) queues_[r].push_back({.move = move, .tag = tag, .receives = true});
-  moves_.push_back({.num_ranks = exchange.senders.size(), .price_ns = price_ns, .send_ns = std::min(exchange.send_ns, price_ns)});
+  moves_.push_back({.num_ranks = exchange.senders.size(), .price_ns = price_ns, .way = exchange.times, .num_receivers = exchange.receivers.size()});
+}
+
+void SharedTimeline::Move::arrive() {
+  if (arrived < num_ranks || (waits() && received < num_receivers)) return;
+  const auto price = static_cast<double>(price_ns);
+  end_ns = begin + price;
+  if (waits()) end_ns = std::max(end_ns, received_at + price - static_cast<double>(way.ahead_ns));
+}
+
+double SharedTimeline::Move::sender_end(double own) const {
+  if (way.senders_meet) own = sent_at;
+  if ((way.senders_meet && arrived < num_ranks) || (waits() && end_ns < 0)) return -1;
+  const double end = std::max(own + static_cast<double>(std::min(way.send_ns, price_ns)), end_ns - static_cast<double>(way.buffer_ns));
+  return waits() ? std::max(end, received_at) : end;
+}
+
+double SharedTimeline::Move::receiver_end(double own) const {
+  if (way.receivers_meet) own = received_at;
+  if (end_ns < 0 || (way.receivers_meet && received < num_receivers)) return -1;
+  return std::max(end_ns, own + static_cast<double>(std::min(way.receive_ns, price_ns)));
 }
 
 std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
@@ -62,12 +82,19 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         device.begun = true;
         device.begin = now;
         device.left = static_cast<double>(task.work_ns);
-        if (task.sends) {
+        if (task.sends || task.receives) {
           Move& move = moves_[task.move];
-          move.begin = std::max({move.begin, now, device.last_sent < 0 ? 0.0 : moves_[device.last_sent].end_ns});
-          if (++move.arrived == move.num_ranks) move.end_ns = move.begin + static_cast<double>(move.price_ns);
-          device.last_sent = task.move;
-        } else if (task.move >= 0 && !task.receives) {
+          if (task.sends) {
+            move.begin = std::max({move.begin, now, device.last_sent < 0 ? 0.0 : moves_[device.last_sent].end_ns});
+            ++move.arrived;
+            move.sent_at = now;
+            device.last_sent = task.move;
+          } else {
+            ++move.received;
+            move.received_at = now;
+          }
+          move.arrive();
+        } else if (task.move >= 0) {
           Move& move = moves_[task.move];
           const double deviation = machine_.jitter * device.worked;
           const auto [begin, variance] =
@@ -88,8 +115,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
     const auto end_of = [&](size_t d) {  // of a movement; negative: not known yet
       const Task& task = queues_[d][devices[d].next];
       const Move& move = moves_[task.move];
-      const double own = devices[d].begin + static_cast<double>(move.send_ns);
-      return task.sends ? own : move.end_ns < 0 || !task.receives ? move.end_ns : std::max(move.end_ns, own);
+      return task.sends ? move.sender_end(devices[d].begin) : task.receives ? move.receiver_end(devices[d].begin) : move.end_ns;
     };
     const auto rate = [&](size_t d) { return machine_.busy_speed_of(busy[sharing[d]], queues_[d][devices[d].next].updates); };
     double next = std::numeric_limits<double>::infinity();

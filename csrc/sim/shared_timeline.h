@@ -9,8 +9,8 @@
 // Clark's formulas (Operations Research 9, 1961). Where the one of them that computed most has done so for kCold, the movement takes Machine::cold_ns
 // longer, less in proportion: nothing that it needs is in the cores' own caches.
 //
-// Of an exchange one way between hosts (OneWay) the senders go on while it is on its way, and the receivers wait for its arrival alone: it leaves when all
-// senders have come and what they sent before has left.
+// Of an exchange one way between hosts (OneWay) the senders go on while the last of it is on its way, and the receivers wait for its arrival alone: it leaves
+// when all senders have come and what they sent before has left; most of what no buffer holds once all receivers have come, too.
 //
 // Each device does what it was given, in order. Nothing else overlaps on a device.
 #pragma once
@@ -76,8 +76,18 @@ class SharedTimeline {
     int64_t price_ns = 0;
     double begin = 0, variance = 0;  // of the latest of those that have come
     double worked = 0;               // by the one that computed most
-    double end_ns = -1;              // known once all have come; one way, all senders
-    int64_t send_ns = 0;             // one way
+    double end_ns = -1;              // known once all have come; one way, all whom it waits for
+    // One way.
+    OneWay::Times way;
+    size_t num_receivers = 0, received = 0;
+    double sent_at = 0, received_at = 0;  // when the last of each came
+
+    // Of what no buffer holds most waits for the receivers.
+    bool waits() const { return price_ns > way.buffer_ns; }
+    void arrive();  // one of them has come
+    // When a sender and a receiver that came at `own` goes on; negative: not known yet.
+    double sender_end(double own) const;
+    double receiver_end(double own) const;
   };
   const Machine& machine_;
   std::vector<std::vector<Task>> queues_;  // per device

@@ -73,6 +73,8 @@ void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, boo
     machine.cold_ns = 3000;
     machine.piece_ns = 40;
     machine.packs = false;  // what is sent one way between hosts
+    machine.send_ns_per_byte = 0.3;
+    machine.receive_ns_per_byte = 0.2;
   }
   if (launch_ns > 0)
     machine.launch = {{"matmul", {launch_ns, 2 * launch_ns}}, {"relu", {launch_ns, 0}}, {"update", {launch_ns, 300}}, {"collective", {900, 0}}};

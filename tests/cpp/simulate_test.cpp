@@ -221,42 +221,82 @@ TEST(SharedTimeline, MovementsTakeLongerAfterComputation) {
   }
 }
 
-// Device 0 goes on after 3; the first arrives at 110, the second, which the first is in the way of, at 210. The third arrives while device 1 computes, which
-// has it at once.
+// Device 0 goes on after 3; the first arrives at 110, the second, which the first is in the way of, at 210: the buffers hold it, but not a third, of which no
+// more than 200 may be left when device 0 goes on. The fourth arrives while device 1 computes, which is busy with it for 5.
 TEST(SharedTimeline, OneWayTheSenderGoesOn) {
   Machine m = make_machine(2, 2);
   m.busy_speed = {1};
   SharedTimeline timeline(m);
-  const OneWay way{.senders = {0}, .receivers = {1}, .send_ns = 3};
+  const OneWay way{.senders = {0}, .receivers = {1}, .times = {.send_ns = 3, .receive_ns = 5, .buffer_ns = 200, .ahead_ns = 60}};
   timeline.compute(0, 10);
   timeline.send(way, 100);
   timeline.send(way, 100);
   timeline.compute(0, 5);
   EXPECT_EQ(timeline.run(), (std::vector<int64_t>{21, 210}));
+  for (int i = 0; i < 3; ++i) timeline.send(way, 100);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{100, 300}));
   timeline.send(way, 100);
   timeline.compute(1, 500);
   EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 600}));
   timeline.compute(1, 500);
   timeline.send(way, 100);
-  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 503}));
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 505}));
+}
+
+// 300 of which 200 lie in buffers, 60 of these the receiver's: it comes at 500, and 240 are left. Where it comes at once they take 300.
+TEST(SharedTimeline, OneWayWhatNoBufferHoldsWaitsForTheReceiver) {
+  Machine m = make_machine(2, 2);
+  m.busy_speed = {1};
+  SharedTimeline timeline(m);
+  const OneWay way{.senders = {0}, .receivers = {1}, .times = {.send_ns = 3, .receive_ns = 5, .buffer_ns = 200, .ahead_ns = 60}};
+  timeline.compute(1, 500);
+  timeline.send(way, 300);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{540, 740}));
+  timeline.send(way, 300);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{100, 300}));
+}
+
+// Of two on a host the first waits for the second, which comes at 10; so do those who receive: one comes at 400.
+TEST(SharedTimeline, OneWayRanksOfAHostMeet) {
+  Machine m = make_machine(4, 2);
+  m.busy_speed = {1};
+  SharedTimeline timeline(m);
+  const OneWay way{.senders = {0, 1},
+                   .receivers = {2, 3},
+                   .times = {.senders_meet = true, .receivers_meet = true, .send_ns = 3, .receive_ns = 5, .buffer_ns = 200, .ahead_ns = 60}};
+  timeline.compute(1, 10);
+  timeline.compute(3, 400);
+  timeline.send(way, 100);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{13, 13, 405, 405}));
 }
 
 TEST(SharedTimeline, OneWayOnlyBetweenHostsInOneDirectionAndWithoutPacking) {
   Machine m = make_machine(4, 2);
   m.packs = false;
-  const auto is_one_way = [&](const std::vector<std::array<int, 2>>& flows, int64_t bytes) {
+  const auto way = [&](const std::vector<std::array<int, 2>>& flows, int64_t bytes) {
     Traffic traffic(m);
     std::set<int> ranks;
     for (const auto& [from, to] : flows) traffic.add(from, to, bytes), ranks.insert({from, to});
-    return one_way(m, {ranks.begin(), ranks.end()}, traffic).has_value();
+    return one_way(m, {ranks.begin(), ranks.end()}, traffic);
   };
-  EXPECT_TRUE(is_one_way({{0, 2}}, 1000));
-  EXPECT_FALSE(is_one_way({{0, 2}, {2, 0}}, 1000));
-  EXPECT_FALSE(is_one_way({{0, 1}}, 1000)) << "they share memory";
-  EXPECT_FALSE(is_one_way({{0, 2}, {1, 2}}, 1000)) << "0 and 1 meet";
-  EXPECT_FALSE(is_one_way({{0, 2}}, 100 << 20)) << "it doesn't lie in any buffer";
+  const auto is_one_way = [&](const std::vector<std::array<int, 2>>& flows) { return way(flows, 1000).has_value(); };
+  EXPECT_TRUE(is_one_way({{0, 2}}));
+  EXPECT_TRUE(is_one_way({{0, 2}, {1, 2}}));
+  EXPECT_FALSE(is_one_way({{0, 2}, {2, 0}}));
+  EXPECT_FALSE(is_one_way({{0, 2}, {3, 1}})) << "0 and 1 meet, of which one waits for 3";
+  EXPECT_FALSE(is_one_way({{0, 1}})) << "they share memory";
+  EXPECT_FALSE(is_one_way({{0, 1}, {0, 2}})) << "0 and 1 meet";
+  const auto times = [&](const std::vector<std::array<int, 2>>& flows) { return way(flows, 1000)->times; };
+  EXPECT_FALSE(times({{0, 2}}).senders_meet || times({{0, 2}}).receivers_meet);
+  EXPECT_TRUE(times({{0, 2}, {1, 2}}).senders_meet && !times({{0, 2}, {1, 2}}).receivers_meet);
+  EXPECT_TRUE(times({{0, 2}, {0, 3}}).receivers_meet && !times({{0, 2}, {0, 3}}).senders_meet);
+  const int64_t before = times({{0, 2}}).send_ns;
+  m.send_ns_per_byte = 2;
+  m.receive_ns_per_byte = 3;
+  EXPECT_EQ(times({{0, 2}}).send_ns, before + 2000);
+  EXPECT_EQ(times({{0, 2}}).receive_ns, before + 3000);
   m.packs = true;
-  EXPECT_FALSE(is_one_way({{0, 2}}, 1000)) << "another transport";
+  EXPECT_FALSE(is_one_way({{0, 2}})) << "another transport";
 }
 
 // One float takes 1 ns to read or write, and a device's part in it two calls of 100.
