@@ -24,7 +24,6 @@ from torch import nn
 from torch_soap import _C, _backend
 from torch_soap.backend import host
 from torch_soap.machine import Machine
-from torch_soap.message_times import measure_messages
 from torch_soap.measuring import (
     CORES,
     REPEATS,
@@ -39,6 +38,7 @@ from torch_soap.measuring import (
     timed,
     undisturbed,
 )
+from torch_soap.message_times import measure_messages
 from torch_soap.operator_times import OFF, RECENT, Ranks
 from torch_soap.plan import as_plan
 from torch_soap.runtime.comm import Comm, transport

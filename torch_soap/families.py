@@ -97,7 +97,9 @@ def report(machine: Machine, known: dict[str, Any], seconds: float) -> str:
         lines.append(f"  a movement after long computation {machine.cold_ns / 1e3:.1f} us longer")
         lines.append(f"  a piece that is packed or put in its place {machine.piece_ns / 1e3:.1f} us")
         if hosts > 1:
-            lines.append(f"  a byte to another host {machine.send_ns_per_byte:.2f} ns, from there {machine.receive_ns_per_byte:.2f} ns, of who computes meanwhile")
+            lines.append(
+                f"  who computes loses {machine.send_ns_per_byte:.2f} ns by a byte to another host, {machine.receive_ns_per_byte:.2f} ns by one from there"
+            )
         lines.append(f"  a step's own  {machine.step_overhead_ns / 1e3:10.1f} us")
     lines += [f"  {family:<14} {part:10.2f} of these rates" for family, part in sorted(machine.efficiency.items())]
     for key, table in sorted(machine.tables.items()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ MESSAGES = 7  # each way
 
 def measure_messages(machine: _C.Machine, comm: Comm, ranks: Sequence[int], known: dict[str, Any]) -> tuple[float, float]:
     """What a byte to another host takes of who has sent it and computes, and of who computes until it is there (`Machine.send_ns_per_byte`,
-    `receive_ns_per_byte`), the mean of both ways between two hosts. Which core the kernel works on differs from time to time. `ranks`: a group with movements of
-    its own, over hosts."""
+    `receive_ns_per_byte`), the mean of both ways between two hosts: which core the kernel works on differs from time to time. `ranks`: a group with movements
+    of its own, over hosts."""
     if "message_ns" not in known:
         one = ranks[0]
         other = next(r for r in ranks if machine.host_of[r] != machine.host_of[one])
@@ -57,9 +58,12 @@ def measure_messages(machine: _C.Machine, comm: Comm, ranks: Sequence[int], know
                 compute(times)
             return time.perf_counter_ns() - begin
 
+        def both(source: int, target: int) -> tuple[int, int]:
+            return taken(source, target, large), taken(source, target, SMALL)
+
         lost, paces = [], []
         for ends in ((one, other), (other, one)):
-            pairs, pace = calm_samples(lambda ends=ends: (taken(*ends, large), taken(*ends, SMALL)), MESSAGES, together=Ranks(comm))  # type: ignore[misc]
+            pairs, pace = calm_samples(partial(both, *ends), MESSAGES, together=Ranks(comm))
             with_large, with_small = (quiet(values) for values in zip(*pairs, strict=True))
             everyone = comm.gather_ints([max(int(with_large - with_small), 0)])
             lost.append([everyone[rank][0] for rank in ends])

@@ -24,7 +24,7 @@ def machine(world: int, overlap: bool, shared: bool, launch: float) -> _C.Machin
     if shared and not overlap:
         out.busy_speed, out.jitter, out.cold_ns, out.piece_ns = [1.9, 1.3, 1.0, 0.7], 0.07, 2500.0, 150.0
         out.update_speed = [2.2, 1.4, 1.0, 0.9]
-        out.packs = False  # what is sent one way between hosts
+        out.packs, out.send_ns_per_byte, out.receive_ns_per_byte = False, 0.4, 0.3  # what is sent one way between hosts
     elif launch:
         times = {"pointwise": 900.0, "matmul": 1500.0, "view": 300.0, "other": 700.0, "normalization": 1100.0, "collective": 4000.0, "update": 2500.0}
         out.launch = {name: (launch * ns, launch * ns * 1.7) for name, ns in times.items()}

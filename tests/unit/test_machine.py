@@ -188,7 +188,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(curves={"attention": []}), 'curves has "attention", a key is <family>/<type> or'),
     (lambda d: d.update(curves={"matmul/bfloat16": [[2, 1, 1], [1, 1, 1]]}), r"curves\[matmul/bfloat16\] must rise in size: 1 follows 2"),
     (lambda d: d.update(memory_bytes_per_s=float("nan")), "memory_bytes_per_s is nan, it must be a positive number"),
-    (lambda d: d.update(format=7), "the file has format 7, this version reads 1 to 6"),
+    (lambda d: d.update(format=8), "the file has format 8, this version reads 1 to 7"),
     (lambda d: d.pop("format"), "the field format is missing"),
 ]
 
