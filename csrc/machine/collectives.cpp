@@ -147,22 +147,14 @@ void Traffic::add(const Traffic& other) {
   any_ = any_ || other.any_;
 }
 
-int64_t Traffic::busiest() const {
-  const bool networked = most(between_.out, between_.in) > 0;
-  int64_t out = 0;
-  for (size_t d = 0; d < within_.out.size(); ++d) {
-    const int64_t sent = within_.out[d] + between_.out[d], received = within_.in[d] + between_.in[d];
-    out = std::max(out, networked ? std::max(sent, received) : (sent + received + 1) / 2);
-  }
-  return out;
-}
-
 ExchangeLoad Traffic::load(int at_once) const {
+  int64_t copied = 0;
+  for (size_t d = 0; d < within_.out.size(); ++d) copied = std::max(copied, (within_.out[d] + within_.in[d] + 1) / 2);
   return {.within = most(within_.out, within_.in),
           .within_host = most(within_.host_out, within_.host_in) * at_once,
           .between = most(between_.out, between_.in),
           .between_host = most(between_.host_out, between_.host_in) * at_once,
-          .busiest = busiest()};
+          .copied = copied};
 }
 
 ExchangeLoad& ExchangeLoad::operator+=(const ExchangeLoad& other) {
@@ -170,7 +162,7 @@ ExchangeLoad& ExchangeLoad::operator+=(const ExchangeLoad& other) {
   within_host += other.within_host;
   between += other.between;
   between_host += other.between_host;
-  busiest += other.busiest;
+  copied += other.copied;
   return *this;
 }
 

@@ -25,10 +25,10 @@
 
 namespace soap {
 
-// What an exchange puts on the busiest device and the busiest host, one way: within hosts and between them. `busiest`: see Traffic. Of exchanges of which all
-// load the same device most, at the same time, it is the sum.
+// What an exchange puts on the busiest device and the busiest host, one way: within hosts and between them. `copied`: half of what the busiest device sends and
+// receives within its host, where it copies both by itself. Of exchanges of which all load the same device most, at the same time, it is the sum.
 struct ExchangeLoad {
-  int64_t within = 0, within_host = 0, between = 0, between_host = 0, busiest = 0;
+  int64_t within = 0, within_host = 0, between = 0, between_host = 0, copied = 0;
   ExchangeLoad& operator+=(const ExchangeLoad& other);
   bool empty() const { return within == 0 && between == 0; }
   bool operator==(const ExchangeLoad&) const = default;
@@ -44,9 +44,6 @@ class Traffic {
   // All of another exchange of this machine, at the same time.
   void add(const Traffic& other);
   bool empty() const { return !any_; }
-  // What measured tables are keyed by, of the busiest device: half of what it sends and receives within hosts, where it copies both by itself; over a
-  // network, which carries both ways at once, the larger of the two.
-  int64_t busiest() const;
   // To and from other hosts, in bytes, and whether anything else moves.
   int64_t sent(int device) const { return between_.out[device]; }
   int64_t received(int device) const { return between_.in[device]; }
@@ -70,7 +67,8 @@ class Traffic {
   bool any_ = false;
 };
 
-// The time of an exchange: from a measured table if there is one for these ranks, else Traffic's.
+// The time of an exchange: from measured tables if there are any for these ranks, else Traffic's. A table within hosts has it by `copied`; one over hosts, of
+// an exchange in which all ranks send each other as much, by what that puts on a host's network: what moves within the hosts goes on meanwhile.
 int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic);
 // The same where the participants aren't named; and by the links alone.
 int64_t exchange_ns(const Machine& machine, int num_ranks, int num_hosts, const ExchangeLoad& load);

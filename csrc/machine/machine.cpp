@@ -198,7 +198,7 @@ namespace {
 // The measured table whose ranks are most like these: within a host, or over hosts, as they are; then of the nearest number of ranks.
 struct Measured {
   const SizeTable* table = nullptr;
-  int ranks = 0;
+  int ranks = 0, hosts = 0;
 };
 Measured nearest(const Machine& machine, const std::string& kind, int ranks, int hosts) {
   Measured best;
@@ -210,11 +210,21 @@ Measured nearest(const Machine& machine, const std::string& kind, int ranks, int
     if ((h > 1) != (hosts > 1)) continue;
     const int away = 1000 * std::abs(n - ranks) + std::abs(h - hosts);
     if (!best.table || away < distance) {
-      best = {&table, n};
+      best = {&table, n, h};
       distance = away;
     }
   }
   return best;
+}
+
+// How many groups of a table's ranks shared each host's network when it was measured: all that there is room for.
+int groups_measured(const Machine& machine, const Measured& measured) {
+  if (measured.hosts < 2 || measured.ranks > measured.hosts) return 1;
+  std::map<int, int> ranks;
+  for (int host : machine.host_of) ++ranks[host];
+  int fewest = machine.num_devices();
+  for (const auto& [host, count] : ranks) fewest = std::min(fewest, count);
+  return fewest;
 }
 
 }  // namespace
@@ -227,7 +237,8 @@ int64_t movement_ns(const Machine& machine, const std::string& kind, const std::
     if (kind != "all_reduce") return interpolate(*measured.table, bytes);
     // A ring of n sends 2 (n-1)/n of the tensor: as long as a tensor that much smaller or larger takes the ranks of the table.
     const auto share = [](size_t n) { return static_cast<double>(n - 1) / static_cast<double>(n); };
-    return interpolate(*measured.table, static_cast<int64_t>(static_cast<double>(bytes) * share(ranks.size()) / share(measured.ranks)));
+    const double together = hosts > 1 ? static_cast<double>(at_once) / groups_measured(machine, measured) : 1;  // that share a host's network
+    return interpolate(*measured.table, static_cast<int64_t>(static_cast<double>(bytes) * together * share(ranks.size()) / share(measured.ranks)));
   }
   if (kind == "all_reduce") return static_cast<int64_t>(all_reduce_ns(machine, ranks, static_cast<double>(bytes), at_once));
   // Spread evenly: every rank sends and receives as much, so the busiest link is that of the host with most to move.
@@ -248,10 +259,7 @@ int64_t movement_ns(const Machine& machine, const std::string& kind, const std::
 }
 
 int64_t exchange_ns(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic) {
-  if (ranks.size() < 2) return 0;
-  if (machine.tables.empty()) return traffic.exchange_ns();
-  const Measured measured = nearest(machine, "exchange", static_cast<int>(ranks.size()), machine.num_hosts(ranks));
-  return measured.table ? interpolate(*measured.table, traffic.busiest()) : traffic.exchange_ns();
+  return exchange_ns(machine, static_cast<int>(ranks.size()), machine.num_hosts(ranks), traffic.load(1));
 }
 
 std::optional<OneWay> one_way(const Machine& machine, const std::vector<int>& ranks, const Traffic& traffic) {
@@ -276,16 +284,31 @@ std::optional<OneWay> one_way(const Machine& machine, const std::vector<int>& ra
   const int64_t alone_ns = movement_ns(machine, "exchange", ranks, 1);
   out.times.send_ns = alone_ns + static_cast<int64_t>(machine.send_ns_per_byte * static_cast<double>(most));
   out.times.receive_ns = alone_ns + static_cast<int64_t>(machine.receive_ns_per_byte * static_cast<double>(most));
-  out.times.buffer_ns = movement_ns(machine, "exchange", ranks, kBuffered);
-  out.times.ahead_ns = movement_ns(machine, "exchange", ranks, kAhead);
+  const auto all_ns = [&](int64_t of_each) {  // of a connection
+    const auto at_once = static_cast<int64_t>((out.senders.size() + sending - 1) / sending);
+    return exchange_ns(machine, static_cast<int>(ranks.size()), static_cast<int>(hosts.size()), {.between = of_each, .between_host = of_each * at_once});
+  };
+  out.times.buffer_ns = all_ns(kBuffered);
+  out.times.ahead_ns = all_ns(kAhead);
   return out;
 }
 
 int64_t exchange_ns(const Machine& machine, int num_ranks, int num_hosts, const ExchangeLoad& load) {
   if (num_ranks < 2 || load.empty()) return 0;
-  if (machine.tables.empty()) return exchange_ns(machine, load);
-  const Measured measured = nearest(machine, "exchange", num_ranks, num_hosts);
-  return measured.table ? interpolate(*measured.table, load.busiest) : exchange_ns(machine, load);
+  int64_t out = 0;
+  if (load.between > 0) {
+    const Measured over = nearest(machine, "exchange", num_ranks, std::max(num_hosts, 2));
+    if (!over.table) return exchange_ns(machine, load);
+    const double n = over.ranks, each = n / over.hosts;  // ranks of a host, which send so many parts of what they send to others:
+    const double leaves = each * (n - each) / (n - 1) * groups_measured(machine, over);
+    out = interpolate(*over.table, static_cast<int64_t>(static_cast<double>(load.between_host) / leaves));
+  }
+  if (load.within > 0) {
+    const Measured within = nearest(machine, "exchange", std::max(num_ranks / std::max(num_hosts, 1), 2), 1);
+    if (!within.table) return std::max(out, exchange_ns(machine, {.within = load.within, .within_host = load.within_host}));
+    out = std::max(out, interpolate(*within.table, load.copied));
+  }
+  return out;
 }
 
 }  // namespace soap

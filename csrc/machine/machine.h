@@ -71,7 +71,8 @@ struct Machine {
   bool packs = true;
   SizeTable update;                             // measured (bytes, ns) of the optimizer's update of one parameter; empty: by memory_bytes_per_s
   Link intra{20e3, 2e9}, inter{100e3, 1e9, 1};  // within a host, between hosts
-  // By "<kind>/<ranks>/<hosts>", kind exchange (bytes that one rank sends and receives, each; see Traffic::busiest) or all_reduce (bytes of the tensor).
+  // By "<kind>/<ranks>/<hosts>", kind exchange (bytes that each rank sends, as much to each other one, and receives) or all_reduce (bytes of the tensor); all
+  // groups that there is room for at once.
   std::map<std::string, SizeTable> tables;
 
   int num_devices() const { return static_cast<int>(host_of.size()); }

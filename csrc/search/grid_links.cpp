@@ -52,7 +52,7 @@ ExchangeLoad GridLinks::to_each(int64_t bytes, int64_t ranks, int64_t here, int6
   ExchangeLoad out{.within = bytes * (here - 1), .between = bytes * (ranks - here)};
   out.within_host = out.within * all;
   out.between_host = out.between * all;
-  out.busiest = out.within + out.between;
+  out.copied = out.within;
   return out;
 }
 
@@ -102,7 +102,7 @@ ExchangeLoad GridLinks::share_gradient(int64_t bytes, int group, bool alike, int
     out.within_host = std::max(out.within_host, part * near * ranks[host]);
     out.between_host = std::max(out.between_host, part * far * ranks[host]);
   }
-  out.busiest = out.between > 0 ? out.within + out.between : (out.within + 1) / 2;
+  out.copied = (out.within + 1) / 2;
   return out;
 }
 

@@ -77,7 +77,7 @@ struct Schedule {
       all.between_host = std::max(all.between_host, between += load.between_host);
       all.within = std::max(all.within, load.within);
       all.between = std::max(all.between, load.between);
-      all.busiest = std::max(all.busiest, load.busiest);
+      all.copied = std::max(all.copied, load.copied);
       ready = std::max(ready, ends[s]);
     }
     const int num_ranks = std::max(static_cast<int>(stages.size()) * o.stage_devices, 2);

@@ -100,7 +100,7 @@ struct StagesBuilder {
     ExchangeLoad load{.within = within > 0 ? bytes : 0, .within_host = within * bytes};
     load.between = between_hosts > 0 ? bytes : 0;
     load.between_host = between_hosts * bytes;
-    load.busiest = load.between > 0 ? bytes : (bytes + 1) / 2;
+    load.copied = within > 0 ? (bytes + 1) / 2 : 0;
     return links[t.from].exchange(load, t.to);
   }
 

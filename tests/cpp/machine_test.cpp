@@ -139,7 +139,8 @@ TEST(Collectives, AnExchangeIsAsLongAsItsBusiestLink) {
   EXPECT_EQ(t.exchange_ns(), 1'000 + 10'000'000);
   t.add(3, 0, 490'000'000);  // the other device of that host: 50 ms together
   EXPECT_EQ(t.exchange_ns(), 10'000 + 50'000'000);
-  EXPECT_EQ(t.busiest(), 1'010'000'000);  // device 1 receives more than device 0 sends
+  EXPECT_EQ(t.load(1).copied, 500'000'000);  // half of it each: what comes from another host doesn't count
+  EXPECT_EQ(t.load(1).between_host, 500'000'000);
   const Machine host = pod(1, 4, 0);
   Traffic gather(host);  // what one receives from all counts, not what each sends
   for (int from : {1, 2, 3}) gather.add(from, 0, 100'000'000);
@@ -156,6 +157,26 @@ TEST(Machine, AMeasuredTableGoesBeforeTheModel) {
   t.add(1, 0, 1000000);
   EXPECT_EQ(exchange_ns(m, first(4), t), 700000);
   EXPECT_EQ(movement_ns(m, "all_reduce", first(4), 1000000, 8), 900000);
+}
+
+// Tables that take 1 ns for each byte of a rank: over four ranks on two hosts 4/3 bytes leave a host for each, over two of them, two such pairs at once, 2.
+TEST(Machine, ATableOverHostsSaysWhatTheirNetworkTakes) {
+  Machine m = pod(2, 2, 1);
+  m.tables["exchange/4/2"] = m.tables["exchange/2/2"] = m.tables["all_reduce/2/2"] = {{1000, 1000}, {1000000, 1000000}};
+  m.tables["exchange/2/1"] = {{1000, 10000}, {1000000, 10000000}};
+  Traffic t(m);
+  t.add(0, 2, 40000);
+  EXPECT_NEAR(static_cast<double>(exchange_ns(m, {0, 2}, t)), 20000, 2);
+  EXPECT_NEAR(static_cast<double>(exchange_ns(m, first(4), t)), 30000, 2);
+  t.add(1, 3, 40000);
+  t.add(3, 0, 60000);  // the other way, less than both together
+  EXPECT_NEAR(static_cast<double>(exchange_ns(m, first(4), t)), 60000, 2);
+  t.add(0, 1, 2000);  // meanwhile
+  EXPECT_NEAR(static_cast<double>(exchange_ns(m, first(4), t)), 60000, 2);
+  t.add(0, 1, 18000);
+  EXPECT_NEAR(static_cast<double>(exchange_ns(m, first(4), t)), 100000, 2);
+  EXPECT_NEAR(static_cast<double>(movement_ns(m, "all_reduce", {0, 2}, 40000, 1)), 20000, 2);
+  EXPECT_NEAR(static_cast<double>(movement_ns(m, "all_reduce", {0, 2}, 40000, 2)), 40000, 2);
 }
 
 // On a device of half the speed the step takes as long as twice the work: b's device does nothing else.

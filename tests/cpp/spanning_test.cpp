@@ -135,6 +135,29 @@ INSTANTIATE_TEST_SUITE_P(Layouts, SpanningOn,
                                          std::vector<std::string>{"a", "b", "a"}, std::vector<std::string>{"a", "b", "c", "a", "b", "c"},
                                          std::vector<std::string>{"a", "b", "b", "c", "b"}));
 
+// The receiver comes when the sender is done.
+TEST(Spanning, WhoOnlySendsWaitsForNobody) {
+  const Hosts hosts = Hosts::of({"a", "b"});
+  std::atomic<bool> sent{false};
+  on_ranks(hosts, std::chrono::seconds(20), std::chrono::microseconds(0), [&](SpanningGroup& group, int me) {
+    Floats numbers = me == 0 ? values(0, 1000) : Floats(1000);
+    const std::vector<Memory> nothing(2);
+    std::vector<Memory> memory(2);
+    memory[1 - me] = memory_of(numbers);
+    const std::vector<bool> nobody(2), other{me == 1, me == 0};
+    if (me == 0) {
+      EXPECT_EQ(error_of(*begin<SpanningExchange>(group, true, "exchange", memory, other, nothing, nobody)), "");
+      sent = true;
+    } else {
+      const auto deadline = Clock::now() + std::chrono::seconds(10);
+      while (!sent && Clock::now() < deadline) std::this_thread::yield();
+      EXPECT_TRUE(sent);
+      EXPECT_EQ(error_of(*begin<SpanningExchange>(group, true, "exchange", nothing, nobody, memory, other)), "");
+      EXPECT_EQ(numbers, values(0, 1000));
+    }
+  });
+}
+
 TEST(SpanningErrors, OtherCallsAreSeenByAll) {
   const Hosts hosts = Hosts::of({"a", "a", "b", "b"});
   std::array<std::string, 4> errors;

@@ -9,7 +9,9 @@ import torch.distributed as dist
 
 from tests.dist.backend_values import everything, expect, host_ranks, rank, size
 from torch_soap import cache, calibrate
+from torch_soap.message_times import message
 from torch_soap.runtime.comm import TorchComm, transport
+from torch_soap.runtime.movement import execute
 
 
 def mistakes_between_hosts() -> None:
@@ -46,6 +48,23 @@ def calibrated() -> None:
     here = cache.file_of(size(), placed)
     assert (here == cache.file_of(size())) == (len(host_ranks()) == 1), here
     assert everything(here.name) == [here.name] * size()
+
+
+def sender_goes_on() -> None:
+    """A movement from one host to another ends where it is sent before the other rank begins it."""
+    comm, first, last = TorchComm(), 0, size() - 1
+    comm.join([(first, last)])
+    if rank() not in (first, last):
+        return
+    store = dist.distributed_c10d._get_default_store()
+    step, sent = message(comm, (first, last), first, last, 64 << 10), torch.arange(16 << 10, dtype=torch.float32)
+    if rank() == last:
+        store.wait(["gone on"], datetime.timedelta(seconds=10))
+    received = execute(step, comm, lambda value, dtype: sent)
+    if rank() == first:
+        store.set("gone on", "")
+    else:
+        expect("what was sent", received[0][1], sent)
 
 
 def hosts() -> None:

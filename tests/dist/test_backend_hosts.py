@@ -15,7 +15,7 @@ from tests.dist.worker_backend import CHECKS
 
 # Ranks of each host -> what is checked. Three hosts share sums out among each other, two don't. Two hosts with one rank or two each are network namespaces
 # (test_two_hosts.py, test_backend.py), and tests/cpp/spanning_test.cpp has all kinds of layouts.
-LAYOUTS = {"2,1": tuple(CHECKS), "1,1,1": ("sums_in_rank_order", "movements")}
+LAYOUTS = {"2,1": (*CHECKS, "sender_goes_on"), "1,1,1": ("sums_in_rank_order", "movements")}
 
 
 @functools.cache

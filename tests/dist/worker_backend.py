@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 import torch_soap  # registers the backend
-from tests.dist.backend_hosts import calibrated, hosts, mistakes_between_hosts
+from tests.dist.backend_hosts import calibrated, hosts, mistakes_between_hosts, sender_goes_on
 from tests.dist.backend_values import Op, added, everyone, expect, folded, host_ranks, rank, size, values
 from tests.dist.launch import report
 
@@ -406,6 +406,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "parallelized": parallelized,
     "calibrated": calibrated,
 }
+ON_HOSTS = {"hosts": hosts, "sender_goes_on": sender_goes_on}  # of a job on several of them
 
 
 def main() -> None:
@@ -419,7 +420,7 @@ def main() -> None:
     for name in sys.argv[1:] or CHECKS:
         begin = time.perf_counter()
         try:
-            (hosts if name == "hosts" else CHECKS[name])()
+            (ON_HOSTS | CHECKS)[name]()
             results[name] = ""
         except Exception:  # reported: the others come to the next check or fail in theirs
             results[name] = traceback.format_exc()[-1500:]
