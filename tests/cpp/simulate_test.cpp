@@ -221,56 +221,57 @@ TEST(SharedTimeline, MovementsTakeLongerAfterComputation) {
   }
 }
 
+// Sending takes 3, having what has come 5; buffers hold what takes 200, the receiver's 60 of it.
+class OneWaySends : public testing::Test {
+ protected:
+  OneWay way{.senders = {0}, .receivers = {2}, .times = {.send_ns = 3, .receive_ns = 5, .buffer_ns = 200, .ahead_ns = 60}};
+  Machine machine = [] {
+    Machine m = make_machine(4, 2);
+    m.busy_speed = {1};
+    return m;
+  }();
+  SharedTimeline timeline{machine};
+};
+
 // Device 0 goes on after 3; the first arrives at 110, the second, which the first is in the way of, at 210: the buffers hold it, but not a third, of which no
-// more than 200 may be left when device 0 goes on. The fourth arrives while device 1 computes, which is busy with it for 5.
-TEST(SharedTimeline, OneWayTheSenderGoesOn) {
-  Machine m = make_machine(2, 2);
-  m.busy_speed = {1};
-  SharedTimeline timeline(m);
-  const OneWay way{.senders = {0}, .receivers = {1}, .times = {.send_ns = 3, .receive_ns = 5, .buffer_ns = 200, .ahead_ns = 60}};
+// more than 200 may be left when device 0 goes on. The fourth arrives while device 2 computes, which is busy with it for 5.
+TEST_F(OneWaySends, TheSenderGoesOn) {
   timeline.compute(0, 10);
   timeline.send(way, 100);
   timeline.send(way, 100);
   timeline.compute(0, 5);
-  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{21, 210}));
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{21, 0, 210, 0}));
   for (int i = 0; i < 3; ++i) timeline.send(way, 100);
-  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{100, 300}));
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{100, 0, 300, 0}));
   timeline.send(way, 100);
-  timeline.compute(1, 500);
-  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 600}));
-  timeline.compute(1, 500);
+  timeline.compute(2, 500);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 0, 600, 0}));
+  timeline.compute(2, 500);
   timeline.send(way, 100);
-  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 505}));
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{3, 0, 505, 0}));
 }
 
 // 300 of which 200 lie in buffers, 60 of these the receiver's: it comes at 500, and 240 are left. Where it comes at once they take 300.
-TEST(SharedTimeline, OneWayWhatNoBufferHoldsWaitsForTheReceiver) {
-  Machine m = make_machine(2, 2);
-  m.busy_speed = {1};
-  SharedTimeline timeline(m);
-  const OneWay way{.senders = {0}, .receivers = {1}, .times = {.send_ns = 3, .receive_ns = 5, .buffer_ns = 200, .ahead_ns = 60}};
-  timeline.compute(1, 500);
+TEST_F(OneWaySends, WhatNoBufferHoldsWaitsForTheReceiver) {
+  timeline.compute(2, 500);
   timeline.send(way, 300);
-  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{540, 740}));
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{540, 0, 740, 0}));
   timeline.send(way, 300);
-  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{100, 300}));
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{100, 0, 300, 0}));
 }
 
 // Of two on a host the first waits for the second, which comes at 10; so do those who receive: one comes at 400.
-TEST(SharedTimeline, OneWayRanksOfAHostMeet) {
-  Machine m = make_machine(4, 2);
-  m.busy_speed = {1};
-  SharedTimeline timeline(m);
-  const OneWay way{.senders = {0, 1},
-                   .receivers = {2, 3},
-                   .times = {.senders_meet = true, .receivers_meet = true, .send_ns = 3, .receive_ns = 5, .buffer_ns = 200, .ahead_ns = 60}};
+TEST_F(OneWaySends, RanksOfAHostMeet) {
+  way.senders = {0, 1};
+  way.receivers = {2, 3};
+  way.times.senders_meet = way.times.receivers_meet = true;
   timeline.compute(1, 10);
   timeline.compute(3, 400);
   timeline.send(way, 100);
   EXPECT_EQ(timeline.run(), (std::vector<int64_t>{13, 13, 405, 405}));
 }
 
-TEST(SharedTimeline, OneWayOnlyBetweenHostsInOneDirectionAndWithoutPacking) {
+TEST(OneWay, OnlyBetweenHostsInOneDirectionAndWithoutPacking) {
   Machine m = make_machine(4, 2);
   m.packs = false;
   const auto way = [&](const std::vector<std::array<int, 2>>& flows, int64_t bytes) {
