@@ -482,6 +482,7 @@ class LocalValueList:
 class Machine:
     busy_speed: list[float]
     cold_ns: float
+    turn_ns: float
     cores_of: list[int]
     curves: dict[str, list[tuple[float, float, float]]]
     efficiency: dict[str, float]

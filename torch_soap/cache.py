@@ -16,7 +16,7 @@ from torch_soap.measuring import NEAR, PACE, apart, forget_doubtful, load_per_co
 from torch_soap.operator_times import Ranks, doubt
 from torch_soap.runtime.comm import Comm, transport
 
-FORMAT = 19  # of the cache
+FORMAT = 20  # of the cache
 LOOKS = 2  # at what is in the cache, each in another run: figures that none of them found too large are no longer doubted
 
 

@@ -6,14 +6,13 @@ that changes them.
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import socket
 import statistics
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -31,34 +30,25 @@ from torch_soap.measuring import (
     at_pace,
     calm_samples,
     calmest,
+    lesser,
     mark,
     own_clock,
     quiet,
-    spread_of,
     timed,
-    undisturbed,
 )
 from torch_soap.message_times import measure_messages
-from torch_soap.operator_times import OFF, RECENT, Ranks
+from torch_soap.movement_times import OTHER, group_layouts, measure_cold, measure_movements, measure_pieces, measure_turns
+from torch_soap.operator_times import OFF, Ranks
 from torch_soap.plan import as_plan
 from torch_soap.runtime.comm import Comm, transport
 from torch_soap.runtime.heap import keep_freed_memory
-from torch_soap.runtime.movement import PlannedMove, PlannedStep, PlannedTransfer, execute
 from torch_soap.runtime.parallel import Parallel
 
-COLD_SIZES, COLD_MEETINGS = (32 << 10, 256 << 10), 30  # of movements after short and after long computations
-SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 8 << 20)  # of movements, bytes
 MEETINGS, BETWEEN = 60, 16  # of ranks, and products that each computes between two of them: five milliseconds
 SHARING_ROUNDS = 5  # over numbers of ranks at work
 MANY_PARAMETERS, LAYER = 64, 512  # of a model that computes nothing; inputs and outputs of one that takes the caches
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 UPDATE_LOOKED_AT = 8 << 20  # of these
-LOOKED_AT, OFF_MOVING = 256 << 10, 1.2  # of the sizes of movements; what a table of a slow minute is off by: movements differ from time to time
-SMALL_PIECE, PIECES = 64, (2, 66)  # elements of a piece, and how many of them
-# Beyond all caches; measured where it doesn't take long.
-LARGE, LARGE_NS = 40 << 20, 50_000_000
-OTHER = 8 << 20  # bytes that a core's own cache doesn't hold
-UNCACHED = 64 << 20  # bytes that no cache holds beside what else goes on
 OWN_CORE = 0.75  # of a rank's own clock against the wall's with all at work (`Machine.busy_speed`): with less it shares its core
 
 
@@ -97,8 +87,9 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
         cores_of = sharing(comm)
         if known.setdefault("cores_of", cores_of) != cores_of:  # hosts were together on one machine, or are now
             known["cores_of"] = cores_of
-            for name in ("busy_speed", "update_speed"):
+            for name in ("busy_speed", "update_speed", "turn_ns"):
                 known.pop(name, None)
+            known["tables"] = {}
         machine.cores_of = cores_of if cores_of != machine.host_of else []
     num_local = max(Counter(machine.sharing()).values())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -120,14 +111,14 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
     if comm is not None and world_size > 1:
         machine.packs = transport() != "soap"
         machine.busy_speed, machine.update_speed = measure_sharing(machine, comm, known)
-        # Ranks that take turns on cores lose nothing while they wait, as others compute then, and find no core's cache as they left it: what movements
-        # take after computation is in their tables.
+        # Ranks that take turns on cores lose nothing while they wait, as others compute then, and find no core's cache as they left it.
         own_core = machine.busy_speed[-1] > OWN_CORE
         machine.jitter = measure_jitter(comm, known) if own_core else 0.0
-        measure_step(machine, comm, known)
+        measure_step(machine, comm, known, own_core)
         machine.piece_ns = measure_pieces(comm, known)
-        measure_movements(machine, comm, known)
+        measure_movements(machine, comm, known, own_core)
         machine.cold_ns = measure_cold(machine, comm, known) if own_core else 0.0
+        machine.turn_ns = 0.0 if own_core else measure_turns(comm, known)
         if max(host_of, default=0) > 0 and not machine.packs:
             hosts, groups = len(set(host_of)), group_layouts(host_of)
             over_hosts = groups.get((hosts, hosts), groups[world_size, hosts])[0]
@@ -238,28 +229,31 @@ def measure_jitter(comm: Comm, known: dict[str, Any]) -> float:
     return float(known["jitter"])
 
 
-def measure_step(machine: Machine, comm: Comm, known: dict[str, Any]) -> None:
+def measure_step(machine: Machine, comm: Comm, known: dict[str, Any], own_core: bool) -> None:
     """What a step takes beyond its operators and movements: the agreement of ranks, Python and autograd around it. Something that takes the caches is computed
     in it, as in training: a step that computes nothing takes a third of it. What of it each parameter takes, one after another, comes on top of the
-    parameter's update; and what the call of a segment takes that computes nothing."""
+    parameter's update; and what the call of a segment takes that computes nothing. Where ranks take turns on cores (not `own_core`) by their own clocks: what
+    others compute between a rank's instructions is in theirs."""
     if "step_overhead" not in known:
-        whole, _, taken = time_step(comm, 1, LAYER)
-        one, segment, _ = time_step(comm, 1, 1)
-        many, _, _ = time_step(comm, MANY_PARAMETERS, 1)
+        clock = time.perf_counter_ns if own_core else own_clock()
+        whole, _, taken = time_step(comm, 1, LAYER, clock)
+        one, segment, _ = time_step(comm, 1, 1, clock)
+        many, _, _ = time_step(comm, MANY_PARAMETERS, 1, clock)
         each = max(many - one, 0) // (MANY_PARAMETERS - 1)
-        known["step_overhead"] = [max(whole - each, 0), segment, each]
+        speed = 1.0 if clock is time.perf_counter_ns else machine.busy_speed[-1]
+        known["step_overhead"] = [int(max(whole - each, 0) / speed), segment, each]
         mark(known, "step_overhead", taken)
     of_step, of_segment, of_parameter = known["step_overhead"]
     machine.step_overhead_ns, machine.segment_overhead_ns = float(of_step), float(of_segment)
     machine.update = [(size, ns + of_parameter) for size, ns in machine.update]
 
 
-def time_step(comm: Comm, num_layers: int, width: int) -> tuple[int, int, Timing]:
-    """ns of a step of linear layers beyond its instructions, of one of its segments, and the step."""
+def time_step(comm: Comm, num_layers: int, width: int, clock: Callable[[], int]) -> tuple[int, int, Timing]:
+    """ns of a step of linear layers beyond its instructions, of one of its segments, and the step, by this clock."""
     layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(num_layers)))
     model = Parallel(layers, comm, loss=None, planner=lambda graph, _, rows: as_plan("* n=fed", graph, len(rows)))
     model.label = "calibration"
-    x, other = torch.ones(width, width), torch.zeros(OTHER // 4 if width > 1 else 1)
+    x, other, ranks = torch.ones(width, width), torch.zeros(OTHER // 4 if width > 1 else 1), Ranks(comm)
 
     def between_steps() -> None:
         layers.zero_grad()
@@ -270,196 +264,21 @@ def time_step(comm: Comm, num_layers: int, width: int) -> tuple[int, int, Timing
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        taken = calmest(lambda: slowest(comm, timed(one_step, 2 * REPEATS, before=between_steps, together=Ranks(comm))))
+        taken = calmest(lambda: ranks.slowest(timed(one_step, 2 * REPEATS, clock, before=between_steps, together=ranks)))
         engine, kinds = next(iter(model.engines.values()))[0], (_C.InstructionKind.segment, _C.InstructionKind.segment_backward)
+        engine.trace_clock = clock
         beyond, segments = [], []
         for _ in range(10):
             between_steps()
             engine.trace = []
-            begin = time.perf_counter_ns()
+            begin = clock()
             one_step()
-            beyond.append(time.perf_counter_ns() - begin - sum(end - begin for _, begin, end in engine.trace))
+            beyond.append(clock() - begin - sum(end - begin for _, begin, end in engine.trace))
             segments += [end - begin for position, begin, end in engine.trace if engine.kinds[position] in kinds]
     everyone = comm.gather_ints([int(quiet(beyond)), int(quiet(segments))])
     return max(v[0] for v in everyone), max(v[1] for v in everyone), taken
 
 
-def slowest(comm: Comm, mine: Timing) -> Timing:
-    everyone = comm.gather_ints([mine.ns, int(mine.spread * 1000)])
-    return Timing(max(v[0] for v in everyone), max(v[1] for v in everyone) / 1000)
-
-
-def measure_pieces(comm: Comm, known: dict[str, Any]) -> float:
-    """What one more piece of a tensor takes that is put together of small ones (`Machine.piece_ns`)."""
-    if "piece_ns" not in known:
-        source, a = torch.zeros(SMALL_PIECE), torch.randn(128, 128)
-        timings = []
-        for count in PIECES:
-            indices = [[(0, [(i * SMALL_PIECE, (i + 1) * SMALL_PIECE)])] for i in range(count)]
-            moves = [PlannedMove(-1, False, 0, 1, [], index, [SMALL_PIECE], SMALL_PIECE) for index in indices]
-            step = PlannedStep([], [PlannedTransfer(False, False, False, source.dtype, [], moves, [(1, [count * SMALL_PIECE])], _C.Reduce.none)])
-
-            def assemble(_: Any, step: PlannedStep = step) -> None:
-                execute(step, comm, lambda value, dtype: source)
-
-            barrier(comm)
-            timings.append(slowest(comm, timed(assemble, 10 * REPEATS, own_clock(), before=lambda: a @ a, together=Ranks(comm))))
-        few, many = timings
-        known["piece_ns"] = max(many.ns - few.ns, 1) / (PIECES[1] - PIECES[0])
-        mark(known, "piece_ns", *timings)
-    return float(known["piece_ns"])
-
-
-def measure_movements(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> None:
-    """Exchange and all-reduce by size: over the world, in groups of a power of two within each host, and in such groups over hosts, all groups of a kind at
-    once. Other sets of ranks are priced by the nearest of these."""
-    tables, doubted = dict(machine.tables), "tables" in known.get("doubted", [])
-    layouts = group_layouts(machine.host_of)
-    comm.join({tuple(group) for groups in layouts.values() for group in groups})
-    for (num_ranks, num_hosts), groups in layouts.items():
-        ranks = next((g for g in groups if comm.rank in g), [])
-        for kind in ("exchange", "all_reduce"):
-            key = f"{kind}/{num_ranks}/{num_hosts}"
-            if key not in known["tables"]:
-                known["tables"][key] = time_movements(comm, kind, ranks, known, key)
-            elif doubted and dict(known["tables"][key])[LOOKED_AT] > OFF_MOVING * time_movement(comm, kind, ranks, LOOKED_AT).ns:
-                known["tables"][key] = lesser(known["tables"][key], time_movements(comm, kind, ranks, known, key))
-            tables[key] = [tuple(p) for p in known["tables"][key]]
-    known["doubted"] = [name for name in known.get("doubted", []) if name != "tables"]
-    machine.tables = tables
-
-
-def time_movements(comm: Comm, kind: str, ranks: list[int], known: dict[str, Any], key: str) -> list[list[int]]:
-    """[bytes, ns] of each size. `key`: of the table."""
-    sizes = list(SIZES)
-    timings = [calmest(lambda s=size: time_movement(comm, kind, ranks, s)) for size in sizes]  # type: ignore[misc]
-    if timings[-1].ns < LARGE_NS:
-        sizes.append(LARGE)
-        timings.append(time_movement(comm, kind, ranks, LARGE))
-    mark(known, f"tables/{key}", *timings)
-    return [[size, t.ns] for size, t in zip(sizes, timings, strict=True)]
-
-
-def lesser(before: Sequence[Any], now: Sequence[Any]) -> list[list[int]]:
-    """Of two tables of pairs [bytes, ns]: what else goes on in the machine only adds."""
-    again = dict(now)
-    return [[size, min(ns, again.get(size, ns))] for size, ns in before]
-
-
-def measure_cold(machine: _C.Machine, comm: Comm, known: dict[str, Any]) -> float:
-    """How much longer small movements take after computations of some milliseconds than after short ones (`Machine.cold_ns`): from when the last rank comes
-    until all have what they wait for."""
-    if "cold_ns" not in known:
-        world = list(range(comm.world_size))
-        short = torch.randn(128, 128), torch.zeros((64 << 10) // 4)
-        long = torch.randn(512, 512), torch.zeros(OTHER // 4)
-        more, paces = [], []
-        for kind in ("exchange", "all_reduce"):
-            for size in COLD_SIZES:
-                source = torch.zeros(size // 4)
-                step = movement(comm, kind, world, source)
-
-                def meet(before: tuple[torch.Tensor, torch.Tensor], step: PlannedStep = step, source: torch.Tensor = source) -> list[int]:
-                    product, written = before
-                    product @ product
-                    written.add_(1.0)
-                    begin = time.perf_counter_ns()
-                    execute(step, comm, lambda value, dtype: source)
-                    return [begin, time.perf_counter_ns()]
-
-                def meetings(meet: Any = meet) -> list[list[list[int]]]:
-                    return [[meet(before) for _ in range(COLD_MEETINGS)] for before in (short, long)]
-
-                taken, pace = undisturbed(meetings, Ranks(comm))
-                paces.append(pace)
-                both = [after_the_last(comm.gather_ints([ns for pair in each for ns in pair]), machine.host_of) for each in taken]
-                more.append(both[1] - both[0])
-        known["cold_ns"] = float(max(statistics.median(more), 0.0))
-        mark(known, "cold_ns", at_pace(max(paces)))
-    return float(known["cold_ns"])
-
-
-def after_the_last(everyone: Sequence[Sequence[int]], host_of: Sequence[int]) -> float:
-    """Median over meetings of how long they took once all ranks were there. `everyone`: of each rank, begin and end of each meeting, in turns. The clocks of
-    hosts differ: where the last rank came it took least."""
-    taken = []
-    for i in range(0, len(everyone[0]), 2):
-        hosts = [[times[i : i + 2] for times, h in zip(everyone, host_of, strict=True) if h == host] for host in sorted(set(host_of))]
-        taken.append(min(max(end for _, end in host) - max(begin for begin, _ in host) for host in hosts))
-    return statistics.median(taken)
-
-
 def latest(num_ranks: int) -> float:
     """Deviations that the latest of so many equal normal variables comes late (G. Blom, Statistical Estimates and Transformed Beta-Variables, 1958)."""
     return statistics.NormalDist().inv_cdf((num_ranks - 0.375) / (num_ranks + 0.25))
-
-
-def group_layouts(host_of: Sequence[int]) -> dict[tuple[int, int], list[list[int]]]:
-    """(ranks of a group, hosts that it lies on) -> disjoint groups of that kind, as many as there is room for."""
-    hosts = [[r for r, h in enumerate(host_of) if h == host] for host in sorted(set(host_of))]
-    world = len(host_of)
-    layouts = {(world, len(hosts)): [list(range(world))]}
-    fewest = min(len(h) for h in hosts)
-    size = 2
-    while size <= fewest:
-        layouts.setdefault((size, 1), [h[i : i + size] for h in hosts for i in range(0, len(h) - size + 1, size)])
-        size *= 2
-    if len(hosts) > 1 and fewest > 1:  # a rank of each host
-        layouts.setdefault((len(hosts), len(hosts)), [[h[i] for h in hosts] for i in range(fewest)])
-    return layouts
-
-
-def movement(comm: Comm, kind: str, ranks: list[int], source: torch.Tensor) -> PlannedStep:
-    """An exchange in which every rank sends `source`, each peer another part of it, or an all-reduce of it, as the engine plans them."""
-    moves, results = [], []
-    if kind == "all_reduce":
-        whole = list(source.shape)
-        moves, results = [PlannedMove(-1, False, 0, 1, [], [], whole, source.numel())], [(1, whole)]
-    elif ranks:
-        others = [r for r in ranks if r != comm.rank]
-        part = source.numel() // len(others)
-        for i, peer in enumerate(others):
-            index = [(0, [(i * part, (i + 1) * part)])]
-            moves.append(PlannedMove(peer, True, 0, -1, index, [], [part], part))
-            moves.append(PlannedMove(peer, False, -1, 1, [], index, [part], part))
-        results = [(1, [part * len(others)])]
-    transfer = PlannedTransfer(kind == "all_reduce", False, kind == "all_reduce", source.dtype, ranks, moves, results, _C.Reduce.sum)
-    return PlannedStep(ranks if kind == "exchange" else [], [transfer])
-
-
-def time_movement(comm: Comm, kind: str, ranks: list[int], size: int) -> Timing:
-    """What a movement adds to what computes before and after it, as the engine makes it, packing and unpacking too: an exchange in which every rank sends
-    `size` bytes in all, or an all-reduce of a tensor of `size` bytes. Back to back, movements take half as long: nobody has to be woken, and no rank comes
-    late. The slowest rank's, on all ranks; a rank without a group (`ranks` empty) only waits."""
-    small = size <= RECENT  # long computations differ between ranks by more than such a movement takes, and hide it
-    source, a, other = (
-        torch.zeros(max(size // 4, len(ranks))),
-        torch.randn(*(128, 128) if small else (256, 256)),
-        torch.zeros((64 << 10 if small else OTHER) // 4),
-    )
-    step = movement(comm, kind, ranks, source)
-    # What is moved in training was made a while ago, and what comes is kept: large ones are in no cache.
-    sources = [source] if small else [source, *(torch.zeros_like(source) for _ in range(UNCACHED // size))]
-    turns, kept = itertools.cycle(sources), deque[Any](maxlen=len(sources) - 1)
-    cycles = 30 if size <= 256 << 10 else 10 if size <= 1 << 20 else 3  # one of a small tensor now and then takes ten times as long: the mean counts
-
-    def loop(moving: bool) -> float:
-        barrier(comm)
-        begin = time.perf_counter_ns()
-        for _ in range(cycles if ranks else 0):
-            a @ a
-            other.add_(1.0)
-            if small:
-                source.clone()
-            if moving:
-                mine = next(turns)
-                kept.append(execute(step, comm, lambda value, dtype, mine=mine: mine))  # type: ignore[misc]
-        return (time.perf_counter_ns() - begin) / cycles
-
-    loop(True)
-    wanted = REPEATS if size > 1 << 20 else 2 * REPEATS - 1
-    pairs, pace = calm_samples(lambda: (loop(True), loop(False)), wanted, together=Ranks(comm))  # in turns: a machine gets slower and faster
-    together, alone = zip(*pairs, strict=True)
-    mine = [int(quiet(together) - quiet(alone)), int(max(together) - min(together)), int(statistics.median(together))]
-    taken, spread, total = (max(v) for v in zip(*comm.gather_ints(mine), strict=True))
-    return Timing(max(taken, 1), max(spread / max(total, 1), spread_of(pace)))

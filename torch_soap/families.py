@@ -94,7 +94,7 @@ def report(machine: Machine, known: dict[str, Any], seconds: float) -> str:
         lines.append("  speed of a device while 1, 2, ... of its host compute: " + ", ".join(f"{speed:.2f}" for speed in machine.busy_speed))
         lines.append("  the same of its updates: " + ", ".join(f"{speed:.2f}" for speed in machine.update_speed))
         lines.append(f"  what computations differ from time to time: {100 * machine.jitter:.1f} % (standard deviation)")
-        lines.append(f"  a movement after long computation {machine.cold_ns / 1e3:.1f} us longer")
+        lines.append(f"  a movement after long computation {(machine.cold_ns or machine.turn_ns) / 1e3:.1f} us longer")
         lines.append(f"  a piece that is packed or put in its place {machine.piece_ns / 1e3:.1f} us")
         if hosts > 1:
             lines.append(

@@ -146,7 +146,7 @@ def forget(known: dict[str, Any], suspects: Iterable[str], families: set[str]) -
         known["operators"].clear()
     if not suspects or links:
         known["tables"].clear()
-        for name in ("cold_ns", "piece_ns", "message_ns"):
+        for name in ("cold_ns", "turn_ns", "piece_ns", "message_ns"):
             known.pop(name, None)
     known["marks"].clear()
 

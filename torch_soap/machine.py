@@ -9,7 +9,7 @@ from typing import Any
 
 from torch_soap import _C
 
-FORMAT = 7
+FORMAT = 8
 # Fields that came later: with which format, and what files of earlier ones have instead.
 ADDED: dict[str, tuple[int, Any]] = {
     "step_overhead_ns": (2, 0.0),
@@ -26,6 +26,7 @@ ADDED: dict[str, tuple[int, Any]] = {
     "cores_of": (6, []),
     "send_ns_per_byte": (7, 0.0),
     "receive_ns_per_byte": (7, 0.0),
+    "turn_ns": (8, 0.0),
 }
 
 
@@ -169,6 +170,7 @@ FIELDS: dict[str, Reader] = {
     "update_speed": array(NUMBER),
     "jitter": NUMBER,
     "cold_ns": NUMBER,
+    "turn_ns": NUMBER,
     "piece_ns": NUMBER,
     "send_ns_per_byte": NUMBER,
     "receive_ns_per_byte": NUMBER,

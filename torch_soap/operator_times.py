@@ -102,6 +102,11 @@ class Ranks:
     def all_of(self, chosen: Sequence[int]) -> list[int]:
         return sorted(set().union(*self.comm.gather_objects(list(chosen))))
 
+    def slowest(self, mine: Timing) -> Timing:
+        """Of all ranks', the longest time and the largest spread. Collective."""
+        everyone = self.comm.gather_ints([mine.ns, int(mine.spread * 1000)])
+        return Timing(max(v[0] for v in everyone), max(v[1] for v in everyone) / 1000)
+
     def core_distance_ns(self) -> int:
         """On rank 0's host, the middle of a few readings; the same on all ranks."""
         mine = int(statistics.median(_backend.core_distance_ns() for _ in range(READINGS))) if self.comm.rank == 0 else 0

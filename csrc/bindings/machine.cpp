@@ -79,6 +79,7 @@ void bind_machine(py::module_& m) {
       .def_readwrite("update_speed", &Machine::update_speed)
       .def_readwrite("jitter", &Machine::jitter)
       .def_readwrite("cold_ns", &Machine::cold_ns)
+      .def_readwrite("turn_ns", &Machine::turn_ns)
       .def_readwrite("piece_ns", &Machine::piece_ns)
       .def_readwrite("send_ns_per_byte", &Machine::send_ns_per_byte)
       .def_readwrite("receive_ns_per_byte", &Machine::receive_ns_per_byte)

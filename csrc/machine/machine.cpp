@@ -154,6 +154,7 @@ void check(const Machine& m) {
   not_negative("segment_overhead_ns", m.segment_overhead_ns);
   not_negative("jitter", m.jitter);
   not_negative("cold_ns", m.cold_ns);
+  not_negative("turn_ns", m.turn_ns);
   not_negative("piece_ns", m.piece_ns);
   not_negative("send_ns_per_byte", m.send_ns_per_byte);
   not_negative("receive_ns_per_byte", m.receive_ns_per_byte);

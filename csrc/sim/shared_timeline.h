@@ -7,7 +7,7 @@
 // Where computations take now longer, now shorter (Machine::jitter), ranks that meet wait for the slowest: with each having computed w_i since its last
 // movement, the movement begins at the expected latest of normal variables with mean t_i, when it comes, and deviation jitter w_i, two at a time by
 // Clark's formulas (Operations Research 9, 1961). Where the one of them that computed most has done so for kCold, the movement takes Machine::cold_ns
-// longer, less in proportion: nothing that it needs is in the cores' own caches.
+// longer, less in proportion: nothing that it needs is in the cores' own caches. Where devices take turns on cores, Machine::turn_ns takes the place of both.
 //
 // Of an exchange one way between hosts (OneWay) the senders go on while the last of it is on its way, and the receivers wait for its arrival alone: it leaves
 // when all senders have come and what they sent before has left; most of what no buffer holds once all receivers have come, too.
@@ -76,6 +76,7 @@ class SharedTimeline {
     int64_t price_ns = 0;
     double begin = 0, variance = 0;  // of the latest of those that have come
     double worked = 0;               // by the one that computed most
+    double turns = 0;                // sum over those that have come, of turn_ns
     double end_ns = -1;              // known once all have come; one way, all whom it waits for
     // One way.
     OneWay::Times way;

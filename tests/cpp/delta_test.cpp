@@ -71,6 +71,7 @@ void compare(bool overlap, int64_t bucket_bytes, int changes, uint32_t seed, boo
     machine.busy_speed = {1.7, 1};
     machine.jitter = 0.07;
     machine.cold_ns = 3000;
+    machine.turn_ns = 2000;
     machine.piece_ns = 40;
     machine.packs = false;  // what is sent one way between hosts
     machine.send_ns_per_byte = 0.3;

@@ -23,6 +23,7 @@ def machine(world: int, overlap: bool, shared: bool, launch: float) -> _C.Machin
     out.step_overhead_ns, out.segment_overhead_ns = 1234.0, 321.0
     if shared and not overlap:
         out.busy_speed, out.jitter, out.cold_ns, out.piece_ns = [1.9, 1.3, 1.0, 0.7], 0.07, 2500.0, 150.0
+        out.turn_ns = 1800.0
         out.update_speed = [2.2, 1.4, 1.0, 0.9]
         out.packs, out.send_ns_per_byte, out.receive_ns_per_byte = False, 0.4, 0.3  # what is sent one way between hosts
     elif launch:

@@ -14,7 +14,7 @@ from torch import nn
 
 import torch_soap
 from tests.unit.planning import graph_of, lowered
-from torch_soap import _C, cache, calibrate, measuring
+from torch_soap import _C, cache, calibrate, measuring, movement_times
 from torch_soap.cli import main
 from torch_soap.machine import ADDED, FIELDS, FORMAT, from_json, named, to_json
 
@@ -260,9 +260,9 @@ def test_ranks_that_take_turns_on_cores_lose_nothing_while_they_wait(busy_speed:
         "piece_ns": 4.0,
     }
     comm: Any = SimpleNamespace(rank=0, world_size=4, join=lambda groups: None, gather_objects=lambda mine: [mine] * 4)
-    machine = calibrate.detect(4, comm, data | {"tables": layouts, "cold_ns": 3e6}, [0] * 4)
+    machine = calibrate.detect(4, comm, data | {"tables": layouts, "cold_ns": 3e6, "turn_ns": 2e6}, [0] * 4)
     assert machine.busy_speed == busy_speed and set(machine.tables) == set(layouts)
-    assert (machine.jitter, machine.cold_ns) == ((0.2, 3e6) if counts else (0.0, 0.0))
+    assert (machine.jitter, machine.cold_ns, machine.turn_ns) == ((0.2, 3e6, 0.0) if counts else (0.0, 0.0, 2e6))
 
 
 def known(**marks: list[float]) -> dict[str, Any]:
@@ -353,9 +353,9 @@ def test_the_cache_keeps_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_movements_are_measured_in_the_groups_that_plans_use() -> None:
     """All ranks, powers of two within hosts, a rank of each host; groups of a kind are disjoint."""
-    assert calibrate.group_layouts([0, 0]) == {(2, 1): [[0, 1]]}
-    assert calibrate.group_layouts([0, 0, 0, 0]) == {(4, 1): [[0, 1, 2, 3]], (2, 1): [[0, 1], [2, 3]]}
-    assert calibrate.group_layouts([0, 0, 1, 1]) == {(4, 2): [[0, 1, 2, 3]], (2, 1): [[0, 1], [2, 3]], (2, 2): [[0, 2], [1, 3]]}
+    assert movement_times.group_layouts([0, 0]) == {(2, 1): [[0, 1]]}
+    assert movement_times.group_layouts([0, 0, 0, 0]) == {(4, 1): [[0, 1, 2, 3]], (2, 1): [[0, 1], [2, 3]]}
+    assert movement_times.group_layouts([0, 0, 1, 1]) == {(4, 2): [[0, 1, 2, 3]], (2, 1): [[0, 1], [2, 3]], (2, 2): [[0, 2], [1, 3]]}
 
 
 @pytest.mark.parametrize("number", range(1, FORMAT))

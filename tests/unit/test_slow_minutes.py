@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import torch_soap
-from torch_soap import _C, cache, calibrate, operator_times
+from torch_soap import _C, cache, calibrate, movement_times, operator_times
 from torch_soap.measuring import Timing
 from torch_soap.operator_times import HEAVY, OTHERS, doubt, measure_operators, representative
 from torch_soap.planner import graph_for
@@ -141,21 +141,21 @@ def test_the_update_is_looked_at_again(known_ns: int, now_ns: int, timed: int, k
 @pytest.mark.parametrize(("known_ns", "now_ns", "kept_ns"), [(1300, 1000, 1000), (1100, 1000, 1100), (1000, 2000, 1000)])
 def test_movements_are_looked_at_again(known_ns: int, now_ns: int, kept_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     keys, seen = ("exchange/2/1", "all_reduce/2/1"), list[int]()
-    known = cache.nothing_known() | {"tables": {key: [[size, known_ns] for size in calibrate.SIZES] for key in keys}}
+    known = cache.nothing_known() | {"tables": {key: [[size, known_ns] for size in movement_times.SIZES] for key in keys}}
     comm, machine = SimpleNamespace(rank=0, world_size=2, join=lambda groups: None), torch_soap.Machine(2, 1)
 
-    def time_movement(comm: Any, kind: str, ranks: list[int], size: int) -> Timing:
+    def time_movement(comm: Any, kind: str, ranks: list[int], size: int, own_core: bool) -> Timing:
         seen.append(size)
         return Timing(now_ns, 0.0)
 
-    monkeypatch.setattr(calibrate, "time_movement", time_movement)
-    calibrate.measure_movements(machine, comm, known)  # type: ignore[arg-type]
+    monkeypatch.setattr(movement_times, "time_movement", time_movement)
+    movement_times.measure_movements(machine, comm, known, True)  # type: ignore[arg-type]
     assert not seen, "nobody doubts them"
     doubt(known)
     for _ in range(2):  # looked at once
-        calibrate.measure_movements(machine, comm, known)  # type: ignore[arg-type]
-        assert machine.tables == {key: [(size, kept_ns) for size in calibrate.SIZES] for key in keys}
-    assert len(seen) == (2 if kept_ns == known_ns else 2 * (2 + len(calibrate.SIZES)))  # and a large one
+        movement_times.measure_movements(machine, comm, known, True)  # type: ignore[arg-type]
+        assert machine.tables == {key: [(size, kept_ns) for size in movement_times.SIZES] for key in keys}
+    assert len(seen) == (2 if kept_ns == known_ns else 2 * (2 + len(movement_times.SIZES)))  # and a large one
 
 
 def test_ranks_with_fewer_at_work_are_not_slower(monkeypatch: pytest.MonkeyPatch) -> None:

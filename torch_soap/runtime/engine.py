@@ -66,7 +66,8 @@ class Engine:
         self.value_of_return = list(self.rank_program.returns)
         backward = (_C.InstructionKind.segment_backward, _C.InstructionKind.grad_fill, _C.InstructionKind.refill)
         self.is_backward = [k in backward for k in self.kinds]
-        self.trace: list[tuple[int, int, int]] | None = None  # when asked: (instruction, start, end) in ns of the monotonic clock
+        self.trace: list[tuple[int, int, int]] | None = None  # when asked: (instruction, start, end) in ns of its clock
+        self.trace_clock: Callable[[], int] = time.perf_counter_ns
         self.sample: Sample | None = None  # of the step that runs, when it is sampled
         self.num_forward = next((i for i, k in enumerate(self.kinds) if k in backward), len(self.kinds))
         if program.interleaved:
@@ -338,12 +339,12 @@ class Engine:
     def _run_watched(self, core: _backend.Engine, state: StepState, position: int, grad: bool, rare: Callable[[int], None]) -> None:
         sample = self.sample
         clock = time.perf_counter_ns if sample is None or self.segment_of[position] < 0 else sample.clock
-        start_ns, begin = time.perf_counter_ns(), clock()
+        start_ns, begin = self.trace_clock(), clock()
         core.run(state, position, position + 1, grad, self._forwards(), state.random, rare)
         if sample is not None:
             sample.instructions[position] = clock() - begin
         if self.trace is not None:
-            self.trace.append((position, start_ns, time.perf_counter_ns()))
+            self.trace.append((position, start_ns, self.trace_clock()))
 
     def _forwards(self) -> list[Callable[..., Any]]:
         sample = self.sample
