@@ -46,6 +46,7 @@ from torch_soap.runtime.parallel import Parallel
 
 MEETINGS, BETWEEN = 60, 16  # of ranks, and products that each computes between two of them: five milliseconds
 SHARING_ROUNDS = 5  # over numbers of ranks at work
+STEP_MEETINGS = 2  # that no plan has: where a step begins, and before its backward
 MANY_PARAMETERS, LAYER = 64, 512  # of a model that computes nothing; inputs and outputs of one that takes the caches
 UPDATES = (1 << 10, 64 << 10, 1 << 20, 8 << 20, 40 << 20)  # of parameters, bytes
 UPDATE_LOOKED_AT = 8 << 20  # of these
@@ -119,6 +120,7 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
         measure_movements(machine, comm, known, own_core)
         machine.cold_ns = measure_cold(machine, comm, known) if own_core else 0.0
         machine.turn_ns = 0.0 if own_core else measure_turns(comm, known)
+        machine.step_overhead_ns += STEP_MEETINGS * machine.turn_ns
         if max(host_of, default=0) > 0 and not machine.packs:
             hosts, groups = len(set(host_of)), group_layouts(host_of)
             over_hosts = groups.get((hosts, hosts), groups[world_size, hosts])[0]

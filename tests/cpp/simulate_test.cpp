@@ -221,7 +221,7 @@ TEST(SharedTimeline, MovementsTakeLongerAfterComputation) {
   }
 }
 
-// After a quarter of a millisecond on one of two devices and a whole one on the other a movement takes three quarters of turn_ns longer.
+// After half a millisecond on one of two devices and a whole one on the other a movement takes three quarters of turn_ns longer.
 TEST(SharedTimeline, DevicesThatTakeTurnsMeetLaterAfterComputation) {
   Machine m = make_machine(2, 1);
   m.busy_speed = {1};
@@ -229,7 +229,7 @@ TEST(SharedTimeline, DevicesThatTakeTurnsMeetLaterAfterComputation) {
   SharedTimeline timeline(m);
   for (const auto& [work, more] : {std::pair<int64_t, int64_t>{1'000'000, 750}, {4'000'000, 1000}}) {
     timeline.compute(0, work);
-    timeline.compute(1, work / 4);
+    timeline.compute(1, work / 2);
     timeline.move({0, 1}, 50);
     timeline.move({0, 1}, 50);
     EXPECT_EQ(timeline.run(), (std::vector<int64_t>{work + more + 100, work + more + 100}));
