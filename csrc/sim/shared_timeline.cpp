@@ -64,6 +64,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
     bool begun = false;  // that task
     double left = 0, begin = 0;
     double worked = 0;   // since its last movement
+    double waited = 0;   // for a core, since then
     int last_sent = -1;  // of its movements one way
   };
   std::vector<Device> devices(queues_.size());
@@ -102,7 +103,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
           move.begin = begin;
           move.variance = variance;
           move.worked = std::max(move.worked, device.worked);
-          move.turns += std::min(device.worked / kCold, 1.0);
+          move.turns += std::min(device.waited / kCold, 1.0);
           if (++move.arrived == move.num_ranks) {
             move.price_ns += static_cast<int64_t>(machine_.cold_ns * std::min(move.worked / kCold, 1.0) +
                                                   machine_.turn_ns * move.turns / static_cast<double>(move.num_ranks));
@@ -136,6 +137,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       const Task& task = queues_[d][device.next];
       const double speed = task.move < 0 ? rate(d) : 0;
       const double end = task.move < 0 ? now + device.left / speed : end_of(d);
+      if (task.move < 0) device.waited += (next - now) * std::max(1 - speed, 0.0);
       if (task.move >= 0 ? end < 0 || end > next * kSame : end > next * kSame) {
         device.left -= (next - now) * speed;
         continue;
@@ -145,7 +147,11 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         const double begin = task.move < 0 || task.sends ? device.begin : end - static_cast<double>(moves_[task.move].price_ns);
         spans->push_back({task.tag, static_cast<int>(d), task.move >= 0, static_cast<int64_t>(begin), done[d]});
       }
-      device.worked = task.move < 0 ? device.worked + static_cast<double>(task.work_ns) : 0;
+      if (task.move < 0) {
+        device.worked += static_cast<double>(task.work_ns);
+      } else {
+        device.worked = device.waited = 0;
+      }
       ++device.next;
       device.begun = false;
     }

@@ -221,18 +221,21 @@ TEST(SharedTimeline, MovementsTakeLongerAfterComputation) {
   }
 }
 
-// After half a millisecond on one of two devices and a whole one on the other a movement takes three quarters of turn_ns longer.
-TEST(SharedTimeline, DevicesThatTakeTurnsMeetLaterAfterComputation) {
+// One core for two devices. While both compute, each waits for half of the time: half a millisecond here, and then, one after another, nobody; or four.
+TEST(SharedTimeline, DevicesThatWaitedForACoreMeetLater) {
   Machine m = make_machine(2, 1);
-  m.busy_speed = {1};
+  m.busy_speed = {1, 0.5};
   m.turn_ns = 1000;
   SharedTimeline timeline(m);
-  for (const auto& [work, more] : {std::pair<int64_t, int64_t>{1'000'000, 750}, {4'000'000, 1000}}) {
+  for (const auto& [work, more] : {std::pair<int64_t, int64_t>{500'000, 500}, {4'000'000, 1000}}) {
     timeline.compute(0, work);
-    timeline.compute(1, work / 2);
+    timeline.compute(1, work + 900'000);
     timeline.move({0, 1}, 50);
     timeline.move({0, 1}, 50);
-    EXPECT_EQ(timeline.run(), (std::vector<int64_t>{work + more + 100, work + more + 100}));
+    timeline.compute(1, 900'000);
+    timeline.move({0, 1}, 50);
+    const int64_t end = 2 * work + 1'800'000 + more + 150;
+    EXPECT_EQ(timeline.run(), (std::vector<int64_t>{end, end}));
   }
 }
 
