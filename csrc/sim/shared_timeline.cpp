@@ -48,24 +48,32 @@ void SharedTimeline::Move::arrive() {
 double SharedTimeline::Move::sender_end(double own) const {
   if (way.senders_meet) own = sent_at;
   if ((way.senders_meet && arrived < num_ranks) || (waits() && end_ns < 0)) return -1;
-  const double end = std::max(own + static_cast<double>(std::min(way.send_ns, price_ns)), end_ns - static_cast<double>(way.buffer_ns));
+  const double end = std::max(own, end_ns - static_cast<double>(way.buffer_ns));
   return waits() ? std::max(end, received_at) : end;
 }
 
 double SharedTimeline::Move::receiver_end(double own) const {
   if (way.receivers_meet) own = received_at;
   if (end_ns < 0 || (way.receivers_meet && received < num_receivers)) return -1;
-  return std::max(end_ns, own + static_cast<double>(std::min(way.receive_ns, price_ns)));
+  return std::max(end_ns, own);
+}
+
+double SharedTimeline::Move::busy_ns(bool sends, double own, double end) const {
+  if (way.senders_meet && sends) own = sent_at;
+  if (way.receivers_meet && !sends) own = received_at;
+  return std::max(own + static_cast<double>(std::min(sends ? way.send_ns : way.receive_ns, price_ns)) - end, 0.0);
 }
 
 std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
   struct Device {
     size_t next = 0;     // task that it does or waits with
     bool begun = false;  // that task
+    bool moved = false;  // of a movement one way: what it keeps the device busy with is left
     double left = 0, begin = 0;
     double worked = 0;   // since its last movement
     double waited = 0;   // for a core, since then
     int last_sent = -1;  // of its movements one way
+    bool computes(const Task& task) const { return task.move < 0 || moved; }
   };
   std::vector<Device> devices(queues_.size());
   std::vector<int64_t> done(queues_.size());
@@ -111,7 +119,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
           }
         }
       }
-      if (task.move < 0) ++busy[sharing[d]];
+      if (device.computes(task)) ++busy[sharing[d]];
       waiting = true;
     }
     if (!waiting) break;
@@ -125,7 +133,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
     for (size_t d = 0; d < devices.size(); ++d) {
       if (devices[d].next == queues_[d].size()) continue;
       const Task& task = queues_[d][devices[d].next];
-      if (task.move < 0)
+      if (devices[d].computes(task))
         next = std::min(next, now + devices[d].left / rate(d));
       else if (end_of(d) >= 0)
         next = std::min(next, end_of(d));
@@ -135,12 +143,18 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       Device& device = devices[d];
       if (device.next == queues_[d].size()) continue;
       const Task& task = queues_[d][device.next];
-      const double speed = task.move < 0 ? rate(d) : 0;
-      const double end = task.move < 0 ? now + device.left / speed : end_of(d);
+      const bool computes = device.computes(task);
+      const double speed = computes ? rate(d) : 0;
+      const double end = computes ? now + device.left / speed : end_of(d);
       if (task.move < 0) device.waited += (next - now) * std::max(1 - speed, 0.0);
-      if (task.move >= 0 ? end < 0 || end > next * kSame : end > next * kSame) {
+      if (end < 0 || end > next * kSame) {
         device.left -= (next - now) * speed;
         continue;
+      }
+      if (!computes && (task.sends || task.receives)) {
+        device.left = moves_[task.move].busy_ns(task.sends, device.begin, next);
+        device.moved = device.left > 0;
+        if (device.moved) continue;
       }
       done[d] = static_cast<int64_t>(next);
       if (spans) {
@@ -153,7 +167,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         device.worked = device.waited = 0;
       }
       ++device.next;
-      device.begun = false;
+      device.begun = device.moved = false;
     }
     now = next;
   }

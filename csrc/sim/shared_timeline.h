@@ -11,7 +11,8 @@
 // by the time that they waited for a core.
 //
 // Of an exchange one way between hosts (OneWay) the senders go on while the last of it is on its way, and the receivers wait for its arrival alone: it leaves
-// when all senders have come and what they sent before has left; most of what no buffer holds once all receivers have come, too.
+// when all senders have come and what they sent before has left; most of what no buffer holds once all receivers have come, too. What the kernel works for
+// it counts as computed by either end.
 //
 // Each device does what it was given, in order. Nothing else overlaps on a device.
 #pragma once
@@ -87,9 +88,11 @@ class SharedTimeline {
     // Of what no buffer holds most waits for the receivers.
     bool waits() const { return price_ns > way.buffer_ns; }
     void arrive();  // one of them has come
-    // When a sender and a receiver that came at `own` goes on; negative: not known yet.
+    // When for a sender and a receiver that came at `own` nothing is left to wait for; negative: not known yet.
     double sender_end(double own) const;
     double receiver_end(double own) const;
+    // How long the movement keeps it busy after that.
+    double busy_ns(bool sends, double own, double end) const;
   };
   const Machine& machine_;
   std::vector<std::vector<Task>> queues_;  // per device

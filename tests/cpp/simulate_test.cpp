@@ -289,6 +289,19 @@ TEST_F(OneWaySends, RanksOfAHostMeet) {
   EXPECT_EQ(timeline.run(), (std::vector<int64_t>{13, 13, 405, 405}));
 }
 
+// What sending takes is work on a core that others compute on as well.
+TEST_F(OneWaySends, TheKernelTakesTurnsWithWhoComputes) {
+  machine.cores_of = {0, 0, 0, 0};
+  machine.busy_speed = {1, 0.5};
+  timeline.compute(1, 10);
+  timeline.send(way, 100);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{6, 13, 100, 0}));
+  timeline.compute(1, 100);
+  timeline.compute(2, 100);
+  timeline.send(way, 100);
+  EXPECT_EQ(timeline.run(), (std::vector<int64_t>{6, 200, 205, 0}));
+}
+
 TEST(OneWay, OnlyBetweenHostsInOneDirectionAndWithoutPacking) {
   Machine m = make_machine(4, 2);
   m.packs = false;
