@@ -88,7 +88,7 @@ def detect(world_size: int, comm: Comm | None, known: dict[str, Any], host_of: S
         cores_of = sharing(comm)
         if known.setdefault("cores_of", cores_of) != cores_of:  # hosts were together on one machine, or are now
             known["cores_of"] = cores_of
-            for name in ("busy_speed", "update_speed", "turn_ns"):
+            for name in ("busy_speed", "update_speed", "step_overhead", "turn_ns"):
                 known.pop(name, None)
             known["tables"] = {}
         machine.cores_of = cores_of if cores_of != machine.host_of else []

@@ -28,7 +28,11 @@ std::pair<double, double> later(double mean, double variance, double by, double 
 
 void SharedTimeline::move(const std::vector<int>& ranks, int64_t price_ns, int tag) {
   for (int r : ranks) queues_[r].push_back({.move = static_cast<int>(moves_.size()), .tag = tag});
-  moves_.push_back({.num_ranks = ranks.size(), .price_ns = price_ns});
+  Move move{.num_ranks = ranks.size(), .price_ns = price_ns};
+  // Among ranks that share memory it is their cores' work, timed with all of a host at it.
+  if (!machine_.packs && !machine_.busy_speed.empty() && machine_.num_hosts(ranks) == 1)
+    std::tie(move.price_ns, move.work_ns) = std::pair{int64_t{0}, static_cast<double>(price_ns) * machine_.busy_speed.back()};
+  moves_.push_back(move);
 }
 
 void SharedTimeline::send(const OneWay& exchange, int64_t price_ns, int tag) {
@@ -151,14 +155,16 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         device.left -= (next - now) * speed;
         continue;
       }
-      if (!computes && (task.sends || task.receives)) {
-        device.left = moves_[task.move].busy_ns(task.sends, device.begin, next);
+      if (!computes) {
+        device.left = task.sends || task.receives ? moves_[task.move].busy_ns(task.sends, device.begin, next) : moves_[task.move].work_ns;
         device.moved = device.left > 0;
         if (device.moved) continue;
       }
       done[d] = static_cast<int64_t>(next);
       if (spans) {
-        const double begin = task.move < 0 || task.sends ? device.begin : end - static_cast<double>(moves_[task.move].price_ns);
+        const bool meets = task.move >= 0 && !task.sends && !task.receives;
+        const double begin =
+            task.move < 0 || task.sends ? device.begin : (meets ? moves_[task.move].end_ns : end) - static_cast<double>(moves_[task.move].price_ns);
         spans->push_back({task.tag, static_cast<int>(d), task.move >= 0, static_cast<int64_t>(begin), done[d]});
       }
       if (task.move < 0) {

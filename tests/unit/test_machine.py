@@ -188,7 +188,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda d: d.update(curves={"attention": []}), 'curves has "attention", a key is <family>/<type> or'),
     (lambda d: d.update(curves={"matmul/bfloat16": [[2, 1, 1], [1, 1, 1]]}), r"curves\[matmul/bfloat16\] must rise in size: 1 follows 2"),
     (lambda d: d.update(memory_bytes_per_s=float("nan")), "memory_bytes_per_s is nan, it must be a positive number"),
-    (lambda d: d.update(format=8), "the file has format 8, this version reads 1 to 7"),
+    (lambda d: d.update(format=9), "the file has format 9, this version reads 1 to 8"),
     (lambda d: d.pop("format"), "the field format is missing"),
 ]
 
@@ -263,6 +263,17 @@ def test_ranks_that_take_turns_on_cores_lose_nothing_while_they_wait(busy_speed:
     machine = calibrate.detect(4, comm, data | {"tables": layouts, "cold_ns": 3e6, "turn_ns": 2e6}, [0] * 4)
     assert machine.busy_speed == busy_speed and set(machine.tables) == set(layouts)
     assert (machine.jitter, machine.cold_ns, machine.turn_ns) == ((0.2, 3e6, 0.0) if counts else (0.0, 0.0, 2e6))
+    assert machine.step_overhead_ns == (1 if counts else 1 + 2 * 2e6), "a step has two meetings of its own"
+
+
+def test_what_turns_cost_is_what_computing_and_moving_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slowest rank's, the mean over movements; each of rank 1's takes 40 ns more."""
+    samples = iter([(900.0, 500.0, 100.0), (800.0, 500.0, 100.0), (700.0, 500.0, 100.0), (600.0, 500.0, 140.0)])  # with both; computing; moving
+    monkeypatch.setattr(movement_times, "calm_samples", lambda *_, **__: ([next(samples)], 1.0))
+    comm: Any = SimpleNamespace(rank=0, world_size=2, gather_ints=lambda mine: [mine, [ns + 40 for ns in mine]])
+    known = cache.nothing_known()
+    assert movement_times.measure_turns(comm, known) == 40 + (300 + 200 + 100 - 40) / 4
+    assert movement_times.measure_turns(comm, known) == known["turn_ns"], "from the cache too"
 
 
 def known(**marks: list[float]) -> dict[str, Any]:
