@@ -29,9 +29,8 @@ std::pair<double, double> later(double mean, double variance, double by, double 
 void SharedTimeline::move(const std::vector<int>& ranks, int64_t price_ns, int tag) {
   for (int r : ranks) queues_[r].push_back({.move = static_cast<int>(moves_.size()), .tag = tag});
   Move move{.num_ranks = ranks.size(), .price_ns = price_ns};
-  // Among ranks that share memory it is their cores' work, timed with all of a host at it.
-  if (!machine_.packs && !machine_.busy_speed.empty() && machine_.num_hosts(ranks) == 1)
-    std::tie(move.price_ns, move.work_ns) = std::pair{int64_t{0}, static_cast<double>(price_ns) * machine_.busy_speed.back()};
+  // Among ranks that share memory it takes their cores, timed with all of a host at it.
+  if (!machine_.packs && !machine_.busy_speed.empty() && machine_.num_hosts(ranks) == 1) std::swap(move.price_ns, move.taken_ns);
   moves_.push_back(move);
 }
 
@@ -132,7 +131,10 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       const Move& move = moves_[task.move];
       return task.sends ? move.sender_end(devices[d].begin) : task.receives ? move.receiver_end(devices[d].begin) : move.end_ns;
     };
-    const auto rate = [&](size_t d) { return machine_.busy_speed_of(busy[sharing[d]], queues_[d][devices[d].next].updates); };
+    const auto rate = [&](size_t d) {
+      const Task& task = queues_[d][devices[d].next];
+      return task.meets() ? 1.0 : machine_.busy_speed_of(busy[sharing[d]], task.updates);
+    };
     double next = std::numeric_limits<double>::infinity();
     for (size_t d = 0; d < devices.size(); ++d) {
       if (devices[d].next == queues_[d].size()) continue;
@@ -156,15 +158,14 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
         continue;
       }
       if (!computes) {
-        device.left = task.sends || task.receives ? moves_[task.move].busy_ns(task.sends, device.begin, next) : moves_[task.move].work_ns;
+        device.left = task.meets() ? moves_[task.move].taken_ns : moves_[task.move].busy_ns(task.sends, device.begin, next);
         device.moved = device.left > 0;
         if (device.moved) continue;
       }
       done[d] = static_cast<int64_t>(next);
       if (spans) {
-        const bool meets = task.move >= 0 && !task.sends && !task.receives;
         const double begin =
-            task.move < 0 || task.sends ? device.begin : (meets ? moves_[task.move].end_ns : end) - static_cast<double>(moves_[task.move].price_ns);
+            task.move < 0 || task.sends ? device.begin : (task.meets() ? moves_[task.move].end_ns : end) - static_cast<double>(moves_[task.move].price_ns);
         spans->push_back({task.tag, static_cast<int>(d), task.move >= 0, static_cast<int64_t>(begin), done[d]});
       }
       if (task.move < 0) {

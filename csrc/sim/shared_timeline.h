@@ -2,8 +2,8 @@
 // shares with compute at that moment. Processor sharing, by events:
 //
 //   work left of d falls at rate busy_speed[k - 1], k: devices that share with d, and d, that compute now (Machine::busy_speed); of the update at
-//   update_speed[k - 1] a movement begins when all its ranks have come to it, and takes its price. Among ranks that share memory, where nothing is packed,
-//   the price is work too, timed with all of a host at it: it slows others, and is the faster the fewer of them compute
+//   update_speed[k - 1]. A movement begins when all its ranks have come to it, and takes its price. Among ranks that share memory, where nothing is
+//   packed, they take their cores for that long, and slow others: it is timed with all of a host at it
 //
 // Where computations take now longer, now shorter (Machine::jitter), ranks that meet wait for the slowest: with each having computed w_i since its last
 // movement, the movement begins at the expected latest of normal variables with mean t_i, when it comes, and deviation jitter w_i, two at a time by
@@ -73,11 +73,13 @@ class SharedTimeline {
     bool sends = false, receives = false;  // one way
     bool updates = false;
     std::array<bool, 2> begun = {};  // segments since the last movement: without and with a backward
+
+    bool meets() const { return move >= 0 && !sends && !receives; }
   };
   struct Move {
     size_t num_ranks = 0, arrived = 0;
     int64_t price_ns = 0;
-    double work_ns = 0;              // of each rank, once they have met
+    int64_t taken_ns = 0;            // of each rank's core, once they have met
     double begin = 0, variance = 0;  // of the latest of those that have come
     double worked = 0;               // by the one that computed most
     double turns = 0;                // sum over those that have come, of turn_ns

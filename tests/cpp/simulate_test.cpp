@@ -239,8 +239,7 @@ TEST(SharedTimeline, DevicesThatWaitedForACoreMeetLater) {
   }
 }
 
-// Two cores' worth for three devices. The movement is timed with all at it: it takes as long while the third computes, which gets half of a core meanwhile, and
-// half as long by itself.
+// Two cores for three devices: while two move, the third gets half of one.
 TEST(SharedTimeline, WhatMovesInSharedMemoryTakesTheCores) {
   Machine m = make_machine(3, 1);
   m.busy_speed = {1, 1, 0.5};
@@ -253,7 +252,7 @@ TEST(SharedTimeline, WhatMovesInSharedMemoryTakesTheCores) {
   EXPECT_EQ(ends(60), (std::vector<int64_t>{100, 100, 60}));
   m.packs = false;
   EXPECT_EQ(ends(60), (std::vector<int64_t>{100, 100, 110}));
-  EXPECT_EQ(ends(0), (std::vector<int64_t>{50, 50, 0}));
+  EXPECT_EQ(ends(0), (std::vector<int64_t>{100, 100, 0}));
   m.host_of = {0, 1, 1};
   m.cores_of = {0, 0, 0};
   EXPECT_EQ(ends(60), (std::vector<int64_t>{100, 100, 60})) << "on its way between hosts";
