@@ -74,17 +74,29 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
     bool moved = false;  // of a movement one way: what it keeps the device busy with is left
     double left = 0, begin = 0;
     double worked = 0;   // since its last movement
-    double waited = 0;   // for a core, since then
     int last_sent = -1;  // of its movements one way
     bool computes(const Task& task) const { return task.move < 0 || moved; }
   };
   std::vector<Device> devices(queues_.size());
   std::vector<int64_t> done(queues_.size());
   const std::vector<int>& sharing = machine_.sharing();
-  std::vector<int> busy(queues_.size());  // per number in `sharing`
+  std::vector<int> busy(queues_.size());        // per number in `sharing`
+  std::vector<int> met, crowd(queues_.size());  // movements to which the last of their ranks has come; per number in `sharing`
+  // What devices that share with a movement's, and these, lose by turns, in parts of what all lose.
+  const auto crowding = [&](int m) {
+    crowd = busy;
+    double slowest = 1;
+    for (size_t d = 0; d < devices.size(); ++d) {
+      if (devices[d].next == queues_[d].size() || queues_[d][devices[d].next].move != m) continue;
+      slowest = std::min(slowest, machine_.busy_speed_of(++crowd[sharing[d]]));
+    }
+    const double all = std::min(machine_.busy_speed_of(std::numeric_limits<int>::max()), 1.0);
+    return all < 1 ? (1 - slowest) / (1 - all) : 0.0;
+  };
   double now = 0;
   while (true) {
     std::fill(busy.begin(), busy.end(), 0);
+    met.clear();
     bool waiting = false;
     for (size_t d = 0; d < devices.size(); ++d) {
       Device& device = devices[d];
@@ -114,10 +126,10 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
           move.begin = begin;
           move.variance = variance;
           move.worked = std::max(move.worked, device.worked);
-          move.turns += std::min(device.waited / kCold, 1.0);
+          move.turns += std::min(device.worked / kCold, 1.0);
           if (++move.arrived == move.num_ranks) {
-            move.price_ns += static_cast<int64_t>(machine_.cold_ns * std::min(move.worked / kCold, 1.0) +
-                                                  machine_.turn_ns * move.turns / static_cast<double>(move.num_ranks));
+            move.price_ns += static_cast<int64_t>(machine_.cold_ns * std::min(move.worked / kCold, 1.0));
+            if (machine_.turn_ns > 0) met.push_back(task.move);
             move.end_ns = std::max(begin, now) + static_cast<double>(move.price_ns);
           }
         }
@@ -126,6 +138,11 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       waiting = true;
     }
     if (!waiting) break;
+    for (int m : met) {
+      const auto turns = static_cast<int64_t>(machine_.turn_ns * moves_[m].turns / static_cast<double>(moves_[m].num_ranks) * crowding(m));
+      moves_[m].price_ns += turns;
+      moves_[m].end_ns += static_cast<double>(turns);
+    }
     const auto end_of = [&](size_t d) {  // of a movement; negative: not known yet
       const Task& task = queues_[d][devices[d].next];
       const Move& move = moves_[task.move];
@@ -152,7 +169,6 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
       const bool computes = device.computes(task);
       const double speed = computes ? rate(d) : 0;
       const double end = computes ? now + device.left / speed : end_of(d);
-      if (task.move < 0) device.waited += (next - now) * std::max(1 - speed, 0.0);
       if (end < 0 || end > next * kSame) {
         device.left -= (next - now) * speed;
         continue;
@@ -168,11 +184,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
             task.move < 0 || task.sends ? device.begin : (task.meets() ? moves_[task.move].end_ns : end) - static_cast<double>(moves_[task.move].price_ns);
         spans->push_back({task.tag, static_cast<int>(d), task.move >= 0, static_cast<int64_t>(begin), done[d]});
       }
-      if (task.move < 0) {
-        device.worked += static_cast<double>(task.work_ns);
-      } else {
-        device.worked = device.waited = 0;
-      }
+      device.worked = task.move < 0 ? device.worked + static_cast<double>(task.work_ns) : 0;
       ++device.next;
       device.begun = device.moved = false;
     }

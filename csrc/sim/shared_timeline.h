@@ -8,8 +8,8 @@
 // Where computations take now longer, now shorter (Machine::jitter), ranks that meet wait for the slowest: with each having computed w_i since its last
 // movement, the movement begins at the expected latest of normal variables with mean t_i, when it comes, and deviation jitter w_i, two at a time by
 // Clark's formulas (Operations Research 9, 1961). Where the one of them that computed most has done so for kCold, the movement takes Machine::cold_ns
-// longer, less in proportion: nothing that it needs is in the cores' own caches. Where devices take turns on cores, Machine::turn_ns takes the place of both,
-// by the time that they waited for a core.
+// longer, less in proportion: nothing that it needs is in the cores' own caches. Where devices take turns on cores, Machine::turn_ns takes the place of both:
+// all of it where as many compute or meet at that moment as there are, nothing where each has a core.
 //
 // Of an exchange one way between hosts (OneWay) the senders go on while the last of it is on its way, and the receivers wait for its arrival alone: it leaves
 // when all senders have come and what they sent before has left; most of what no buffer holds once all receivers have come, too. What the kernel works for
