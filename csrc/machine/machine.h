@@ -63,7 +63,7 @@ struct Machine {
   std::vector<double> update_speed;  // the same of the optimizer's update, which takes the memory more than anything else; empty: as busy_speed
   double jitter = 0;                 // standard deviation of what a computation takes, in parts of it: ranks that meet wait for the slowest; with busy_speed
   double cold_ns = 0;  // of a movement after a millisecond or more of computation, which has taken the cache; after less in proportion; with busy_speed
-  // Of a movement of devices all of which have computed for a millisecond or more, where more want a core than there are; after less in proportion, the mean
+  // Of a movement of devices all of which have computed for a millisecond or more, where more want a core than there are; after less by its root, the mean
   // over them; with busy_speed.
   double turn_ns = 0;
   double piece_ns = 0;  // of a piece of a movement's tensor that is packed, put in its place or added, beside its bytes; with busy_speed

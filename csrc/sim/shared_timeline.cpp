@@ -126,7 +126,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
           move.begin = begin;
           move.variance = variance;
           move.worked = std::max(move.worked, device.worked);
-          move.turns += std::min(device.worked / kCold, 1.0);
+          move.turns += std::sqrt(std::min(device.worked / kCold, 1.0));
           if (++move.arrived == move.num_ranks) {
             move.price_ns += static_cast<int64_t>(machine_.cold_ns * std::min(move.worked / kCold, 1.0));
             if (machine_.turn_ns > 0) met.push_back(task.move);

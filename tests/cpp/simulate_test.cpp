@@ -221,20 +221,20 @@ TEST(SharedTimeline, MovementsTakeLongerAfterComputation) {
   }
 }
 
-// Three devices on two cores: two meet after half a millisecond and one, in the mean three quarters of the time that counts in full. While the third computes
-// that costs turn_ns, without it nothing, and directly after another movement nothing either.
+// Three devices on two cores: two meet after a quarter of a millisecond and one, the roots of which are three quarters in the mean. While the third computes
+// that is the part of turn_ns that it costs, without it nothing, and directly after another movement nothing either.
 TEST(SharedTimeline, DevicesThatTakeTurnsMeetLaterAfterComputation) {
   Machine m = make_machine(3, 1);
   m.busy_speed = {1, 1, 0.5};
   m.turn_ns = 1000;
   SharedTimeline timeline(m);
   for (const int64_t other : {0, 1}) {
-    timeline.compute(0, 500'000);
+    timeline.compute(0, 250'000);
     timeline.compute(1, 1'000'000);
     timeline.compute(2, 9'000'000 * other);
     timeline.move({0, 1}, 50);
     timeline.move({0, 1}, 50);
-    const int64_t end = other ? 500'000 * 2 + 500'000 + 750 + 100 : 1'000'100;
+    const int64_t end = other ? 250'000 * 2 + 750'000 + 750 + 100 : 1'000'100;
     EXPECT_EQ(timeline.run()[0], end);
   }
 }
