@@ -142,6 +142,22 @@ def small_classifier() -> tuple[nn.Module, torch.Tensor]:
     return Classifier(100), torch.rand(16, 16)
 
 
+class Tables(nn.Module):
+    """Backward of a lookup doesn't read the table: where it was gathered, it goes after its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.EmbeddingBag(256, 32, mode="sum") for _ in range(8))
+        self.up, self.down = nn.Linear(32, 2048), nn.Linear(2048, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(sum(table(x.long()) for table in self.tables))))
+
+
+def tables() -> tuple[nn.Module, torch.Tensor]:
+    return Tables(), 256 * torch.rand(128, 4)
+
+
 REGIONS = "recompute 0 1 2 3\n"
 MEGATRON = "*.up o=2\n*.down i=2\n* replicas=2"
 DDP, ZERO = "* n=fed", "* n=fed store=shard keep=use"
@@ -156,6 +172,7 @@ CASES = [
     (conv_net, ZERO, 0.06),
     (conv_net, "7 o=2\n9 i=2\n* n=fed", 0.05),
     (conv_net, "0 h=2\n3 h=2\n7 n=fed", 0.05),
+    (tables, "* n=fed store=shard", 0.02),
     (blocks, DDP, 0.03),
     (blocks, MEGATRON, 0.06),
     (blocks, REGIONS + DDP, 0.03),

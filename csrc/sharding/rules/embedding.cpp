@@ -37,12 +37,13 @@ Rule embedding_bag(const OpGraph& graph, const Node& node) {
   r.factor("n", t[0], FactorKind::kSample)
       .factor("v", w[0], FactorKind::kReduction, maximum ? Cuttable::kWhole : Cuttable::kInterval)
       .factor("d", w[1], FactorKind::kParameter);
-  return r.operand("weight", {"v", "d"})
+  r.operand("weight", {"v", "d"})
       .operand("indices", {"n", "*"})
       .constant()
       .operand("per_sample_weights", {"n", "*"})
-      .result({"n", "d"}, maximum ? Reduce::kNone : Reduce::kSum)
-      .build();
+      .result({"n", "d"}, maximum ? Reduce::kNone : Reduce::kSum);
+  if (node.operand("per_sample_weights") < 0) r.saves({"indices"});  // the table only for the gradient of these
+  return r.build();
 }
 
 // index_select(x, dim, index): rows of x by an index of their own.
