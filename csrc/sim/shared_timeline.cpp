@@ -71,7 +71,7 @@ std::vector<int64_t> SharedTimeline::run(std::vector<Span>* spans) {
   struct Device {
     size_t next = 0;     // task that it does or waits with
     bool begun = false;  // that task
-    bool moved = false;  // of a movement one way: what it keeps the device busy with is left
+    bool moved = false;  // nothing of a movement is left to wait for, but what keeps the device busy
     double left = 0, begin = 0;
     double worked = 0;   // since its last movement
     int last_sent = -1;  // of its movements one way
