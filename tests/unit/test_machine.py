@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_soap
 from tests.unit.planning import graph_of, lowered
@@ -274,6 +276,42 @@ def test_what_turns_cost_is_what_computing_and_moving_leave(monkeypatch: pytest.
     known = cache.nothing_known()
     assert movement_times.measure_turns(comm, known) == 40 + (300 + 200 + 100 - 40) / 4
     assert movement_times.measure_turns(comm, known) == known["turn_ns"], "from the cache too"
+
+
+@pytest.mark.parametrize("own_core", [True, False])
+def test_a_steps_own_time_is_by_own_clocks_where_ranks_take_turns(own_core: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided by the speed with all at work; what a segment and a parameter take is counted at that speed by the simulator."""
+    own, clocks, times = time.process_time_ns, list[Any](), iter([(1000, 0), (100, 7), (730, 0)])  # of one layer; of one parameter; of many
+
+    def time_step(comm: Any, num_layers: int, width: int, clock: Any) -> tuple[int, int, measuring.Timing]:
+        clocks.append(clock)
+        return *next(times), measuring.Timing(1, 0.0)
+
+    monkeypatch.setattr(calibrate, "time_step", time_step)
+    monkeypatch.setattr(calibrate, "own_clock", lambda: own)
+    machine = torch_soap.Machine(4, 1)
+    machine.busy_speed, machine.update = [1.0, 1.0, 0.7, 0.5], [(1024, 20)]
+    calibrate.measure_step(machine, cast(Any, None), cache.nothing_known(), own_core)
+    assert clocks == [time.perf_counter_ns if own_core else own] * 3
+    assert machine.step_overhead_ns == (990 if own_core else 1980)
+    assert machine.segment_overhead_ns == 7 and machine.update == [(1024, 30)]
+
+
+@pytest.mark.parametrize(("own_core", "between"), [(True, True), (False, False)])
+def test_movements_of_ranks_that_take_turns_are_timed_back_to_back(own_core: bool, between: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(movement_times, "execute", lambda *_: seen.append("moved"))
+    monkeypatch.setattr(movement_times, "calm_samples", lambda sample, *_, **__: ([sample()], 1.0))
+    comm: Any = SimpleNamespace(rank=0, world_size=2, gather_ints=lambda mine: [mine])
+    with Seen():
+        movement_times.time_movement(comm, "all_reduce", [0, 1], 4096, own_core)
+    assert "moved" in seen and ("aten.mm.default" in seen) == between
 
 
 def known(**marks: list[float]) -> dict[str, Any]:
